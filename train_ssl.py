@@ -1,0 +1,1220 @@
+#!/usr/bin/env python3
+"""Semi-supervised training of any timm classifier, with CalibrateMix.
+
+    python train_ssl.py --dataset digits --num-labels 20 --model wide_resnet10_1 --calibratemix
+    accelerate launch train_ssl.py --dataset torch/cifar10 --data-dir DIR --num-labels 250 --model wide_resnet28_2
+
+A run writes `<output>/<experiment>/`: args.yaml (replay it with --config), labels.json, summary.csv (a row per
+evaluation), best/ and last/ (averaged weights as safetensors with timm's config.json, and metrics.json) and
+checkpoint-<updates>.safetensors (everything that --resume needs).
+
+Every random number is a function of the seed and a position: the order of the data of (seed, pass), a view of
+(seed, pass, index), the random numbers of a step of (seed, process, step). So a resume needs no random state, and
+neither workers nor the number of processes change the data.
+"""
+import argparse
+import csv
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+from timm.models import save_for_hf
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, distribute_bn, setup_default_logging
+from torch import nn
+
+import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
+from calibratemix import CHOICES, PRESETS, CalibrateMix
+from data import (
+    KNOWN,
+    EndlessBatches,
+    ImageError,
+    RunError,
+    UsageError,
+    ViewDataset,
+    build_views,
+    create_loader,
+    create_source,
+    evaluation_batches,
+    item_seed,
+    read_labels,
+    select_labeled,
+    write_labels,
+)
+from metrics import EvalMeter
+
+_logger = logging.getLogger('train')
+
+FULL_SCHEDULE = 1024 * 1024  # updates of the published recipe, which the presets' warmups are counted in
+MAX_SKIPPED_UPDATES = 100  # float16 overflows in a row after which a run is given up
+LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
+TRAIN_COLUMNS = (
+    'loss', 'loss_labeled', 'loss_unlabeled', 'loss_mixup', 'mask_rate', 'pseudo_label_accuracy', 'skipped_updates',
+    'skipped_images',
+)
+EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10', 'mce', 'confidence')
+SUMMARY_COLUMNS = (
+    'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS), 'lr',
+)
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+def create_parser() -> argparse.ArgumentParser:
+    flag = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        description='Semi-supervised training of any timm classifier, with CalibrateMix.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('-c', '--config', metavar='FILE', default=None,
+                        help='YAML file of arguments, such as a run\'s args.yaml; the command line wins over it')
+
+    group = parser.add_argument_group('Dataset')
+    group.add_argument('--dataset', metavar='NAME', default='',
+                       help='digits (bundled), hfds/<hub name or folder>[:config], torch/cifar10, torch/cifar100, or '
+                            'the path of a folder with <split>/<class>/<image> (default: the folder --data-dir)')
+    group.add_argument('--data-dir', metavar='DIR', default=None,
+                       help='root of an image folder or of torchvision\'s files; cache folder of hfds/')
+    group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
+    group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
+    group.add_argument('--val-split', metavar='NAME', default=None,
+                       help='evaluation split (default: the first of validation, val, test that exists)')
+    group.add_argument('--unlabeled-split', metavar='NAME', default=None,
+                       help='split of the unlabeled images (default: the training split)')
+    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hfds/)')
+    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hfds/)')
+    group.add_argument('--class-map', metavar='FILE', default='', help='timm\'s class map (image folders)')
+    group.add_argument('--skip-bad-images', action=flag, default=False,
+                       help='step over images that cannot be decoded, and count them, instead of stopping')
+
+    group = parser.add_argument_group('Model')
+    group.add_argument('--model', metavar='NAME', default='wide_resnet28_2',
+                       help='any timm model with forward_features and forward_head (default: wide_resnet28_2)')
+    group.add_argument('--pretrained', action=flag, default=False, help='start from timm\'s pretrained weights')
+    group.add_argument('--initial-checkpoint', metavar='FILE', default='', help='start from the weights of this file')
+    group.add_argument('--num-classes', type=int, metavar='N', default=None, help='default: the data set\'s')
+    group.add_argument('--in-chans', type=int, metavar='N', default=3, help='image channels, 3 or 1 (default: 3)')
+    group.add_argument('--img-size', type=int, metavar='N', default=None,
+                       help='image side in pixels (default: the data set\'s, else the model\'s)')
+    group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='centre crop of evaluation images')
+    group.add_argument('--interpolation', metavar='NAME', default='',
+                       help='bilinear, bicubic, ... (default: the model\'s)')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', default=None,
+                       help='channel means (default: the model\'s if pretrained, else the data set\'s where known)')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', default=None, help='likewise')
+    group.add_argument('--drop', type=float, metavar='P', default=0., help='dropout rate (default: 0)')
+    group.add_argument('--drop-path', type=float, metavar='P', default=None, help='stochastic depth rate')
+    group.add_argument('--bn-momentum', type=float, metavar='X', default=None,
+                       help='batch-norm momentum. The wide ResNets have 0.001, made for 2^20 updates: their running '
+                            'statistics lag in runs of less than some 10,000 updates, which want 0.01 to 0.1')
+    group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default={}, metavar='K=V',
+                       help='further arguments of the model\'s constructor')
+    group.add_argument('--grad-checkpointing', action=flag, default=False, help='less memory for more arithmetic')
+
+    group = parser.add_argument_group('Device and loading')
+    group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],
+                       help='default: what Accelerate finds. cpu is obeyed; the others must be what it finds')
+    group.add_argument('--amp', action=flag, default=False, help='mixed precision (margins and losses stay float32)')
+    group.add_argument('--amp-dtype', default='bfloat16', choices=['float16', 'bfloat16'],
+                       help='of --amp (default: bfloat16; timm\'s is float16)')
+    group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
+    group.add_argument('--sync-bn', action=flag, default=False, help='batch-norm over all processes (GPUs only)')
+    group.add_argument('--dist-bn', default='reduce', choices=['broadcast', 'reduce', ''],
+                       help='share batch-norm statistics between processes before evaluation (default: reduce)')
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
+                       help='loading processes of the unlabeled set, per process (default: 4)')
+    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+
+    group = parser.add_argument_group('Optimizer and schedule')
+    group.add_argument('--opt', metavar='NAME', default='sgd', help='timm optimizer (default: sgd, which is Nesterov)')
+    group.add_argument('--opt-eps', type=float, metavar='X', default=None, help='epsilon (default: the optimizer\'s)')
+    group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', default=None, help='likewise')
+    group.add_argument('--momentum', type=float, metavar='X', default=0.9, help='default: 0.9')
+    group.add_argument('--weight-decay', type=float, metavar='X', default=5e-4,
+                       help='not on norms and biases (default: 5e-4; the paper has 1e-3 for CIFAR-100)')
+    group.add_argument('--clip-grad', type=float, metavar='X', default=None, help='gradient clipping (default: none)')
+    group.add_argument('--clip-mode', default='norm', choices=['norm', 'value', 'agc'], help='default: norm')
+    group.add_argument('--lr', type=float, metavar='X', default=0.03, help='learning rate (default: 0.03)')
+    group.add_argument('--sched', default='cosine-7-16',
+                       choices=['cosine-7-16', 'cosine', 'tanh', 'step', 'poly', 'constant'],
+                       help='cosine-7-16: lr * cos(7 pi s / (16 S)), the paper\'s (default); else timm\'s')
+    group.add_argument('--min-lr', type=float, metavar='X', default=0., help='for timm\'s schedules (default: 0)')
+    group.add_argument('--warmup-lr', type=float, metavar='X', default=1e-5, help='where a warmup starts (default: 1e-5)')
+    group.add_argument('--warmup-epochs', type=int, metavar='N', default=0, help='of the learning rate (default: 0)')
+    group.add_argument('--epochs', type=int, metavar='N', default=1024, help='default: 1024')
+    group.add_argument('--train-steps-per-epoch', type=int, metavar='N', default=1024,
+                       help='updates an epoch, an epoch being no pass over the data (default: 1024)')
+    group.add_argument('-b', '--batch-size', type=int, metavar='N', default=64,
+                       help='labeled images a step and process (default: 64)')
+    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', default=None,
+                       help='per process (default: 4 times --batch-size)')
+    group.add_argument('--grad-accum-steps', type=int, metavar='N', default=1, help='steps an update (default: 1)')
+
+    group = parser.add_argument_group('Semi-supervised learning')
+    group.add_argument('--algorithm', default='fixmatch', choices=ALGORITHMS,
+                       help='base method; supervised sees the labeled images only (default: fixmatch)')
+    group.add_argument('--num-labels', type=int, metavar='N', default=None,
+                       help='labeled images in total, drawn balanced over the classes (default: all that have a label)')
+    group.add_argument('--labels-file', metavar='FILE', default=None,
+                       help='take the labeled images from a run\'s labels.json instead of drawing them')
+    group.add_argument('--label-seed', type=int, metavar='N', default=None,
+                       help='seed of the draw of the labeled images (default: --seed)')
+    group.add_argument('--exclude-labeled', action=flag, default=False,
+                       help='leave the labeled images out of the unlabeled set; the published protocol keeps them in')
+    group.add_argument('--mu', type=int, metavar='N', default=7,
+                       help='unlabeled images per labeled image in a step (default: 7)')
+    group.add_argument('--lambda-u', type=float, metavar='X', default=1.0,
+                       help='factor of the unlabeled loss (default: 1)')
+    group.add_argument('--threshold', type=float, metavar='P', default=0.95,
+                       help='confidence from which a pseudo-label counts (default: 0.95)')
+    group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
+                       help='of the labeled loss, a calibration baseline (default: 0)')
+    group.add_argument('--weak-forward', default='joint', choices=['joint', 'no-grad'],
+                       help='joint: one pass over labeled, weak and strong images, batch-norm statistics over all of '
+                            'them (the published protocol). no-grad: the weak images pass first and without a graph, '
+                            'which saves a third of the arithmetic; they and the rest then have batch-norm statistics '
+                            'of their own, and the running ones move twice a step')
+    group.add_argument('--hflip', type=float, metavar='P', default=None,
+                       help='probability of mirroring a training image (default: 0.5; 0 for digits)')
+
+    group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
+    group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
+    group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
+                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs (default: paper)')
+    group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
+                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (presets: 0.4)')
+    group.add_argument('--calmix-gamma-dist', default=None, choices=CHOICES['gamma_dist'],
+                       help='a fixed weight, one draw per group and step, or one per pair (paper: fixed, '
+                            'authors-code: beta-batch). A fixed weight calibrates best in short runs')
+    group.add_argument('--calmix-topk', type=float, metavar='SHARE', default=None,
+                       help='draw the partner among this share of the least similar candidates; 0: among all '
+                            '(paper: 0.05, authors-code: 15/224)')
+    group.add_argument('--calmix-similarity', default=None, choices=CHOICES['similarity'], help='presets: cosine')
+    group.add_argument('--calmix-space', default=None, choices=CHOICES['space'],
+                       help='similarity of penultimate features or of pixels (paper: feature, authors-code: pixel)')
+    group.add_argument('--calmix-loss', default=None, choices=CHOICES['loss'],
+                       help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
+                            'shrinks as classes grow in number (paper: ce, authors-code: bce)')
+    group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
+                       help='factor of the mixup loss (presets: 1)')
+    group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
+                       help='easy and hard by the median of the batch or of the whole bank (presets: batch)')
+    group.add_argument('--calmix-pairing', default=None, choices=CHOICES['pairing'],
+                       help='random: split and partners drawn at random, the random-mixup baseline (presets: targeted)')
+    group.add_argument('--calmix-min-confidence', type=float, metavar='P', default=None,
+                       help='mix only unlabeled images of at least this confidence (presets: 0, all)')
+    group.add_argument('--calmix-warmup-epochs', type=float, metavar='N', default=None,
+                       help='epochs of the base method alone (paper: 100 of 1024, authors-code: 146.5 of 1024; by '
+                            'default the same share of --epochs). Too short a warmup costs accuracy')
+    group.add_argument('--calmix-apm-in-warmup', action=flag, default=None,
+                       help='unlabeled margins count from the first step on (paper: yes, authors-code: no)')
+    group.add_argument('--calmix-bank-dtype', default='float32', choices=['float32', 'float16'],
+                       help='storage of the unlabeled margins, images x classes numbers (default: float32)')
+
+    group = parser.add_argument_group('Weight averaging')
+    group.add_argument('--model-ema', action=flag, default=True,
+                       help='evaluate and save an exponential moving average of the weights (default: yes)')
+    group.add_argument('--model-ema-decay', type=float, metavar='X', default=0.999, help='default: 0.999')
+    group.add_argument('--model-ema-warmup', action=flag, default=False,
+                       help='let the decay grow from 0; without it a run of less than some 5,000 updates still holds '
+                            'its initial weights')
+
+    group = parser.add_argument_group('Misc')
+    group.add_argument('--seed', type=int, metavar='N', default=0, help='default: 0')
+    group.add_argument('--output', metavar='DIR', default='output/train', help='default: output/train')
+    group.add_argument('--experiment', metavar='NAME', default='',
+                       help='run folder below --output (default: date, model and image size)')
+    group.add_argument('--resume', metavar='FILE', default='',
+                       help='checkpoint to go on from, or auto: the newest intact one of the run folder, if any')
+    group.add_argument('--log-interval', type=int, metavar='N', default=50,
+                       help='updates between progress lines, the only waits for the device (default: 50)')
+    group.add_argument('--val-interval', type=int, metavar='N', default=1,
+                       help='epochs between evaluations (default: 1)')
+    group.add_argument('--recovery-interval', type=int, metavar='N', default=0,
+                       help='updates between checkpoints within an epoch (default: 0, only at its end)')
+    group.add_argument('--checkpoint-hist', type=int, metavar='N', default=2,
+                       help='checkpoints to keep for --resume (default: 2)')
+    group.add_argument('--eval-metric', default='top1', choices=EVAL_COLUMNS,
+                       help='by which best/ is chosen, on the evaluation split (default: top1)')
+    return parser
+
+
+def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line over --config over defaults.
+
+    The file's entries become arguments in front of the command line's, so that argparse checks them alike.
+    """
+    parser = create_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument('-c', '--config', default=None)
+    path = config.parse_known_args(argv)[0].config
+    if path is None:
+        return _check_args(parser, parser.parse_args(argv))
+    try:
+        entries = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f'--config {path}: {" ".join(str(error).split())}')
+    if not isinstance(entries, dict):
+        parser.error(f'--config {path}: expected a mapping of argument names to values')
+    actions = {action.dest: action for action in parser._actions}
+    unknown = sorted(str(key) for key in entries if key not in actions)
+    if unknown:
+        parser.error(f'--config {path}: unknown {", ".join(unknown)}')
+    front = []
+    for key, value in entries.items():
+        action = actions[key]
+        if value is None or key == 'config':
+            continue
+        if isinstance(action, argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                parser.error(f'--config {path}: {key} must be true or false, not {value!r}')
+            front.append(action.option_strings[0 if value else 1])
+        elif isinstance(value, dict):
+            front += [action.option_strings[-1], *(f'{k}={v!r}' for k, v in value.items())]
+        elif isinstance(value, list):
+            front += [action.option_strings[-1], *map(str, value)]
+        else:
+            front.append(f'{action.option_strings[-1]}={value}')
+    return _check_args(parser, parser.parse_args(front + argv))
+
+
+def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Ranges that argparse does not check; exits with status 2."""
+    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'grad_accum_steps', 'mu', 'log_interval',
+                 'val_interval', 'checkpoint_hist'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
+    for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed'):
+        if not getattr(args, name) >= 0:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
+    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
+    if args.opt.lower() not in list_optimizers():
+        parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
+    if args.num_labels is not None and args.labels_file:
+        parser.error('--num-labels and --labels-file: give one of them')
+    if args.calibratemix and args.algorithm == 'supervised':
+        parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
+    if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
+        parser.error(f'--calmix-warmup-epochs {args.calmix_warmup_epochs:g}: not below --epochs {args.epochs}, so that '
+                     'CalibrateMix would never run')
+    return args
+
+
+# --- Set-up -----------------------------------------------------------------------------------------------------------
+
+class FeaturesAndLogits(nn.Module):
+    """A timm model that returns its pre-logits features `[B, D]` beside its logits `[B, K]`, from one pass.
+
+    The wrapper is what Accelerate prepares: DDP sees one forward call, and features need no second pass.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+        return features, self.model.get_classifier()(features)
+
+
+class SevenSixteenthsCosine(Scheduler):
+    """lr * cos(7 pi s / (16 S)) by update (FixMatch, arXiv 2001.07685), after an optional linear warmup."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, num_updates: int, warmup_updates: int, warmup_lr: float):
+        super().__init__(optimizer, 'lr', t_in_epochs=False)
+        self.num_updates, self.warmup_updates, self.warmup_lr = num_updates, warmup_updates, warmup_lr
+        self.step_update(0)
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t < self.warmup_updates:
+            return [self.warmup_lr + (lr - self.warmup_lr) * t / self.warmup_updates for lr in self.base_values]
+        return [lr * math.cos(7 * math.pi * t / (16 * self.num_updates)) for lr in self.base_values]
+
+
+def setup_accelerator(args: argparse.Namespace) -> Accelerator:
+    precision = {'bfloat16': 'bf16', 'float16': 'fp16'}[args.amp_dtype] if args.amp else 'no'
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=args.device == 'cpu',
+        # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
+        # first one's graph needs; --dist-bn shares batch-norm statistics before they are used.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if args.device and accelerator.device.type != args.device:
+        raise UsageError(f'--device {args.device}: not available here; Accelerate found {accelerator.device.type}')
+    return accelerator
+
+
+def build_model(args: argparse.Namespace, num_classes: int, img_size: int | None) -> nn.Module:
+    """timm model, checked to split into features and classifier."""
+    if ':' not in args.model and not timm.is_model(args.model):
+        import difflib
+        close = difflib.get_close_matches(args.model, timm.list_models(), 3)
+        raise UsageError(f'--model {args.model}: timm has no such model; close are {", ".join(close) or "none"}')
+    options = dict(args.model_kwargs)
+    if img_size is not None:
+        options['img_size'] = img_size
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            in_chans=args.in_chans,
+            num_classes=num_classes,
+            drop_rate=args.drop,
+            drop_path_rate=args.drop_path,
+            checkpoint_path=args.initial_checkpoint,
+            **options,
+        )
+    except (RuntimeError, TypeError, ValueError, FileNotFoundError) as error:
+        raise UsageError(f'--model {args.model}: {" ".join(str(error).split())}') from error
+    if args.bn_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = args.bn_momentum
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, args: argparse.Namespace, input_size: tuple[int, int, int]) -> None:
+    """Raises UsageError unless `classifier(forward_head(x, pre_logits=True))` is the model's own output."""
+    mode = model.training
+    model.eval()
+    x = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
+    try:
+        features, logits = FeaturesAndLogits(model)(x)
+        same = torch.allclose(logits, model(x), atol=1e-4)
+    except (AttributeError, TypeError, RuntimeError, AssertionError) as error:
+        reason = ' '.join(str(error).split())
+        raise UsageError(f'--model {args.model} does not take {input_size[1]} px images, or has no '
+                         f'forward_features and forward_head(pre_logits=True): {reason}') from error
+    if not same or features.ndim != 2:
+        raise UsageError(f'--model {args.model}: its classifier is not a layer on top of its pre-logits features')
+    if args.drop and not isinstance(model.get_classifier(), nn.Identity):
+        # Some heads drop out after the pre-logits, which the split head would leave out without a word.
+        features = model.forward_features(x)
+        for part in model.children():
+            part.train(not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in part.modules()))
+        model.training = True
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            whole = model.forward_head(features)
+            torch.manual_seed(0)
+            split = model.get_classifier()(model.forward_head(features, pre_logits=True))
+        if not torch.allclose(whole, split, atol=1e-4):
+            raise UsageError(f'--drop {args.drop}: {args.model} drops out behind its pre-logits features')
+    model.train(mode)
+
+
+@dataclass
+class DataConfig:
+    """What evaluation of the run's weights needs to know."""
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+
+def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
+    """Image size and normalisation: the command line's, else the model's if pretrained, else the data set's."""
+    known = KNOWN.get(args.dataset, {})
+    asked = dict(vars(args), interpolation=args.interpolation or None)
+    if not args.pretrained:
+        for key in ('mean', 'std'):
+            if asked[key] is None and key in known:
+                asked[key] = known[key][:args.in_chans]
+    if args.img_size is None and not model.pretrained_cfg.get('fixed_input_size'):
+        asked['img_size'] = known.get('img_size')
+    try:
+        config = resolve_data_config(asked, model=model)
+    except AssertionError as error:
+        raise UsageError(f'--mean, --std: expected {args.in_chans} numbers or one') from error
+    input_size = (args.in_chans, *config['input_size'][1:])
+    return DataConfig(
+        input_size=input_size,
+        mean=tuple(config['mean'])[:args.in_chans],
+        std=tuple(config['std'])[:args.in_chans],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'] if args.crop_pct or args.pretrained else 1.0,
+    )
+
+
+@dataclass
+class Batches:
+    """Loaders of a run, and what the bank must know of them."""
+    labeled: ViewDataset
+    unlabeled: ViewDataset | None
+    evaluation: ViewDataset
+    labeled_to_unlabeled: torch.Tensor | None
+    source_index: torch.Tensor  # [L] int64, the labeled images' positions in the training split
+
+
+def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, data_config: DataConfig) -> Batches:
+    """Draws or reads the labels, and wraps the sources in their views."""
+    train, unlabeled, evaluation = sources
+    if args.labels_file:
+        index, target = read_labels(args.labels_file, train.targets, num_classes)
+    elif args.num_labels is None:
+        index = (train.targets >= 0).nonzero().squeeze(1)
+        target = train.targets[index]
+    else:
+        seed = args.seed if args.label_seed is None else args.label_seed
+        index = select_labeled(train.targets, args.num_labels, num_classes, seed)
+        target = train.targets[index]
+        if args.num_labels % num_classes:
+            _logger.info(f'{args.num_labels} labels over {num_classes} classes: some classes get one more than others')
+    views = build_views(
+        data_config.input_size[1],
+        data_config.mean,
+        in_chans=args.in_chans,
+        interpolation=data_config.interpolation,
+        crop_pct=data_config.crop_pct,
+        hflip=KNOWN.get(args.dataset, {}).get('hflip', 0.5) if args.hflip is None else args.hflip,
+    )
+    common = dict(seed=args.seed, skip_bad=args.skip_bad_images)
+    labeled_set = ViewDataset(train, {'image': views['weak']}, index, target, stream='labeled', **common)
+    evaluation_set = ViewDataset(evaluation, {'image': views['eval']}, **common)
+    if args.algorithm == 'supervised':
+        return Batches(labeled_set, None, evaluation_set, None, index)
+    unlabeled_index = torch.arange(len(unlabeled))
+    position = None
+    if unlabeled is train:
+        if args.exclude_labeled:
+            unlabeled_index = unlabeled_index[~torch.isin(unlabeled_index, index)]
+        else:
+            position = index  # the unlabeled set is the whole split, in its own order
+    if not len(unlabeled_index):
+        raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
+    views = {'weak': views['weak'], 'strong': views['strong']}
+    unlabeled_set = ViewDataset(unlabeled, views, unlabeled_index, stream='unlabeled', **common)
+    return Batches(labeled_set, unlabeled_set, evaluation_set, position, index)
+
+
+class Feed:
+    """Batches on the device: images as normalised float32, by timm's way of doing that there and not in the workers."""
+
+    def __init__(self, loader, data_config: DataConfig, device: torch.device, channels_last: bool):
+        self.loader, self.device = loader, device
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.mean, self.std = (
+            torch.tensor(v, device=device).mul(255).view(-1, 1, 1) for v in (data_config.mean, data_config.std)
+        )
+        self.skipped = set()  # indices in the source of images that could not be decoded
+
+    def __iter__(self):
+        for batch in self.loader:
+            if isinstance(batch, ImageError):
+                raise batch
+            self.skipped.update(batch['skipped'][batch['skipped'] >= 0].tolist())
+            batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+            for key in batch.keys() & {'image', 'weak', 'strong'}:
+                image = batch[key].to(torch.float32, memory_format=self.memory_format)
+                batch[key] = image.sub_(self.mean).div_(self.std)
+            yield batch
+
+
+# --- Methods ----------------------------------------------------------------------------------------------------------
+
+def fixmatch_weight(confidence: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    """FixMatch (arXiv 2001.07685, eq. 4): 1 where the weak view's confidence reaches the threshold, else 0; `[U]`."""
+    return (confidence >= args.threshold).float()
+
+
+ALGORITHMS = {'supervised': None, 'fixmatch': fixmatch_weight}
+
+
+def supervised_step(model: nn.Module, labeled: dict, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Cross-entropy on the labeled images alone."""
+    _, logits = model(labeled['image'])
+    loss = F.cross_entropy(logits.float(), labeled['target'], label_smoothing=args.label_smoothing)
+    return dict(loss=loss, loss_labeled=loss)
+
+
+def forward_views(
+        model: nn.Module,
+        image: torch.Tensor,
+        weak: torch.Tensor,
+        strong: torch.Tensor,
+        weak_forward: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass over labeled, weak and strong images, or with 'no-grad' one for the weak ones and one for the rest.
+
+    Returns:
+        Features of labeled and weak images, then logits (float32) of labeled, weak (detached) and strong images.
+    """
+    sizes = [len(image), len(weak), len(strong)]
+    if weak_forward == 'joint':
+        features, logits = model(torch.cat([image, weak, strong]))
+        (f, f_weak, _), (z, z_weak, z_strong) = features.split(sizes), logits.float().split(sizes)
+    else:
+        with torch.no_grad():
+            f_weak, z_weak = model(weak)
+        features, logits = model(torch.cat([image, strong]))
+        (f, _), (z, z_strong) = features.split(sizes[::2]), logits.float().split(sizes[::2])
+    return f.detach(), f_weak.detach(), z, z_weak.detach().float(), z_strong
+
+
+def semi_supervised_step(
+        model: nn.Module,
+        labeled: dict,
+        unlabeled: dict,
+        calmix: CalibrateMix | None,
+        num_updates: int,
+        gather,
+        args: argparse.Namespace,
+) -> dict[str, torch.Tensor]:
+    """Losses of a step: the base method's, and after warmup the mixup loss from a second pass over mixed images only.
+
+    Args:
+        model: Returns features and logits.
+        labeled: image `[B, C, S, S]`, target `[B]`, index `[B]`.
+        unlabeled: weak and strong `[U, C, S, S]`, target `[U]` (for monitoring only; -1: unknown), index `[U]`.
+        calmix: None for the base method alone.
+        num_updates: Updates done so far.
+        gather: Joins a tuple of tensors over the processes.
+
+    Returns:
+        Scalars, detached but for `loss`.
+    """
+    x, y, i = labeled['image'], labeled['target'], labeled['index']
+    weak, strong, j = unlabeled['weak'], unlabeled['strong'], unlabeled['index']
+    f, f_weak, z, z_weak, z_strong = forward_views(model, x, weak, strong, args.weak_forward)
+
+    confidence, pseudo_label = z_weak.softmax(1).max(1)
+    weight = ALGORITHMS[args.algorithm](confidence, args)
+    loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
+    loss_unlabeled = (F.cross_entropy(z_strong, pseudo_label, reduction='none') * weight).mean()
+    loss = loss_labeled + args.lambda_u * loss_unlabeled
+
+    loss_mixup = torch.zeros_like(loss)
+    if calmix is not None:
+        calmix.update(*gather((i, y, z.detach(), j, pseudo_label, z_weak)), num_updates)
+        if num_updates >= calmix.warmup_steps:
+            mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence)
+            loss_mixup = calmix.loss(model(mixed.images)[1], mixed)
+            loss = loss + calmix.weight * loss_mixup
+
+    known = unlabeled['target'] >= 0
+    return dict(
+        loss=loss,
+        loss_labeled=loss_labeled.detach(),
+        loss_unlabeled=loss_unlabeled.detach(),
+        loss_mixup=loss_mixup.detach(),
+        mask_rate=weight.mean(),
+        pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
+        pseudo_label_known=known.float().mean(),
+    )
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+class Monitor:
+    """Sums of a step's terms, on the device; reading them is what waits for it.
+
+    A loss that is not finite is noted with its step and terms without a wait, and reported at the next reading.
+    """
+    TERMS = ('loss', 'loss_labeled', 'loss_unlabeled', 'loss_mixup', 'mask_rate', 'pseudo_label_right',
+             'pseudo_label_known')
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.sums = torch.zeros(len(self.TERMS) + 1, device=accelerator.device)
+        self.bad = torch.full((len(self.TERMS) + 1,), -1., device=accelerator.device)
+        self.seen = self.sums.clone()
+
+    def add(self, terms: dict[str, torch.Tensor], step: int) -> None:
+        row = torch.stack([terms['loss'].new_tensor(1.), *(
+            terms[name].detach() if name in terms else terms['loss'].new_tensor(0.) for name in self.TERMS
+        )])
+        note = row.clone()
+        note[0] = step
+        self.bad = torch.where((self.bad[0] < 0) & ~terms['loss'].isfinite(), note, self.bad)
+        self.sums = self.sums + row
+
+    def read(self, since_last: bool = False) -> dict[str, float]:
+        """Means over all processes, of the epoch or since the last reading.
+
+        Raises:
+            RunError: If the loss of a process was not finite.
+        """
+        for rank, bad in enumerate(self.accelerator.gather(self.bad[None]).tolist()):
+            if bad[0] >= 0:
+                parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.TERMS[1:4], bad[2:5]))
+                raise RunError(
+                    f'the loss is not finite at update {bad[0]:.0f} on process {rank} ({parts}); nothing was saved '
+                    'since. Try a lower --lr, --clip-grad 1, or without --amp'
+                )
+        sums = self.accelerator.reduce(self.sums, 'sum')
+        total = (sums - self.seen if since_last else sums).tolist()
+        self.seen = sums
+        mean = {name: value / max(total[0], 1) for name, value in zip(self.TERMS, total[1:])}
+        right, known = mean.pop('pseudo_label_right'), mean.pop('pseudo_label_known')
+        mean['pseudo_label_accuracy'] = right / known if known else math.nan
+        return mean
+
+    def reset(self) -> None:
+        self.sums, self.seen = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
+
+
+@dataclass
+class Run:
+    """What changes while a run goes on, and all that a checkpoint holds."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    ema: ModelEmaV3 | None
+    calmix: CalibrateMix | None
+    monitor: Monitor
+    accelerator: Accelerator
+    labels: torch.Tensor
+    num_updates: int = 0
+    num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
+    skipped_updates: int = 0
+    best_metric: float | None = None
+
+    @property
+    def timm_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model).model
+
+    @property
+    def eval_model(self) -> nn.Module:
+        return self.ema.module if self.ema is not None else self.timm_model
+
+
+def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argparse.Namespace) -> bool:
+    """One optimizer update from `--grad-accum-steps` batches; False if float16 gradients overflowed: none was made."""
+    accelerator = run.accelerator
+    run.model.train()
+    for micro_step in range(args.grad_accum_steps):
+        torch.manual_seed(item_seed(args.seed, 'step', accelerator.process_index, run.num_draws))
+        run.num_draws += 1
+        labeled = next(labeled_batches)
+        last = micro_step == args.grad_accum_steps - 1
+        # Gradients are exchanged in the last backward pass only.
+        with accelerator.no_sync(run.model) if not last else torch.enable_grad():
+            if args.algorithm == 'supervised':
+                terms = supervised_step(run.model, labeled, args)
+            else:
+                terms = semi_supervised_step(
+                    run.model, labeled, next(unlabeled_batches), run.calmix, run.num_updates, accelerator.gather, args,
+                )
+            accelerator.backward(terms['loss'] / args.grad_accum_steps)
+        run.monitor.add(terms, run.num_updates)
+    if args.clip_grad is not None:
+        accelerator.unscale_gradients(run.optimizer)
+        dispatch_clip_grad(run.timm_model.parameters(), value=args.clip_grad, mode=args.clip_mode)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.optimizer.step_was_skipped:
+        return False
+    run.num_updates += 1
+    run.scheduler.step_update(run.num_updates)
+    if run.ema is not None:
+        run.ema.update(run.timm_model, step=run.num_updates)
+    return True
+
+
+def train_one_epoch(run: Run, epoch: int, labeled_batches, unlabeled_batches, save, args: argparse.Namespace) -> None:
+    """Goes on to the end of the epoch, from wherever in it the run stands."""
+    end = (epoch + 1) * args.train_steps_per_epoch
+    total = args.epochs * args.train_steps_per_epoch
+    images = args.batch_size * args.grad_accum_steps * run.accelerator.num_processes
+    images *= 1 if args.algorithm == 'supervised' else 1 + args.mu
+    started, first, in_a_row = time.perf_counter(), run.num_updates, 0
+    while run.num_updates < end:
+        if not train_one_update(run, labeled_batches, unlabeled_batches, args):
+            run.skipped_updates += 1
+            in_a_row += 1
+            if in_a_row == MAX_SKIPPED_UPDATES:
+                raise RunError(f'{in_a_row} updates in a row overflowed in float16 at update {run.num_updates}; use '
+                               '--amp-dtype bfloat16 or a lower --lr')
+            continue
+        in_a_row = 0
+        if run.num_updates % args.log_interval == 0 or run.num_updates == end:
+            means = run.monitor.read(since_last=True)
+            rate = (run.num_updates - first) / (time.perf_counter() - started)
+            left = round((total - run.num_updates) / rate)
+            _logger.info(
+                f'epoch {epoch} update {run.num_updates}/{total}  loss {means["loss"]:.4f} '
+                f'(labeled {means["loss_labeled"]:.4f} unlabeled {means["loss_unlabeled"]:.4f} '
+                f'mixup {means["loss_mixup"]:.4f})  mask {means["mask_rate"]:.3f}  '
+                f'pseudo-labels right {means["pseudo_label_accuracy"]:.3f}  '
+                f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
+                f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}'
+                + (f'  skipped updates {run.skipped_updates}' if run.skipped_updates else '')
+            )
+        if args.recovery_interval and run.num_updates % args.recovery_interval == 0 and run.num_updates < end:
+            save()
+
+
+@torch.no_grad()
+def validate(model: nn.Module, feed: Feed, accelerator: Accelerator, num_classes: int) -> EvalMeter:
+    """Measures a model on this process's part of the images and joins the processes: every image counts once.
+
+    The model's mode is put back, and no statistic of it changes.
+    """
+    mode = model.training
+    model.eval()
+    meter = EvalMeter(num_classes, accelerator.device)
+    for batch in feed:
+        good = batch['skipped'] < 0
+        with accelerator.autocast():
+            logits = model(batch['image'][good])
+        meter.update(logits.float(), batch['target'][good])
+    model.train(mode)
+    meter.sync(lambda state: accelerator.reduce(state, 'sum'))
+    return meter
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+def replace_file(path: Path, write) -> None:
+    """Writes a file whole or not at all: under another name, synced, renamed."""
+    part = path.with_name(path.name + '.part')
+    try:
+        write(part)
+        with open(part, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f'{path} cannot be written: {reason}; what was saved before is intact') from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
+    """JSON form of a nested state: its tensors go to `tensors`, and their names take their places."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {'tensor': name}
+    if isinstance(value, dict):  # as pairs: JSON keys would turn an optimizer's integers into strings
+        return {'dict': [[key, pack(item, tensors, f'{name}.{key}')] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [pack(item, tensors, f'{name}.{i}') for i, item in enumerate(value)]
+    return value
+
+
+def unpack(value, tensors: dict[str, torch.Tensor]):
+    """Inverse of `pack`; tuples come back as lists."""
+    if isinstance(value, dict):
+        if 'tensor' in value:
+            return tensors[value['tensor']]
+        return {key: unpack(item, tensors) for key, item in value['dict']}
+    return [unpack(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
+    """Writes `checkpoint-<updates>.safetensors`, and removes older ones beyond `--checkpoint-hist`.
+
+    One file, renamed into place: there is no moment at which the newest checkpoint is incomplete.
+    """
+    state = dict(
+        model=run.timm_model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        ema=run.ema.module.state_dict() if run.ema is not None else None,
+        calmix=run.calmix.state_dict() if run.calmix is not None else None,
+        scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
+        sums=run.accelerator.reduce(run.monitor.sums, 'sum'),
+        labels=run.labels,
+        num_updates=run.num_updates,
+        num_draws=run.num_draws,
+        skipped_updates=run.skipped_updates,
+        best_metric=run.best_metric,
+        num_processes=run.accelerator.num_processes,
+        args=vars(args),
+    )
+    if not run.accelerator.is_main_process:
+        return
+    tensors = {}
+    metadata = {'state': json.dumps(pack(state, tensors))}
+    tensors = {key: value.clone() for key, value in tensors.items()}  # safetensors refuses shared memory
+    path = folder / f'checkpoint-{run.num_updates}.safetensors'
+    replace_file(path, lambda part: save_file(tensors, part, metadata))
+    for old in list_checkpoints(folder)[args.checkpoint_hist:]:
+        old.unlink()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run folder, newest first."""
+    found = [path for path in folder.glob('checkpoint-*.safetensors') if path.stem.split('-')[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.split('-')[1]), reverse=True)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The state in a checkpoint, tensors on the CPU. Nothing in the file is executed.
+
+    Raises:
+        UsageError: If it is missing, truncated or none of ours.
+    """
+    try:
+        with safe_open(path, 'pt') as file:
+            state = json.loads(file.metadata()['state'])
+            return unpack(state, {key: file.get_tensor(key) for key in file.keys()})
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f'--resume {path}: no intact checkpoint of this script ({error})') from error
+
+
+# Differences that would attach a margin or a table to another image or class.
+FIXED_ARGS = ('dataset', 'data_dir', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
+              'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype')
+FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
+             'num_labels', 'label_seed')
+
+
+def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
+    """Puts a run where the checkpoint was.
+
+    Raises:
+        UsageError: If the checkpoint belongs to other data, labels, classes or another method.
+    """
+    changed = {key: (old, getattr(args, key)) for key, old in state['args'].items()
+               if key not in FREE_ARGS and hasattr(args, key) and getattr(args, key) != old}
+    told = ', '.join(f'--{key.replace("_", "-")} {old} -> {new}' for key, (old, new) in changed.items())
+    if changed.keys() & set(FIXED_ARGS):
+        raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
+    if not torch.equal(state['labels'], run.labels):
+        raise UsageError(f'--resume {path}: the checkpoint was made with other labeled images; give its labels.json as '
+                         '--labels-file')
+    if told:
+        _logger.warning(f'Resuming with changed arguments: {told}')
+    if state['num_processes'] != run.accelerator.num_processes:
+        _logger.warning(
+            f'Resuming on {run.accelerator.num_processes} instead of {state["num_processes"]} processes: the joined '
+            'batch changes unless --batch-size is changed too, and random partners are drawn anew'
+        )
+    try:
+        run.timm_model.load_state_dict(state['model'])
+        run.optimizer.load_state_dict(state['optimizer'])
+        if run.ema is not None:
+            run.ema.module.load_state_dict(state['ema'])
+        if run.calmix is not None:
+            run.calmix.load_state_dict(state['calmix'])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
+    if run.accelerator.scaler is not None and state['scaler']:
+        run.accelerator.scaler.load_state_dict(state['scaler'])
+    if run.accelerator.is_main_process:  # sums of all processes: one holds them, the others start at zero
+        run.monitor.sums = state['sums'].to(run.accelerator.device)
+    run.monitor.seen = state['sums'].to(run.accelerator.device)
+    for key in ('num_updates', 'num_draws', 'skipped_updates', 'best_metric'):
+        setattr(run, key, state[key])
+    run.scheduler.step_update(run.num_updates)
+
+
+def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
+    """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes."""
+    folder.mkdir(exist_ok=True)
+    scratch = folder / 'part'
+    try:
+        save_for_hf(
+            run.eval_model,
+            scratch,
+            safe_serialization=True,
+            data_config=dict(vars(data_config)),
+        )
+        for name in ('model.safetensors', 'config.json'):
+            os.replace(scratch / name, folder / name)
+        scratch.rmdir()
+    except OSError as error:
+        raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
+    replace_file(folder / 'metrics.json', lambda part: part.write_text(json.dumps(metrics, indent=1) + '\n'))
+
+
+def write_summary(path: Path, row: dict) -> None:
+    """Appends a row to summary.csv, and drops rows of this epoch or later that a run left which was then resumed."""
+    rows = []
+    if path.exists():
+        with open(path, newline='') as file:
+            rows = [old for old in csv.DictReader(file) if int(old['epoch']) < row['epoch']]
+
+    def write(part):
+        with open(part, 'w', newline='') as file:
+            writer = csv.DictWriter(file, SUMMARY_COLUMNS)
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+    replace_file(path, write)
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+
+def open_sources(args: argparse.Namespace) -> tuple:
+    """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
+    def source(split):
+        return create_source(
+            args.dataset,
+            args.data_dir,
+            split,
+            input_key=args.input_key,
+            target_key=args.target_key,
+            class_map=args.class_map,
+            download=args.dataset_download,
+        )
+    train = source(args.train_split)
+    unlabeled = train if args.unlabeled_split in (None, args.train_split) else source(args.unlabeled_split)
+    return train, unlabeled, source(args.val_split)
+
+
+def count_classes(args: argparse.Namespace, train, evaluation) -> int:
+    if train.class_names != evaluation.class_names:
+        raise UsageError(f'{args.dataset or args.data_dir}: training and evaluation split have different classes')
+    largest = int(max(train.targets.max(), evaluation.targets.max())) + 1
+    num_classes = args.num_classes or (len(train.class_names) if train.class_names else largest)
+    if num_classes < max(largest, 2):
+        raise UsageError(f'--num-classes {num_classes}: the data set has labels up to {largest - 1}')
+    if (evaluation.targets < 0).any():
+        raise UsageError('the evaluation split has images without a label')
+    return num_classes
+
+
+def build_calmix(args: argparse.Namespace, datasets: Batches, num_classes: int) -> CalibrateMix | None:
+    if not args.calibratemix:
+        return None
+    updates = args.epochs * args.train_steps_per_epoch
+    if args.calmix_warmup_epochs is not None:
+        warmup_steps = round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
+    else:
+        warmup_steps = round(PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE * updates)
+    try:
+        return CalibrateMix(
+            len(datasets.labeled),
+            len(datasets.unlabeled),
+            num_classes,
+            preset=args.calmix_preset,
+            gamma=args.calmix_gamma,
+            gamma_dist=args.calmix_gamma_dist,
+            topk=args.calmix_topk,
+            similarity=args.calmix_similarity,
+            space=args.calmix_space,
+            loss=args.calmix_loss,
+            weight=args.calmix_weight,
+            split=args.calmix_split,
+            pairing=args.calmix_pairing,
+            min_confidence=args.calmix_min_confidence,
+            warmup_steps=warmup_steps,
+            apm_in_warmup=args.calmix_apm_in_warmup,
+            bank_dtype=getattr(torch, args.calmix_bank_dtype),
+            labeled_to_unlabeled=datasets.labeled_to_unlabeled,
+        )
+    except ValueError as error:
+        raise UsageError(f'--calmix-{str(error).replace("_", "-", 1)}') from error
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
+    steps = args.train_steps_per_epoch
+    if args.sched == 'cosine-7-16':
+        return SevenSixteenthsCosine(optimizer, args.epochs * steps, args.warmup_epochs * steps, args.warmup_lr)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    scheduler.step_update(0)
+    return scheduler
+
+
+def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size: int) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to go on from."""
+    name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, str(img_size)])
+    folder = Path(args.output) / name.replace('/', '_')
+    checkpoint = None
+    if args.resume == 'auto':
+        for path in list_checkpoints(folder):
+            try:
+                read_checkpoint(path)
+            except UsageError as error:
+                _logger.warning(f'{error}; trying an older one')
+                continue
+            checkpoint = path
+            break
+    elif args.resume:
+        checkpoint = Path(args.resume)
+    elif (folder / 'args.yaml').exists():
+        raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another --experiment')
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f'--output {args.output}: {folder} cannot be made: {error.strerror}') from error
+        replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
+        replace_file(folder / 'args.yaml', lambda part: part.write_text(yaml.safe_dump(replayable, sort_keys=False)))
+    return folder, checkpoint
+
+
+def main(args: argparse.Namespace) -> dict[str, float]:
+    """Trains; returns the last evaluation's metrics."""
+    accelerator = setup_accelerator(args)
+    _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
+
+    train, unlabeled, evaluation = sources = open_sources(args)
+    num_classes = count_classes(args, train, evaluation)
+    model = build_model(args, num_classes, args.img_size)
+    data_config = resolve_data(args, model)
+    check_head(model, args, data_config.input_size)
+    datasets = build_datasets(args, sources, num_classes, data_config)
+    calmix = build_calmix(args, datasets, num_classes)
+    folder, checkpoint = open_run_folder(args, accelerator, data_config.input_size[1])
+
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(accelerator.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, foreach=True)
+    optimizer = create_optimizer_v2(
+        model,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        **{key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None},
+    )
+    scheduler = build_scheduler(args, optimizer)  # not prepared: Accelerate would step it once per process
+    model, optimizer = accelerator.prepare(FeaturesAndLogits(model), optimizer)
+    if calmix is not None:
+        calmix.to(accelerator.device)
+    run = Run(model, optimizer, scheduler, ema, calmix, Monitor(accelerator), accelerator, datasets.source_index)
+    if checkpoint is not None:
+        resume(run, read_checkpoint(checkpoint), checkpoint, args)
+        _logger.info(f'Resuming from {checkpoint} at update {run.num_updates}')
+    if accelerator.is_main_process:
+        replace_file(folder / 'labels.json', lambda part: write_labels(
+            part,
+            datasets.source_index,
+            datasets.labeled.targets,
+            dataset=args.dataset,
+            split=args.train_split,
+            num_classes=num_classes,
+            seed=args.seed if args.label_seed is None else args.label_seed,
+        ))
+
+    def feed(dataset, batch_size, workers, stream):
+        batches = EndlessBatches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes,
+                                 args.seed, stream, start=run.num_draws)
+        loader = create_loader(dataset, batches, workers, args.pin_mem)
+        return Feed(loader, data_config, accelerator.device, args.channels_last)
+
+    # The labeled set is small beside the unlabeled one; one worker keeps up with it.
+    labeled_feed = feed(datasets.labeled, args.batch_size, min(args.workers, 1), 'labeled')
+    feeds = [labeled_feed]
+    if datasets.unlabeled is not None:
+        feeds.append(feed(datasets.unlabeled, args.batch_size * args.mu, args.workers, 'unlabeled'))
+    labeled_batches, unlabeled_batches = iter(labeled_feed), iter(feeds[-1])
+    eval_batches = evaluation_batches(
+        len(datasets.evaluation),
+        args.validation_batch_size or 4 * args.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    eval_feed = Feed(create_loader(datasets.evaluation, eval_batches, args.workers, args.pin_mem), data_config,
+                     accelerator.device, args.channels_last)
+
+    _logger.info(
+        f'{args.model}, {sum(p.numel() for p in run.timm_model.parameters()):,} parameters, images '
+        f'{"x".join(map(str, data_config.input_size))}, mean {data_config.mean}, std {data_config.std}'
+    )
+    _logger.info(
+        f'{len(datasets.labeled)} labeled, {len(datasets.unlabeled) if datasets.unlabeled else 0} unlabeled and '
+        f'{len(datasets.evaluation)} evaluation images of {num_classes} classes; joined batch '
+        f'{args.batch_size * args.grad_accum_steps * accelerator.num_processes} labeled on '
+        f'{accelerator.num_processes} process(es), device {accelerator.device}'
+    )
+    if calmix is not None:
+        _logger.info(f'{calmix}')
+
+    metrics = {}
+    for epoch in range(run.num_updates // args.train_steps_per_epoch, args.epochs):
+        train_one_epoch(
+            run, epoch, labeled_batches, unlabeled_batches, lambda: save_checkpoint(run, folder, args), args,
+        )
+        train_metrics = run.monitor.read()
+        run.monitor.reset()
+        if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
+            if accelerator.num_processes > 1 and args.dist_bn:
+                distribute_bn(run.eval_model, accelerator.num_processes, args.dist_bn == 'reduce')
+            meter = validate(run.eval_model, eval_feed, accelerator, num_classes)
+            metrics = meter.compute()
+            skipped_images = sum(len(f.skipped) for f in [*feeds, eval_feed])
+            train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
+            record_evaluation(run, folder, epoch, train_metrics, meter, data_config, args)
+        save_checkpoint(run, folder, args)
+    accelerator.end_training()
+    return metrics
+
+
+def record_evaluation(
+        run: Run,
+        folder: Path,
+        epoch: int,
+        train_metrics: dict,
+        meter: EvalMeter,
+        data_config: DataConfig,
+        args: argparse.Namespace,
+) -> None:
+    """Logs an evaluation; the main process writes summary.csv, last/ and, if it is the best so far, best/."""
+    metrics = meter.compute()
+    value = metrics[args.eval_metric]
+    sign = -1 if args.eval_metric in LOWER_IS_BETTER else 1
+    best = run.best_metric is None or sign * value > sign * run.best_metric
+    run.best_metric = value if best else run.best_metric
+    _logger.info(
+        f'epoch {epoch} evaluation of {metrics["count"]:.0f} images: error {metrics["error"]:.2f} %, '
+        f'ECE {metrics["ece"]:.2f} %, NLL {metrics["nll"]:.4f}, confidence {metrics["confidence"]:.2f} %'
+        + (f' (best {args.eval_metric} so far)' if best else '')
+    )
+    if not run.accelerator.is_main_process:
+        return
+    row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
+    row.update((f'train_{name}', train_metrics[name]) for name in TRAIN_COLUMNS)
+    row.update((f'eval_{name}', metrics[name]) for name in EVAL_COLUMNS)
+    write_summary(folder / 'summary.csv', row)
+    bins = {key: value.tolist() for key, value in meter.bins()._asdict().items()}
+    content = OrderedDict(epoch=epoch, num_updates=run.num_updates, **metrics, bins=bins)
+    write_weights(run, folder / 'last', data_config, content)
+    if best:
+        write_weights(run, folder / 'best', data_config, content)
+
+
+if __name__ == '__main__':
+    setup_default_logging()
+    try:
+        result = main(_parse_args())
+    except (UsageError, RunError) as error:
+        # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
+        if isinstance(error, RunError) or os.environ.get('RANK', '0') == '0':
+            print(f'train_ssl.py: error: {error}', file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    if os.environ.get('RANK', '0') == '0':
+        print(f'--result\n{json.dumps(result, indent=4)}')
