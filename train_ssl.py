@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
@@ -37,7 +39,7 @@ from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, distribute_bn, setup_default_logging
+from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
@@ -136,8 +138,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help='of --amp (default: bfloat16; timm\'s is float16)')
     group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
     group.add_argument('--sync-bn', action=flag, default=False, help='batch-norm over all processes (GPUs only)')
-    group.add_argument('--dist-bn', default='reduce', choices=['broadcast', 'reduce', ''],
-                       help='share batch-norm statistics between processes before evaluation (default: reduce)')
+    group.add_argument('--dist-bn', default='reduce', choices=['broadcast', 'reduce'],
+                       help='running batch-norm statistics after each update: the mean over the processes, or those of '
+                            'the first (default: reduce)')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
                        help='loading processes of the unlabeled set, per process (default: 4)')
     group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
@@ -156,7 +159,7 @@ def create_parser() -> argparse.ArgumentParser:
                        choices=['cosine-7-16', 'cosine', 'tanh', 'step', 'poly', 'constant'],
                        help='cosine-7-16: lr * cos(7 pi s / (16 S)), the paper\'s (default); else timm\'s')
     group.add_argument('--min-lr', type=float, metavar='X', default=0., help='for timm\'s schedules (default: 0)')
-    group.add_argument('--warmup-lr', type=float, metavar='X', default=1e-5, help='where a warmup starts (default: 1e-5)')
+    group.add_argument('--warmup-lr', type=float, metavar='X', default=1e-5, help='start of a warmup (default: 1e-5)')
     group.add_argument('--warmup-epochs', type=int, metavar='N', default=0, help='of the learning rate (default: 0)')
     group.add_argument('--epochs', type=int, metavar='N', default=1024, help='default: 1024')
     group.add_argument('--train-steps-per-epoch', type=int, metavar='N', default=1024,
@@ -352,12 +355,14 @@ class SevenSixteenthsCosine(Scheduler):
 
 
 def setup_accelerator(args: argparse.Namespace) -> Accelerator:
+    # The argument's new name is not yet one that Accelerate passes on.
+    warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated', category=FutureWarning)
     precision = {'bfloat16': 'bf16', 'float16': 'fp16'}[args.amp_dtype] if args.amp else 'no'
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=args.device == 'cpu',
         # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
-        # first one's graph needs; --dist-bn shares batch-norm statistics before they are used.
+        # first one's graph needs; share_batch_norm does it after the update.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if args.device and accelerator.device.type != args.device:
@@ -703,6 +708,21 @@ class Run:
         return self.ema.module if self.ema is not None else self.timm_model
 
 
+@torch.no_grad()
+def share_batch_norm(model: nn.Module, accelerator: Accelerator, how: str) -> None:
+    """Makes the running batch-norm statistics the same on all processes, in one collective.
+
+    Done after every update, so that the averaged weights, an evaluation and a checkpoint are those of all processes.
+    """
+    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(('running_mean', 'running_var'))]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = accelerator.reduce(flat, 'mean') if how == 'reduce' else broadcast(flat)
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(part.view_as(buffer))
+
+
 def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argparse.Namespace) -> bool:
     """One optimizer update from `--grad-accum-steps` batches; False if float16 gradients overflowed: none was made."""
     accelerator = run.accelerator
@@ -729,6 +749,8 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
     run.optimizer.zero_grad()
     if run.optimizer.step_was_skipped:
         return False
+    if accelerator.num_processes > 1:
+        share_batch_norm(run.timm_model, accelerator, args.dist_bn)
     run.num_updates += 1
     run.scheduler.step_update(run.num_updates)
     if run.ema is not None:
@@ -837,7 +859,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         ema=run.ema.module.state_dict() if run.ema is not None else None,
         calmix=run.calmix.state_dict() if run.calmix is not None else None,
         scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
-        sums=run.accelerator.reduce(run.monitor.sums, 'sum'),
+        sums=run.accelerator.gather(run.monitor.sums[None]),
         labels=run.labels,
         num_updates=run.num_updates,
         num_draws=run.num_draws,
@@ -916,9 +938,10 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
     if run.accelerator.scaler is not None and state['scaler']:
         run.accelerator.scaler.load_state_dict(state['scaler'])
-    if run.accelerator.is_main_process:  # sums of all processes: one holds them, the others start at zero
-        run.monitor.sums = state['sums'].to(run.accelerator.device)
-    run.monitor.seen = state['sums'].to(run.accelerator.device)
+    sums = state['sums'].to(run.accelerator.device)
+    if len(sums) != run.accelerator.num_processes:  # the first process takes them all
+        sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))
+    run.monitor.sums, run.monitor.seen = sums[run.accelerator.process_index].clone(), sums.sum(0)
     for key in ('num_updates', 'num_draws', 'skipped_updates', 'best_metric'):
         setattr(run, key, state[key])
     run.scheduler.step_update(run.num_updates)
@@ -1162,8 +1185,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train_metrics = run.monitor.read()
         run.monitor.reset()
         if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-            if accelerator.num_processes > 1 and args.dist_bn:
-                distribute_bn(run.eval_model, accelerator.num_processes, args.dist_bn == 'reduce')
             meter = validate(run.eval_model, eval_feed, accelerator, num_classes)
             metrics = meter.compute()
             skipped_images = sum(len(f.skipped) for f in [*feeds, eval_feed])
