@@ -8,7 +8,6 @@ Copy it into your own repository. A complete FixMatch loop with CalibrateMix:
     import torch.nn.functional as F
     from torch import nn
     from calibratemix import CalibrateMix
-
     x, y, u = torch.rand(40, 3, 32, 32), torch.arange(40) % 10, torch.rand(400, 3, 32, 32)  # your images and labels
     backbone = nn.Sequential(nn.Conv2d(3, 32, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     head = nn.Linear(32, 10)
@@ -128,7 +127,7 @@ class MarginBank(nn.Module):
         smoothing: d, in (0, 1].
         dtype: Storage, torch.float32 or torch.float16; arithmetic is float32. A float16 entry has 11 bits: it stops
             following its mean when a visit moves it by less than about 1/2000 of itself, so after some thousand
-            visits to a sample.
+            visits to a sample. It saturates at 65504.
 
     Raises:
         ValueError: If an argument is outside of what is named above.
@@ -185,7 +184,9 @@ class MarginBank(nn.Module):
         if self.value.ndim == 2 and m.shape[1] != self.value.shape[1]:
             raise ValueError(f'logits: expected {self.value.shape[1]} classes, got {m.shape[1]}')
         count = self._visits(index)
-        visit = m.sum(1).isfinite()
+        if len(index) == 0:
+            return
+        visit = m.square().sum(1).isfinite()  # squared: no difference of two margins overflows either
         m = torch.where(visit[:, None], m, 0)
 
         # The recursion unrolled, without a loop over repeated indices: row b is the t_b-th visit to its sample, and
@@ -198,12 +199,13 @@ class MarginBank(nn.Module):
         fade = torch.where(visits & (row[:, None] < row), 1 - rate, 1).prod(1)
         first = torch.where(same, row, len(index)).amin(1).long()
         last = torch.where(visits, row, -1).amax(1).long()
-        gain = torch.zeros_like(m).index_add_(0, first, m * (rate * fade)[:, None]).index_select(0, first)
-        carry = (fade * (1 - rate)).index_select(0, first)
         old = self.value.index_select(0, index).float().view(m.shape)
-        new = torch.addcmul(gain, old, carry[:, None]).view(-1, *self.value.shape[1:])
+        # As a step from the old value: after many visits 1 - rate is too coarse in float32, and its error adds up.
+        step = torch.zeros_like(m).index_add_(0, first, (m - old) * (rate * fade)[:, None]).index_select(0, first)
+        new = (old + step).view(-1, *self.value.shape[1:])
+        largest = torch.finfo(self.value.dtype).max  # beyond it float16 would store inf, for good
         # Repeated indices write equal values, so the order of writing does not matter.
-        self.value.index_copy_(0, index, new.to(self.value.dtype))
+        self.value.index_copy_(0, index, new.clamp(-largest, largest).to(self.value.dtype))
         self.count.index_copy_(0, index, count + visits.sum(1, dtype=torch.int32))
         self.label.index_copy_(0, index, torch.where(last >= 0, label[last.clamp(min=0)].int(), self.label[index]))
 
@@ -255,7 +257,7 @@ def pair_dissimilar(similarity: torch.Tensor, allowed: torch.Tensor, topk: float
     """Draws for each row one of the allowed columns, uniformly among the `max(1, round(topk * n))` least similar.
 
     Args:
-        similarity: `[P, Q]` float. Not read where topk is 0.
+        similarity: `[P, Q]` float, NaN counting as most similar. Not read where topk is 0.
         allowed: `[P, Q]` bool; n is a row's number of allowed columns.
         topk: Share in [0, 1]; 0 means any allowed column.
 
@@ -273,7 +275,9 @@ def pair_dissimilar(similarity: torch.Tensor, allowed: torch.Tensor, topk: float
     k_of = torch.tensor([max(1, round(topk * n)) for n in range(num + 1)])
     k = k_of.to(candidates.device, non_blocking=True)[candidates]
     # Sorted, so that a row's first k columns are its k least similar; no row needs more than k of all columns.
-    lowest = similarity.masked_fill(~allowed, torch.inf).topk(int(k_of[-1]), largest=False).indices
+    # torch sorts NaN after inf: features that overflowed would bring in columns that are not allowed.
+    similarity = similarity.nan_to_num(nan=torch.finfo(similarity.dtype).max).masked_fill(~allowed, torch.inf)
+    lowest = similarity.topk(int(k_of[-1]), largest=False).indices
     pick = (torch.rand(len(k), device=k.device) * k).long().minimum(k - 1)
     return lowest.gather(1, pick[:, None]).squeeze(1), candidates > 0
 
@@ -373,11 +377,14 @@ class CalibrateMix(nn.Module):
                 raise ValueError(f'{name}: expected a share in [0, 1], got {getattr(self, name)}')
         if self.gamma_dist == 'fixed' and not 0 <= self.gamma <= 1:
             raise ValueError(f'gamma: expected a number in [0, 1], got {self.gamma}')
-        if self.gamma_dist != 'fixed' and not self.gamma > 0:
+        if self.gamma_dist != 'fixed' and not 0 < self.gamma < torch.inf:
             raise ValueError(f'gamma: expected a positive Beta parameter, got {self.gamma}')
         for name in ('weight', 'warmup_steps'):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'{name}: expected 0 or more, got {getattr(self, name)}')
+        for name, size in (('num_labeled', num_labeled), ('num_unlabeled', num_unlabeled)):
+            if size < 0:
+                raise ValueError(f'{name}: expected 0 or more, got {size}')
 
         self.aum = MarginBank(num_labeled)
         self.apm = MarginBank(num_unlabeled, num_classes, smoothing=apm_smoothing, dtype=bank_dtype)
@@ -385,6 +392,9 @@ class CalibrateMix(nn.Module):
             labeled_to_unlabeled = torch.full((num_labeled,), -1)
         if labeled_to_unlabeled.shape != (num_labeled,):
             raise ValueError(f'labeled_to_unlabeled: expected [{num_labeled}], got {list(labeled_to_unlabeled.shape)}')
+        if ((labeled_to_unlabeled < -1) | (labeled_to_unlabeled >= num_unlabeled)).any():
+            raise ValueError(f'labeled_to_unlabeled: expected -1 or positions below {num_unlabeled}, got '
+                             f'{labeled_to_unlabeled.min()} to {labeled_to_unlabeled.max()}')
         self.register_buffer('labeled_to_unlabeled', labeled_to_unlabeled.long(), persistent=False)
 
     def extra_repr(self) -> str:
@@ -436,7 +446,7 @@ class CalibrateMix(nn.Module):
         Args:
             index: `[B]` int64, positions in the labeled set.
             label: `[B]` int64.
-            images: `[B, C, H, W]`.
+            images: `[B, C, H, W]`, any floating dtype.
             features: `[B, D]`; not read where the similarity is one of pixels.
             unlabeled_index: `[U]` int64, positions in the unlabeled set.
             pseudo_label: `[U]` int64.
@@ -448,10 +458,12 @@ class CalibrateMix(nn.Module):
             The mixed batch, B rows, or none if the unlabeled batch is empty. The inputs are left as they are.
 
         Raises:
-            ValueError: If min_confidence is set and confidence is missing.
+            ValueError: If min_confidence is set and confidence is missing, or if images are not floating point.
         """
+        if not (images.is_floating_point() and unlabeled_images.is_floating_point()):
+            raise ValueError(f'images: expected floating dtypes, got {images.dtype} and {unlabeled_images.dtype}')
         if len(unlabeled_index) == 0:
-            index, label, images, features = index[:0], label[:0], images[:0], features[:0]
+            index, label, images = index[:0], label[:0], images[:0]
         easy, unlabeled_easy = self._split(index, unlabeled_index, pseudo_label)
         allowed = easy[:, None] != unlabeled_easy
         allowed &= self.labeled_to_unlabeled[index][:, None] != unlabeled_index
@@ -467,8 +479,8 @@ class CalibrateMix(nn.Module):
             partner, paired = pair_dissimilar(self._similarity(images, unlabeled_images), allowed, self.topk)
 
         gamma = torch.where(paired, self._draw_gamma(easy), 1)
-        g = gamma.to(images.dtype).view(-1, *[1] * (images.ndim - 1))
-        mixed = g * images + (1 - g) * unlabeled_images[partner].to(images.dtype)
+        g = gamma.view(-1, *[1] * (images.ndim - 1))  # float32, so that half-precision images and targets weigh alike
+        mixed = (g * images + (1 - g) * unlabeled_images[partner]).to(images.dtype)
         target = F.one_hot(label, self.num_classes) * gamma[:, None]
         target += F.one_hot(pseudo_label[partner], self.num_classes) * (1 - gamma)[:, None]
         group = torch.stack([easy & paired, ~easy & paired]).float()

@@ -13,7 +13,9 @@ Every random number is a function of the seed and a position: the order of the d
 neither workers nor the number of processes change the data.
 """
 import argparse
+import copy
 import csv
+import difflib
 import json
 import logging
 import math
@@ -35,7 +37,7 @@ from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
-from timm.models import save_for_hf
+from timm.models import resolve_model_input_args, save_for_hf
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -313,8 +315,6 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
     if args.opt.lower() not in list_optimizers():
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
-    if args.num_labels is not None and args.labels_file:
-        parser.error('--num-labels and --labels-file: give one of them')
     if args.calibratemix and args.algorithm == 'supervised':
         parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
@@ -370,26 +370,24 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-def build_model(args: argparse.Namespace, num_classes: int, img_size: int | None) -> nn.Module:
-    """timm model, checked to split into features and classifier."""
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """timm model; one of a fixed image size is built for --img-size."""
     if ':' not in args.model and not timm.is_model(args.model):
-        import difflib
         close = difflib.get_close_matches(args.model, timm.list_models(), 3)
         raise UsageError(f'--model {args.model}: timm has no such model; close are {", ".join(close) or "none"}')
-    options = dict(args.model_kwargs)
-    if img_size is not None:
-        options['img_size'] = img_size
+    if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
+        raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: no such file')
     try:
-        model = timm.create_model(
+        model = timm.create_model(**resolve_model_input_args(
             args.model,
+            dict(img_size=args.img_size, in_chans=args.in_chans),
             pretrained=args.pretrained,
-            in_chans=args.in_chans,
             num_classes=num_classes,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
             checkpoint_path=args.initial_checkpoint,
-            **options,
-        )
+            **args.model_kwargs,
+        ))
     except (RuntimeError, TypeError, ValueError, FileNotFoundError) as error:
         raise UsageError(f'--model {args.model}: {" ".join(str(error).split())}') from error
     if args.bn_momentum is not None:
@@ -410,23 +408,20 @@ def check_head(model: nn.Module, args: argparse.Namespace, input_size: tuple[int
     try:
         features, logits = FeaturesAndLogits(model)(x)
         same = torch.allclose(logits, model(x), atol=1e-4)
-    except (AttributeError, TypeError, RuntimeError, AssertionError) as error:
+    except (AttributeError, TypeError, RuntimeError, AssertionError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise UsageError(f'--model {args.model} does not take {input_size[1]} px images, or has no '
                          f'forward_features and forward_head(pre_logits=True): {reason}') from error
     if not same or features.ndim != 2:
         raise UsageError(f'--model {args.model}: its classifier is not a layer on top of its pre-logits features')
-    if args.drop and not isinstance(model.get_classifier(), nn.Identity):
-        # Some heads drop out after the pre-logits, which the split head would leave out without a word.
-        features = model.forward_features(x)
-        for part in model.children():
-            part.train(not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in part.modules()))
-        model.training = True
+    if args.drop:  # a few heads drop out behind the pre-logits, which the split head would leave out without a word
+        trial = copy.deepcopy(model).train()  # a copy, since its statistics move
+        maps = trial.forward_features(x)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            whole = model.forward_head(features)
+            whole = trial.forward_head(maps)
             torch.manual_seed(0)
-            split = model.get_classifier()(model.forward_head(features, pre_logits=True))
+            split = trial.get_classifier()(trial.forward_head(maps, pre_logits=True))
         if not torch.allclose(whole, split, atol=1e-4):
             raise UsageError(f'--drop {args.drop}: {args.model} drops out behind its pre-logits features')
     model.train(mode)
@@ -481,6 +476,8 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
     train, unlabeled, evaluation = sources
     if args.labels_file:
         index, target = read_labels(args.labels_file, train.targets, num_classes)
+        if args.num_labels not in (None, len(index)):
+            raise UsageError(f'--num-labels {args.num_labels}: --labels-file {args.labels_file} has {len(index)}')
     elif args.num_labels is None:
         index = (train.targets >= 0).nonzero().squeeze(1)
         target = train.targets[index]
@@ -795,9 +792,9 @@ def train_one_epoch(run: Run, epoch: int, labeled_batches, unlabeled_batches, sa
 def validate(model: nn.Module, feed: Feed, accelerator: Accelerator, num_classes: int) -> EvalMeter:
     """Measures a model on this process's part of the images and joins the processes: every image counts once.
 
-    The model's mode is put back, and no statistic of it changes.
+    Every module's mode is put back, and no statistic changes.
     """
-    mode = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     meter = EvalMeter(num_classes, accelerator.device)
     for batch in feed:
@@ -805,7 +802,8 @@ def validate(model: nn.Module, feed: Feed, accelerator: Accelerator, num_classes
         with accelerator.autocast():
             logits = model(batch['image'][good])
         meter.update(logits.float(), batch['target'][good])
-    model.train(mode)
+    for module, mode in modes:
+        module.training = mode
     meter.sync(lambda state: accelerator.reduce(state, 'sum'))
     return meter
 
@@ -1046,6 +1044,11 @@ def build_calmix(args: argparse.Namespace, datasets: Batches, num_classes: int) 
         raise UsageError(f'--calmix-{str(error).replace("_", "-", 1)}') from error
 
 
+def build_ema(model: nn.Module, args: argparse.Namespace) -> ModelEmaV3:
+    """Averages parameters and floating buffers, copies integer ones, as one multi-tensor operation."""
+    return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, foreach=True)
+
+
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
     steps = args.train_steps_per_epoch
     if args.sched == 'cosine-7-16':
@@ -1101,7 +1104,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     train, unlabeled, evaluation = sources = open_sources(args)
     num_classes = count_classes(args, train, evaluation)
-    model = build_model(args, num_classes, args.img_size)
+    model = build_model(args, num_classes)
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
     datasets = build_datasets(args, sources, num_classes, data_config)
@@ -1113,9 +1116,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model.to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, foreach=True)
+    ema = build_ema(model, args) if args.model_ema else None
     optimizer = create_optimizer_v2(
         model,
         opt=args.opt,
@@ -1177,8 +1178,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if calmix is not None:
         _logger.info(f'{calmix}')
 
-    metrics = {}
-    for epoch in range(run.num_updates // args.train_steps_per_epoch, args.epochs):
+    first_epoch = run.num_updates // args.train_steps_per_epoch
+    if first_epoch >= args.epochs:
+        _logger.info(f'{folder} is finished')
+        return json.loads((folder / 'last' / 'metrics.json').read_text())
+    for epoch in range(first_epoch, args.epochs):
         train_one_epoch(
             run, epoch, labeled_batches, unlabeled_batches, lambda: save_checkpoint(run, folder, args), args,
         )

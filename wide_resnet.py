@@ -12,7 +12,7 @@ convolutions and a Xavier-normal classifier.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.layers import DropPath, calculate_drop_path_rates, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 
 __all__ = ['WideResNet']
@@ -131,14 +131,12 @@ class WideResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool)
         if num_classes > 0:
-            self.fc = nn.Linear(self.num_features * self.global_pool.feat_mult(), num_classes)
             nn.init.xavier_normal_(self.fc.weight)
             nn.init.zeros_(self.fc.bias)
-        else:
-            self.fc = nn.Identity()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images `[B, C, H, W]` to the last stage's normalised and activated map `[B, num_features, h, w]`."""

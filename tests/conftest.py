@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,24 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# A few steps of the real job, on real images: the smallest wide ResNet and the bundled digits.
+TINY = (
+    '--dataset', 'digits', '--num-labels', '20', '--model', 'wide_resnet10_1', '--bn-momentum', '0.1',
+    '-b', '4', '--mu', '2', '--epochs', '2', '--train-steps-per-epoch', '4', '--log-interval', '3',
+    '--workers', '0', '--device', 'cpu',
+)
+
+
+def run_script(*arguments, processes: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs a script of the project as a user does, on one process or, over gloo, on several."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    script, *arguments = map(str, arguments)
+    command += [str(ROOT / script), *arguments]
+    environment = dict(os.environ, ACCELERATE_USE_CPU='true')
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
 
 @pytest.fixture
 def shared_data() -> Path:
@@ -17,3 +37,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f'no real images at {folder}')
     return folder
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Runs train_ssl.py in this process, TINY unless told otherwise; returns the run folder."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_ssl
+
+    def run(experiment: str, *arguments, output: Path = tmp_path) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        where = ('--output', output, '--experiment', experiment)
+        train_ssl.main(train_ssl._parse_args([str(a) for a in (*TINY, *where, *arguments)]))
+        return Path(output) / experiment
+
+    return run

@@ -1,0 +1,629 @@
+"""The training script: its losses, its data flow, its files, and its answers to mistakes."""
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from conftest import ROOT, TINY, run_script
+from safetensors.torch import load_file
+from torch import nn
+
+import data
+import train_ssl
+from calibratemix import CalibrateMix
+from data import RunError, UsageError
+
+CALMIX = ('--calibratemix', '--calmix-warmup-epochs', '1')
+
+
+def weights(folder: Path, which: str = 'last') -> dict[str, torch.Tensor]:
+    return load_file(folder / which / 'model.safetensors')
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    with open(folder / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The very same weights, bank, table of results and labels."""
+    for name in ('summary.csv', 'labels.json', 'last/model.safetensors', 'best/model.safetensors', 'last/metrics.json'):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    states = [train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0]) for folder in (a, b)]
+    tensors = [{}, {}]
+    for state, found in zip(states, tensors):
+        del state['args']
+        train_ssl.pack(state, found)
+    assert tensors[0].keys() == tensors[1].keys() and len(tensors[0]) > 10
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name]), name
+
+
+def rewind(folder: Path, to: Path, num_updates: int) -> Path:
+    """A copy of a run that kept every checkpoint, as a kill after `num_updates` would have left it."""
+    shutil.copytree(folder, to)
+    for path in train_ssl.list_checkpoints(to):
+        if int(path.stem.split('-')[1]) > num_updates:
+            path.unlink()
+    return to
+
+
+class Toy(nn.Module):
+    """Features and logits, as FeaturesAndLogits returns them, with batch-norm so that statistics matter."""
+
+    def __init__(self, num_classes: int = 4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                                  nn.Flatten())
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        features = self.body(x)
+        return features, 4 * self.fc(features)
+
+
+def toy_batches(labeled: int = 6, unlabeled: int = 12, num_classes: int = 4) -> tuple[dict, dict]:
+    return (
+        dict(image=torch.randn(labeled, 3, 8, 8), target=torch.randint(num_classes, (labeled,)),
+             index=torch.arange(labeled)),
+        dict(weak=torch.randn(unlabeled, 3, 8, 8), strong=torch.randn(unlabeled, 3, 8, 8),
+             target=torch.randint(num_classes, (unlabeled,)), index=torch.arange(unlabeled)),
+    )
+
+
+def step_args(**changes) -> Namespace:
+    args = train_ssl._parse_args([])
+    vars(args).update(changes)
+    return args
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('weak_forward', ['joint', 'no-grad'])
+def test_fixmatch_losses_equal_a_plain_recomputation(weak_forward):
+    torch.manual_seed(0)
+    model, (labeled, unlabeled) = Toy().train(), toy_batches()
+    if weak_forward == 'joint':
+        logits = model(torch.cat([labeled['image'], unlabeled['weak'], unlabeled['strong']]))[1]
+        z, z_weak, z_strong = logits[:6], logits[6:18], logits[18:]
+    else:
+        z_weak = model(unlabeled['weak'])[1]
+        logits = model(torch.cat([labeled['image'], unlabeled['strong']]))[1]
+        z, z_strong = logits[:6], logits[6:]
+    threshold = z_weak.softmax(1).amax(1).median().item()
+    args = step_args(threshold=threshold, weak_forward=weak_forward, lambda_u=2.0)
+    terms = train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, args)
+
+    total, counted = 0., 0
+    for weak, strong in zip(z_weak, z_strong):
+        probs = weak.softmax(0)
+        if probs.max() >= threshold:
+            total += -strong.log_softmax(0)[probs.argmax()].item()
+            counted += 1
+    assert 0 < counted < 12  # both kinds are there, and those below the threshold still count in the mean
+    assert terms['loss_unlabeled'].item() == pytest.approx(total / 12, rel=1e-5)
+    supervised = F.cross_entropy(z, labeled['target']).item()
+    assert terms['loss'].item() == pytest.approx(supervised + 2 * total / 12, rel=1e-5)
+    assert terms['mask_rate'].item() == pytest.approx(counted / 12)
+
+
+def test_images_below_the_threshold_add_nothing_but_count_in_the_mean():
+    """Confidences 0.99 and 0.60 with strong losses 0.8 and 5.0: (0.8 + 0) / 2 = 0.4."""
+    class Fixed(nn.Module):
+        def forward(self, x):
+            weak = torch.tensor([[0.99, 0.01], [0.60, 0.40]]).log()
+            strong = torch.tensor([[-0.8, math.log(1 - math.exp(-0.8))], [-5.0, math.log(1 - math.exp(-5.0))]])
+            return torch.zeros(5, 3), torch.cat([torch.zeros(1, 2), weak, strong]).requires_grad_()
+
+    labeled, unlabeled = toy_batches(1, 2, 2)
+    terms = train_ssl.semi_supervised_step(Fixed(), labeled, unlabeled, None, 0, lambda t: t, step_args())
+    assert terms['loss_unlabeled'].item() == pytest.approx(0.4, rel=1e-5)
+
+
+def test_a_step_without_any_confident_image_has_zero_loss_and_finite_gradients():
+    torch.manual_seed(0)
+    model, (labeled, unlabeled) = Toy(), toy_batches()
+    nn.init.zeros_(model.fc.weight)
+    nn.init.zeros_(model.fc.bias)
+    terms = train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, step_args())
+    terms['loss'].backward()
+    assert terms['loss_unlabeled'] == 0 and terms['mask_rate'] == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_flow_from_labeled_strong_and_mixed_images_and_not_from_weak_ones():
+    torch.manual_seed(0)
+    model, (labeled, unlabeled) = Toy().eval(), toy_batches()  # eval: no coupling through batch statistics
+    for batch, names in ((labeled, ['image']), (unlabeled, ['weak', 'strong'])):
+        for name in names:
+            batch[name].requires_grad_()
+    args = step_args(threshold=0.0)
+    train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, args)['loss'].backward()
+    assert labeled['image'].grad.abs().sum() > 0 and unlabeled['strong'].grad.abs().sum() > 0
+    assert unlabeled['weak'].grad is None or unlabeled['weak'].grad.abs().sum() == 0
+
+    grads = []
+    for weight in (0.0, 1.0):
+        calmix = CalibrateMix(6, 12, 4, warmup_steps=0, topk=1e-9, weight=weight)
+        model.zero_grad()
+        terms = train_ssl.semi_supervised_step(model, labeled, unlabeled, calmix, 0, lambda t: t, args)
+        terms['loss'].backward()
+        grads.append(model.fc.weight.grad.clone())
+    assert terms['loss_mixup'] > 0 and not torch.allclose(*grads)
+
+
+def test_joint_forward_moves_the_statistics_as_one_pass_over_the_concatenation():
+    torch.manual_seed(0)
+    model, (labeled, unlabeled) = Toy().train(), toy_batches()
+    joined = torch.cat([labeled['image'], unlabeled['weak'], unlabeled['strong']])
+    train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, step_args())
+    x = model.body[0](joined)
+    assert torch.allclose(model.body[1].running_mean, 0.1 * x.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(model.body[1].running_var, 0.9 + 0.1 * x.var((0, 2, 3)), atol=1e-5)
+    assert model.body[1].num_batches_tracked == 1
+
+
+def test_the_mixed_images_are_the_only_second_pass():
+    """960 images for the base method, 64 more with CalibrateMix (B 64, mu 7)."""
+    torch.manual_seed(0)
+    seen = []
+    model, (labeled, unlabeled) = Toy(), toy_batches(64, 448)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    calmix = CalibrateMix(64, 448, 4, warmup_steps=1)
+    for step in (0, 1):
+        train_ssl.semi_supervised_step(model, labeled, unlabeled, calmix, step, lambda t: t, step_args())
+    assert seen == [960, 960, 64]
+
+
+def test_pseudo_label_accuracy_counts_known_labels_only():
+    monitor = train_ssl.Monitor(Accelerator(cpu=True))
+    terms = dict.fromkeys(train_ssl.Monitor.TERMS, torch.tensor(0.))
+    monitor.add(dict(terms, pseudo_label_right=torch.tensor(0.25), pseudo_label_known=torch.tensor(0.5)), 0)
+    assert monitor.read()['pseudo_label_accuracy'] == pytest.approx(0.5)
+    monitor.reset()
+    monitor.add(terms, 1)
+    assert math.isnan(monitor.read()['pseudo_label_accuracy'])
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('model, size', [
+    ('test_resnet', 32), ('resnet10t', 32), ('test_vit', 32), ('test_efficientnet', 32), ('mobilenetv3_small_050', 32),
+    ('test_convnext', 32), ('wide_resnet16_2', 16),
+])
+def test_any_backbone_trains_with_calibratemix(train, model, size):
+    folder = train('run', '--model', model, '--img-size', size, '--epochs', 1, '--train-steps-per-epoch', 2,
+                   '--calibratemix', '--calmix-warmup-epochs', '0')
+    reloaded = timm.create_model(f'local-dir:{folder / "last"}', pretrained=True)
+    assert reloaded.num_classes == 10
+    assert float(summary(folder)[0]['train_loss_mixup']) > 0
+
+
+def test_a_model_whose_head_cannot_be_split_is_refused(train):
+    with pytest.raises(UsageError, match='--drop 0.5: lcnetv2_base drops out behind'):
+        train('run', '--model', 'lcnetv2_base', '--img-size', 32, '--drop', 0.5)
+    with pytest.raises(UsageError, match='has no forward_features and forward_head'):
+        train('run', '--model', 'deit_tiny_distilled_patch16_224', '--img-size', 32)
+
+
+def test_features_and_logits_are_the_models_own():
+    model = timm.create_model('wide_resnet10_1', drop_rate=0.0).eval()
+    x = torch.randn(3, 3, 32, 32)
+    features, logits = train_ssl.FeaturesAndLogits(model)(x)
+    assert torch.equal(logits, model(x))
+    assert torch.equal(features, model.forward_head(model.forward_features(x), pre_logits=True))
+
+
+def test_averaged_weights_follow_batch_norm_and_copy_integer_counters():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    ema = train_ssl.build_ema(model, step_args(model_ema_decay=0.9))
+    for step in range(1, 201):
+        model(5 + torch.randn(8, 3, 4, 4))
+        ema.update(model, step=step)
+    student, average = model[1], ema.module[1]
+    assert torch.allclose(average.running_mean, student.running_mean, rtol=0.05)
+    assert average.num_batches_tracked == student.num_batches_tracked == 200
+    assert average.num_batches_tracked.dtype == torch.int64
+
+
+# --- Schedule ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('processes, accumulation', [(1, 1), (1, 2), (2, 1)])
+def test_the_seven_sixteenths_cosine_steps_once_an_update(tmp_path, processes, accumulation):
+    flags = ('--algorithm', 'supervised', '--lr', 0.03, '--epochs', 2, '--train-steps-per-epoch', 50, '-b', 2,
+             '--grad-accum-steps', accumulation, '--output', tmp_path, '--experiment', 'run')
+    result = run_script('train_ssl.py', *TINY, *flags, processes=processes)
+    assert result.returncode == 0, result.stderr
+    assert f'on {processes} process(es)' in result.stderr
+    rates = [float(row['lr']) for row in summary(tmp_path / 'run')]
+    assert rates == pytest.approx([0.023190, 0.005853], abs=1e-6)
+
+
+def test_a_warmup_of_the_learning_rate_is_linear():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = train_ssl.SevenSixteenthsCosine(optimizer, num_updates=100, warmup_updates=10, warmup_lr=0.1)
+    seen = [optimizer.param_groups[0]['lr']]
+    for step in range(1, 11):
+        scheduler.step_update(step)
+        seen.append(optimizer.param_groups[0]['lr'])
+    assert seen[:10] == pytest.approx([0.1 + 0.09 * t for t in range(10)])
+    assert seen[10] == pytest.approx(math.cos(7 * math.pi / 160))
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+def test_evaluation_leaves_mode_statistics_and_random_state_alone(train):
+    accelerator = Accelerator(cpu=True)
+    model = timm.create_model('wide_resnet10_1').train()
+    model.layer1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    source = data.create_source('digits', None, 'test')
+    views = data.build_views(8, (0.5,) * 3)
+    config = train_ssl.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
+    dataset = data.ViewDataset(source, {'image': views['eval']}, torch.arange(9))
+    feed = train_ssl.Feed(data.create_loader(dataset, data.evaluation_batches(9, 2)), config, accelerator.device, False)
+    assert train_ssl.validate(model, feed, accelerator, 10).compute()['count'] == 9
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert model.training and not model.layer1.training and model.layer2.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+COUNTING = '''
+import sys
+import timm, torch
+sys.path.insert(0, {root!r})
+import data, train_ssl
+args = train_ssl._parse_args(['--device', 'cpu'])
+accelerator = train_ssl.setup_accelerator(args)
+torch.manual_seed(0)
+model = timm.create_model('wide_resnet10_1')
+views = data.build_views(8, (0.5,) * 3)
+config = train_ssl.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
+results = []
+for number, batch_size in ((9, 2), (3, 4), (1, 1)):
+    source = data.create_source('digits', None, 'test')
+    dataset = data.ViewDataset(source, {{'image': views['eval']}}, torch.arange(number))
+    batches = data.evaluation_batches(number, batch_size, accelerator.process_index, accelerator.num_processes)
+    feed = train_ssl.Feed(data.create_loader(dataset, batches), config, accelerator.device, False)
+    results.append(train_ssl.validate(model, feed, accelerator, 10).compute())
+if accelerator.is_main_process:
+    import json
+    print(json.dumps([accelerator.num_processes, results]))
+'''
+
+
+def test_every_process_count_counts_each_image_once_with_the_same_metrics(tmp_path):
+    script = tmp_path / 'count.py'
+    script.write_text(COUNTING.format(root=str(ROOT)))
+    seen = {}
+    for processes in (1, 2, 3):
+        result = run_script(script, processes=processes)
+        assert result.returncode == 0, result.stderr
+        world, seen[processes] = json.loads(result.stdout.strip().splitlines()[-1])
+        assert world == processes
+    assert [metrics['count'] for metrics in seen[1]] == [9, 3, 1]
+    for processes in (2, 3):
+        for one, many in zip(seen[1], seen[processes]):
+            assert many == pytest.approx(one, abs=1e-6)
+
+
+# --- Whole runs -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def shipped(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The main job as a user runs it, from another folder."""
+    output = tmp_path_factory.mktemp('shipped')
+    result = run_script('train_ssl.py', *TINY, *CALMIX, '--output', output, '--experiment', 'run', cwd=output)
+    assert result.returncode == 0, result.stderr
+    return output / 'run', result
+
+
+def test_the_main_job_leaves_every_promised_file_and_a_result_line(shipped):
+    folder, result = shipped
+    for name in ('args.yaml', 'labels.json', 'summary.csv', 'checkpoint-8.safetensors', 'best/metrics.json',
+                 'last/metrics.json', 'best/model.safetensors', 'best/config.json', 'last/config.json'):
+        assert (folder / name).is_file(), name
+    before, result_json = result.stdout.split('--result\n')
+    assert before == ''
+    assert json.loads(result_json)['count'] == 500
+    assert not list(folder.rglob('*part*'))
+
+
+def test_the_summary_has_one_row_per_epoch_with_the_same_columns(shipped):
+    rows = summary(shipped[0])
+    assert [row['epoch'] for row in rows] == ['0', '1'] and [row['num_updates'] for row in rows] == ['4', '8']
+    assert tuple(rows[0]) == train_ssl.SUMMARY_COLUMNS
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert float(rows[0]['train_loss_mixup']) == 0 and float(rows[1]['train_loss_mixup']) > 0
+
+
+def test_timm_loads_the_saved_weights_and_gets_the_runs_own_metrics(shipped):
+    folder = shipped[0]
+    model = timm.create_model(f'local-dir:{folder / "last"}', pretrained=True).eval()
+    config = timm.data.resolve_data_config({}, model=model)
+    assert config['input_size'] == (3, 8, 8) and config['crop_pct'] == 1.0
+    transform = timm.data.create_transform(**config)
+    source = data.create_source('digits', None, 'test')
+    with torch.no_grad():
+        logits = model(torch.stack([transform(source.image(i)) for i in range(len(source))]))
+    metrics = json.loads((folder / 'last/metrics.json').read_text())
+    assert 100 * (logits.argmax(1) != source.targets).float().mean() == pytest.approx(metrics['error'], abs=1e-4)
+    assert F.cross_entropy(logits, source.targets).item() == pytest.approx(metrics['nll'], abs=1e-5)
+
+
+def test_the_labels_are_balanced_and_recorded(shipped):
+    labels = json.loads((shipped[0] / 'labels.json').read_text())
+    assert labels['num_labels'] == len(labels['index']) == 20
+    assert torch.bincount(torch.tensor(labels['target'])).tolist() == [2] * 10
+    targets = data.create_source('digits', None, 'train').targets
+    assert targets[labels['index']].tolist() == labels['target']
+
+
+def test_args_yaml_replays_the_run_to_identical_weights(shipped, train, tmp_path):
+    replay = train('replay', '--config', shipped[0] / 'args.yaml')
+    assert_same_run(shipped[0], replay)
+    assert yaml.safe_load((replay / 'args.yaml').read_text())['calibratemix'] is True
+
+
+def test_accelerate_launch_runs_the_script_to_the_same_weights(shipped, tmp_path):
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1']
+    flags = [*TINY, *CALMIX, '--output', tmp_path, '--experiment', 'run']
+    command = [*launch, *map(str, [ROOT / 'train_ssl.py', *flags])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(shipped[0], tmp_path / 'run')
+
+
+def test_the_same_seed_gives_identical_weights_after_20_steps_and_another_seed_does_not(train):
+    flags = (*CALMIX, '--train-steps-per-epoch', 10)
+    a, b, c = train('a', *flags), train('b', *flags, '--workers', 2), train('c', *flags, '--seed', 1)
+    assert_same_run(a, b)
+    assert not torch.equal(weights(a)['fc.weight'], weights(c)['fc.weight'])
+    assert (a / 'labels.json').read_text() != (c / 'labels.json').read_text()
+
+
+def test_a_labels_file_gives_the_same_labeled_set_under_another_seed(train, shipped):
+    folder = train('run', '--seed', 5, '--labels-file', shipped[0] / 'labels.json', '--num-labels', 20)
+    index = [json.loads((f / 'labels.json').read_text())['index'] for f in (folder, shipped[0])]
+    assert index[0] == index[1]
+
+
+def test_supervised_training_sees_no_unlabeled_image(train):
+    folder = train('run', '--algorithm', 'supervised')
+    assert float(summary(folder)[-1]['train_loss_unlabeled']) == 0
+    assert summary(folder)[-1]['train_pseudo_label_accuracy'] == 'nan'
+
+
+def test_accumulated_small_batches_equal_one_large_batch(train):
+    """Without batch-norm; gradients of means over halves average to the gradient of the whole's mean."""
+    flags = ('--model', 'test_vit', '--img-size', 32, '--train-steps-per-epoch', 2, '--weak-forward', 'joint')
+    large, small = train('large', *flags, '-b', 8), train('small', *flags, '-b', 4, '--grad-accum-steps', 2)
+    for name, tensor in weights(large).items():
+        assert torch.allclose(tensor, weights(small)[name], atol=1e-5), name
+
+
+# --- Resume -----------------------------------------------------------------------------------------------------------
+
+EVERY_UPDATE = ('--recovery-interval', 1, '--checkpoint-hist', 99)
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp('uninterrupted')
+    result = run_script('train_ssl.py', *TINY, *CALMIX, *EVERY_UPDATE, '--output', output, '--experiment', 'run')
+    assert result.returncode == 0, result.stderr
+    return output / 'run'
+
+
+@pytest.mark.parametrize('num_updates, workers', [(1, 0), (3, 2), (4, 0), (6, 2), (8, 0)])
+def test_a_killed_and_resumed_run_ends_bit_identical(train, uninterrupted, tmp_path, num_updates, workers):
+    """Within an epoch, before, at and after the end of warmup (update 4), and at the end."""
+    folder = rewind(uninterrupted, tmp_path / 'run', num_updates)
+    train('run', *CALMIX, *EVERY_UPDATE, '--resume', 'auto', '--workers', workers)
+    assert_same_run(uninterrupted, folder)
+
+
+def test_a_run_resumed_on_two_processes_ends_bit_identical_to_one_on_two(tmp_path):
+    flags = (*TINY, *CALMIX, *EVERY_UPDATE, '--output', tmp_path, '--experiment')
+    result = run_script('train_ssl.py', *flags, 'straight', processes=2)
+    assert result.returncode == 0 and 'on 2 process(es)' in result.stderr, result.stderr
+    rewind(tmp_path / 'straight', tmp_path / 'resumed', 6)
+    result = run_script('train_ssl.py', *flags, 'resumed', '--resume', 'auto', processes=2)
+    assert result.returncode == 0 and 'at update 6' in result.stderr, result.stderr
+    assert_same_run(tmp_path / 'straight', tmp_path / 'resumed')
+
+
+def test_resume_refuses_other_labels_other_data_and_broken_files(train, uninterrupted, tmp_path):
+    checkpoint = train_ssl.list_checkpoints(uninterrupted)[0]
+    with pytest.raises(UsageError, match='other labeled images'):
+        train('a', *CALMIX, '--resume', checkpoint, '--label-seed', 7)
+    with pytest.raises(UsageError, match='--model wide_resnet10_1 -> wide_resnet16_2'):
+        train('b', *CALMIX, '--resume', checkpoint, '--model', 'wide_resnet16_2')
+    broken = {'truncated': checkpoint.read_bytes()[:5000], 'empty': b'', 'foreign': b'not a checkpoint' * 99}
+    for name, content in broken.items():
+        path = tmp_path / f'{name}.safetensors'
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match='no intact checkpoint'):
+            train('c', *CALMIX, '--resume', path)
+    with pytest.raises(UsageError, match='no intact checkpoint'):
+        train('c', *CALMIX, '--resume', tmp_path / 'absent.safetensors')
+
+
+def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted, tmp_path):
+    folder = rewind(uninterrupted, tmp_path / 'run', 6)
+    newest = train_ssl.list_checkpoints(folder)[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train('run', *CALMIX, *EVERY_UPDATE, '--resume', 'auto')
+    assert_same_run(uninterrupted, folder)
+
+
+# --- Two processes ----------------------------------------------------------------------------------------------------
+
+def test_two_processes_draw_the_same_labels_and_fill_the_same_bank_as_one(tmp_path):
+    """Frozen weights, no batch-norm: each image's margins then do not depend on its batch."""
+    flags = (*TINY, *CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0, '--output', tmp_path, '--experiment')
+    states = []
+    for name, processes, batch in (('one', 1, 8), ('two', 2, 4)):
+        result = run_script('train_ssl.py', *flags, name, '-b', batch, processes=processes)
+        assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
+        states.append(train_ssl.read_checkpoint(train_ssl.list_checkpoints(tmp_path / name)[0]))
+    assert (tmp_path / 'one/labels.json').read_bytes() == (tmp_path / 'two/labels.json').read_bytes()
+    one, two = (state['calmix'] for state in states)
+    assert one['apm.count'].sum() == 8 * 16 and one['aum.count'].sum() == 8 * 8
+    for name in one:
+        assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
+
+
+def test_two_processes_train_to_the_weights_of_one_on_the_joined_batch(tmp_path):
+    flags = (*TINY, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.1, '--output', tmp_path, '--experiment')
+    for name, processes, batch in (('one', 1, 8), ('two', 2, 4)):
+        result = run_script('train_ssl.py', *flags, name, '-b', batch, processes=processes)
+        assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
+    one, two = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    rows = summary(tmp_path / 'one')[-1], summary(tmp_path / 'two')[-1]
+    assert float(rows[0]['train_loss_unlabeled']) > 0
+    for name in ('train_loss', 'train_loss_unlabeled', 'train_mask_rate', 'train_pseudo_label_accuracy', 'eval_nll'):
+        assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), abs=1e-4), name
+
+
+# --- Faults and mistakes ----------------------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over_good_weights(train, tmp_path):
+    folder = train('run', '--epochs', 1)
+    before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != 'args.yaml'}
+    with pytest.raises(RunError, match=r'not finite at update \d+ on process 0 \(loss_labeled .*--lr'):
+        train('run', '--epochs', 2, '--lr', '1e30', '--resume', 'auto')
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):
+    result = run_script('train_ssl.py', '--dataset', 'digits', '--model', 'resnet500', '--output', tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith('train_ssl.py: error: --model resnet500: timm has no such')
+    assert 'Traceback' not in result.stderr and result.stdout == ''
+
+
+def test_a_corrupt_image_stops_a_run_with_its_name_and_exit_code_1(tmp_path):
+    folder = digits_folder(tmp_path / 'images', broken=True)
+    flags = (*TINY, '--dataset', folder, '--img-size', 8, '--num-labels', 4, '--output', tmp_path, '--experiment')
+    result = run_script('train_ssl.py', *flags, 'run', '--workers', 2)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert 'cannot be decoded' in last and 'broken.png' in last and 'Traceback' not in result.stderr
+    result = run_script('train_ssl.py', *flags, 'skipping', '--skip-bad-images')
+    assert result.returncode == 0, result.stderr
+    assert summary(tmp_path / 'skipping')[-1]['train_skipped_images'] == '1'
+
+
+def digits_folder(root: Path, broken: bool = False) -> Path:
+    """A few digits of two classes as an image folder."""
+    for split in ('train', 'test'):
+        source = data.create_source('digits', None, split)
+        for label in (0, 1):
+            (root / split / str(label)).mkdir(parents=True)
+            for i in (source.targets == label).nonzero().squeeze(1)[:8].tolist():
+                source.image(i).save(root / split / str(label) / f'{i}.png')
+    if broken:
+        whole = next((root / 'train/1').glob('*.png'))
+        (whole.parent / 'broken.png').write_bytes(whole.read_bytes()[:60])
+    return root
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--dataset', 'cifar11'), 'neither a known data set nor'),
+    (('--train-split', 'training'), 'no split training; it has train, test'),
+    (('--val-split', 'dev'), 'no split dev'),
+    (('--num-labels', '9'), 'at least one for each of the 10 classes'),
+    (('--num-labels', '1290'), 'asks for 129 images of class 0'),
+    (('--num-classes', '4'), 'labels up to 9'),
+    (('--in-chans', '2'), 'expected 1 or 3'),
+    (('--initial-checkpoint', 'absent.pth'), 'absent.pth'),
+    (('--pretrained',), 'No pretrained weights exist'),
+    (('--calibratemix', '--calmix-topk', '7'), '--calmix-topk: expected a share'),
+    (('--calibratemix', '--calmix-gamma', '2'), '--calmix-gamma: expected a number in'),
+    (('--mean', '0.1', '0.2'), 'expected 3 numbers or one'),
+])
+def test_a_mistake_is_told_by_what_it_is(train, flags, message):
+    with pytest.raises(UsageError, match=message):
+        train('run', *flags)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--calibratemix', '--calmix-warmup-epochs', '2', '--epochs', '2'), 'CalibrateMix would never run'),
+    (('--calibratemix', '--algorithm', 'supervised'), 'needs pseudo-labels'),
+    (('--opt', 'sdg'), '--opt sdg: unknown'),
+    (('--epochs', '0'), '--epochs 0: expected 1 or more'),
+    (('--threshold', '1.5'), '--threshold 1.5: expected a number in'),
+    (('--calmix-pair', 'random'), 'unrecognized arguments: --calmix-pair'),
+])
+def test_a_wrong_argument_exits_with_2_and_says_which(capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        train_ssl._parse_args(list(flags))
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('content, message', [
+    ('epoch: 3', 'unknown epoch'),
+    ('epochs: three', 'invalid int value'),
+    ('calibratemix: 1', 'must be true or false'),
+    ('algorithm: fixmach', 'invalid choice'),
+    ('[1, 2]', 'expected a mapping'),
+    ('a: [', '--config'),
+])
+def test_a_config_file_is_checked_like_the_command_line(tmp_path, capsys, content, message):
+    path = tmp_path / 'config.yaml'
+    path.write_text(content)
+    with pytest.raises(SystemExit) as error:
+        train_ssl._parse_args(['--config', str(path)])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_the_config_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / 'config.yaml'
+    path.write_text('epochs: 5\nlr: 0.1\nmodel_ema: false\nopt_betas: [0.8, 0.9]\nmodel_kwargs: {act_layer: relu}\n')
+    args = train_ssl._parse_args(['--config', str(path), '--epochs', '6'])
+    assert (args.epochs, args.lr, args.model_ema, args.opt_betas) == (6, 0.1, False, [0.8, 0.9])
+    assert args.model_kwargs == {'act_layer': 'relu'}
+
+
+def test_a_run_folder_is_never_overwritten_unasked(train):
+    folder = train('run')
+    before = (folder / 'summary.csv').read_bytes()
+    with pytest.raises(UsageError, match='holds a run already'):
+        train('run')
+    assert (folder / 'summary.csv').read_bytes() == before
+
+
+def test_best_follows_the_metric_and_knows_which_metrics_fall(train):
+    folder = train('run', '--eval-metric', 'nll', '--epochs', 4)
+    values = [float(row['eval_nll']) for row in summary(folder)]
+    assert len(set(values)) == 4
+    best = json.loads((folder / 'best/metrics.json').read_text())
+    assert best['nll'] == pytest.approx(min(values)) and best['epoch'] == values.index(min(values))
+
+
+def test_photographs_of_unequal_size_train_from_a_folder(train, shared_data):
+    folder = train('run', '--dataset', shared_data / 'ants_bees', '--num-labels', 4, '--img-size', 32, '--epochs', 1,
+                   '--train-steps-per-epoch', 1)
+    assert json.loads((folder / 'last/metrics.json').read_text())['count'] == 60
+
+
+def test_real_cifar_trains_from_parquet(train, shared_data):
+    folder = train('run', '--dataset', f'hfds/{shared_data / "cifar10"}', '--val-split', 'test[:50]',
+                   '--num-labels', 40, '--epochs', 1, '--train-steps-per-epoch', 1)
+    assert json.loads((folder / 'last/metrics.json').read_text())['count'] == 50

@@ -1,0 +1,950 @@
+#!/usr/bin/env python3
+"""Calibration report of trained classifiers: metrics with intervals, pictures, and what after-training scaling does.
+
+    python validate.py --checkpoint output/train/RUN/best --results-dir DIR
+    python validate.py --checkpoint A/best B/best --calibration-split 'train[:10%]' --ood-dataset FOLDER
+    accelerate launch validate.py --model resnet50 --pretrained --dataset hfds/imagenet-1k
+
+A run's own args.yaml and its weights' config.json say what to evaluate and how; a flag on the command line wins. Any
+number of processes gives the same digits: each image is evaluated once, and all are put in order before anything is
+computed.
+
+For each checkpoint the results folder (with several checkpoints a folder in it for each) receives metrics.json,
+predictions.parquet, reliability.png, confidence.png, risk_coverage.png and classes.png, and reliability_<scaling>.png
+where scalings were fitted. comparison.csv holds the printed table with all metrics. Several checkpoints also share
+comparison.png, comparison_<scaling>.png and risk_coverage.png.
+"""
+import argparse
+import csv
+import hashlib
+import json
+import logging
+import os
+import sys
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import SafetensorError
+from timm.data import create_transform, resolve_input_data_config
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.models import load_checkpoint, resolve_model_input_args
+from timm.utils import ParseKwargs, setup_default_logging
+from torch import nn
+from torchvision import transforms
+
+import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
+from data import (
+    KNOWN,
+    VAL_SPLITS,
+    RunError,
+    Source,
+    UsageError,
+    ViewDataset,
+    create_loader,
+    create_source,
+    evaluation_batches,
+    list_splits,
+    read_labels,
+)
+from metrics import (
+    calibration_report,
+    class_diagram,
+    confidence_and_correct,
+    confidence_histogram,
+    equal_mass_bins,
+    ood_metrics,
+    ood_scores,
+    reliability_bins,
+    reliability_diagram,
+    risk_coverage_diagram,
+)
+from train_ssl import DataConfig, Feed, create_parser, replace_file, setup_accelerator
+
+_logger = logging.getLogger('validate')
+
+# Of the command line and of a run's args.yaml: which images, and for weights without a config.json, which model.
+DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
+             'target_key', 'skip_bad_images')
+MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
+              'std')
+# A fitted temperature stays between these. Networks have some 0.3 to 5; the likelihood alone may want 0 or infinity.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.
+OOD_SCORES = ('msp', 'energy', 'margin')
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+def create_validate_parser() -> argparse.ArgumentParser:
+    flag = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        description='Calibration report of trained classifiers.',
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group('Checkpoints')
+    group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
+                       help='folders of weights, as RUN/best and RUN/last of train_ssl.py or any that timm saved with a '
+                            'config.json; or weight files of timm\'s train.py. Several are compared')
+    group.add_argument('-m', '--model', metavar='NAME', default=None,
+                       help='timm model of the weight files (default: that of the args.yaml beside them), or with '
+                            '--pretrained the model to evaluate')
+    group.add_argument('--pretrained', action=flag, default=False, help='timm\'s pretrained weights of --model')
+    group.add_argument('--use-ema', action=flag, default=False,
+                       help='the averaged weights in weight files (folders of train_ssl.py hold nothing else)')
+    group.add_argument('--num-classes', type=int, metavar='N', default=None,
+                       help='classes of the model; given, it may have more classes than the data set has names')
+    group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default=None, metavar='K=V',
+                       help='further arguments of the model\'s constructor')
+
+    group = parser.add_argument_group('Dataset', 'What is not given is taken from the args.yaml of the run.')
+    group.add_argument('--dataset', metavar='NAME', default=None, help='as train_ssl.py --dataset')
+    group.add_argument('--data-dir', metavar='DIR', default=None, help='as train_ssl.py --data-dir')
+    group.add_argument('--split', '--val-split', dest='val_split', metavar='NAME', default=None,
+                       help='split to evaluate (default: the run\'s, else the first of validation, val, test that '
+                            'exists)')
+    group.add_argument('--train-split', metavar='NAME', default=None,
+                       help='training split, to which labels.json refers (default: the run\'s, else train)')
+    group.add_argument('--dataset-download', action=flag, default=None, help='let torchvision download (torch/)')
+    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hfds/)')
+    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hfds/)')
+    group.add_argument('--class-map', metavar='FILE', default=None, help='timm\'s class map (image folders)')
+    group.add_argument('--skip-bad-images', action=flag, default=None,
+                       help='leave out images that cannot be decoded, and count them, instead of stopping')
+
+    group = parser.add_argument_group('Images', 'What is not given is taken from the config.json of the weights, or '
+                                                'from timm\'s of a model.')
+    group.add_argument('--img-size', type=int, metavar='N', default=None, help='image side in pixels')
+    group.add_argument('--in-chans', type=int, metavar='N', default=None, help='image channels, 3 or 1')
+    group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='share that the crop keeps')
+    group.add_argument('--crop-mode', default=None, choices=['center', 'squash', 'border'], help='timm\'s crop mode')
+    group.add_argument('--interpolation', metavar='NAME', default=None, help='bilinear, bicubic, ...')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', default=None, help='channel means')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', default=None, help='channel standard deviations')
+    group.add_argument('--use-train-size', action=flag, default=False,
+                       help='timm\'s training size where a pretrained model has a larger one for evaluation')
+
+    group = parser.add_argument_group(
+        'After-training calibration',
+        'Adds rows for temperature scaling (one number) and vector scaling (two a class), fitted by maximum likelihood '
+        'on other images than those evaluated: what is found among these, by content, is left out of the fit.',
+    )
+    group.add_argument('--calibration-split', metavar='NAME', default=None,
+                       help='fit on this split of the same data set, with its labels; hfds/ and digits take slices, as '
+                            'train[:10%%], also of the split evaluated: --split "test[20%%:]" --calibration-split '
+                            '"test[:20%%]". The labeled images of the compared runs are left out. Images that a run '
+                            'saw without their labels are not: their labels are labels that the run did not have')
+    group.add_argument('--calibration-from-labeled', metavar='FILE', nargs='?', const='', default=None,
+                       help='fit on labeled images of the training split: those that FILE lists, a file like a run\'s '
+                            'labels.json, or without FILE the run\'s own. On its own labeled images a model is nearly '
+                            'always right, and the fit takes this for calibration: expect a temperature that is too '
+                            'low, even at its bound. For an honest fit without more labels, train on a part of them '
+                            '(train_ssl.py --labels-file) and give the rest here')
+    group.add_argument('--save-temperature', action=flag, default=False,
+                       help='store the temperature in the config.json of each checkpoint folder, as '
+                            'calibration.temperature; a later report without a fit shows it')
+
+    group = parser.add_argument_group('Out-of-distribution detection')
+    group.add_argument('--ood-dataset', metavar='NAME', nargs='+', default=[],
+                       help='images of something else, put through the same transform: names as for --dataset, or '
+                            'folders, of which all images are taken unless --ood-split is given')
+    group.add_argument('--ood-data-dir', metavar='DIR', default=None, help='as --data-dir, for --ood-dataset')
+    group.add_argument('--ood-split', metavar='NAME', default=None,
+                       help='default: the first of validation, val, test that exists')
+
+    group = parser.add_argument_group('Device and loading')
+    group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],
+                       help='default: what Accelerate finds. cpu is obeyed; the others must be what it finds')
+    group.add_argument('--amp', action=flag, default=False, help='mixed precision (default: float32)')
+    group.add_argument('--amp-dtype', default='bfloat16', choices=['float16', 'bfloat16'],
+                       help='of --amp (default: bfloat16; timm\'s is float16)')
+    group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
+    group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
+                       help='loading processes, per process (default: 4)')
+    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+
+    group = parser.add_argument_group('Results')
+    group.add_argument('--results-dir', metavar='DIR', default='output/validate', help='default: output/validate')
+    group.add_argument('--save-logits', action=flag, default=False, help='a column of logits in predictions.parquet')
+    group.add_argument('--bootstrap', type=int, metavar='N', default=1000,
+                       help='resamplings for the 95 %% intervals; 0 for none (default: 1000)')
+    group.add_argument('--seed', type=int, metavar='N', default=0, help='of the resampling (default: 0)')
+    return parser
+
+
+def _parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = create_validate_parser()
+    args = parser.parse_args(argv)
+    for name, least in (('batch_size', 1), ('workers', 0), ('bootstrap', 0)):
+        if getattr(args, name) < least:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {least} or more')
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
+    if not args.checkpoint and not args.model:
+        parser.error('give --checkpoint RUN/best, or --model NAME --pretrained')
+    if args.model and not args.checkpoint and not args.pretrained:
+        parser.error(f'--model {args.model}: its weights are random; add --pretrained or --checkpoint FILE')
+    if args.calibration_split is not None and args.calibration_from_labeled is not None:
+        parser.error('--calibration-split and --calibration-from-labeled: give one of them')
+    if args.save_temperature and not fits(args):
+        parser.error('--save-temperature: nothing is fitted; add --calibration-split or --calibration-from-labeled')
+    if args.save_temperature and not all(Path(path).is_dir() for path in args.checkpoint or ['']):
+        parser.error('--save-temperature: only checkpoint folders have a config.json to store it in')
+    return args
+
+
+def fits(args: Namespace) -> bool:
+    return args.calibration_split is not None or args.calibration_from_labeled is not None
+
+
+# --- What to evaluate -------------------------------------------------------------------------------------------------
+
+def read_run(checkpoint: Path) -> dict:
+    """The arguments of the run that a checkpoint belongs to, empty if none are found one level above it.
+
+    Raises:
+        UsageError: If there is no such checkpoint, or its args.yaml is no mapping.
+    """
+    if not checkpoint.exists():
+        raise UsageError(f'--checkpoint {checkpoint}: no such file or folder')
+    if checkpoint.is_dir() and not (checkpoint / 'config.json').exists():
+        inside = ' or '.join(str(checkpoint / name) for name in ('best', 'last') if (checkpoint / name).is_dir())
+        raise UsageError(f'--checkpoint {checkpoint}: no config.json in it' + (f'; give {inside}' if inside else ''))
+    if checkpoint.is_file() and (checkpoint.parent / 'config.json').exists():
+        raise UsageError(f'--checkpoint {checkpoint}: give its folder, which says what model it is')
+    if checkpoint.is_file() and checkpoint.suffix == '.safetensors' and checkpoint.name.startswith('checkpoint-'):
+        raise UsageError(f'--checkpoint {checkpoint}: this is a state to resume from; weights are in best/ and last/')
+    path = checkpoint.parent / 'args.yaml'
+    if not path.exists():
+        return {}
+    try:
+        run = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f'{path}: {" ".join(str(error).split())}') from error
+    if not isinstance(run, dict):
+        raise UsageError(f'{path}: expected a mapping of argument names to values')
+    return run
+
+
+def name_checkpoints(checkpoints: list[Path]) -> list[str]:
+    """Short and different names: the run's, else the run's and the folder's, else numbered ones."""
+    names = [path.parent.name if (path.parent / 'args.yaml').exists() else path.name for path in checkpoints]
+    if len(set(names)) < len(names):
+        names = [f'{path.parent.name}-{path.name}' for path in checkpoints]
+    if len(set(names)) < len(names):
+        names = [f'{name}-{number}' for number, name in enumerate(names, 1)]
+    return names
+
+
+def choose_data(args: Namespace, run: dict) -> tuple[Namespace, bool]:
+    """Arguments that name the images: the command line's over the run's over train_ssl.py's defaults.
+
+    Another --dataset than the run's leaves the run's splits, columns and class map behind.
+
+    Returns:
+        The arguments, and whether they name the data set that the run was trained on.
+    """
+    given = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key) is not None}
+    own = bool(run) and given.get('dataset', run.get('dataset')) == run.get('dataset')
+    data = {**vars(create_parser().parse_args([])), **(run if own else {}), **given}
+    return Namespace(**data), own
+
+
+def open_source(data: Namespace, split: str | None) -> Source:
+    return create_source(
+        data.dataset,
+        data.data_dir,
+        split,
+        input_key=data.input_key,
+        target_key=data.target_key,
+        class_map=data.class_map,
+        download=data.dataset_download,
+    )
+
+
+class PlainFolder(Source):
+    """All images below a folder, without labels."""
+
+    def __init__(self, root: str):
+        try:
+            self.paths = [path for path, _ in ReaderImageFolder(root).samples]
+        except RuntimeError as error:
+            raise UsageError(f'--ood-dataset {root}: {error}; parquet or arrow files are hfds/{root}') from error
+        self.targets, self.class_names = torch.full((len(self.paths),), -1), None
+
+    def data(self, index: int) -> str:
+        return self.paths[index]
+
+    def where(self, index: int) -> str:
+        return self.paths[index]
+
+
+def open_ood_source(args: Namespace, name: str) -> Source:
+    if args.ood_split is None and name not in KNOWN and Path(name).is_dir():
+        return PlainFolder(name)
+    return create_source(name, args.ood_data_dir, args.ood_split)
+
+
+def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.Module, DataConfig, Callable]:
+    """The model, its data configuration, and its evaluation transform (PIL RGB -> uint8 `[C, H, W]`).
+
+    Raises:
+        UsageError: If the weights or the model cannot be had, or do not take such images.
+    """
+    asked = {}
+    if checkpoint is None:
+        source = name = args.model
+    elif checkpoint.is_dir():
+        source, name = str(checkpoint), f'local-dir:{checkpoint}'
+    else:
+        source, name = str(checkpoint), args.model or run.get('model')
+        asked = {key: run[key] for key in MODEL_KEYS if run.get(key) is not None}
+        if not name:
+            raise UsageError(f'--checkpoint {checkpoint}: no args.yaml beside it says what model it is; give --model')
+    asked.update((key, getattr(args, key)) for key in MODEL_KEYS if getattr(args, key) is not None)
+    is_file = checkpoint is not None and checkpoint.is_file()
+    try:
+        model = timm.create_model(**resolve_model_input_args(
+            name,
+            asked,
+            pretrained=not is_file,
+            # Elsewhere another number than the weights' would give a random head without a word.
+            num_classes=asked.get('num_classes') if is_file else None,
+            **asked.get('model_kwargs', {}),
+        ))
+        if is_file:
+            load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
+        config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError, SafetensorError,
+            EOFError) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UsageError(f'{source}: {reason[:500]}') from error
+    if args.num_classes not in (None, model.num_classes):
+        raise UsageError(f'--num-classes {args.num_classes}: {source} has {model.num_classes}')
+    channels = config['input_size'][0]
+    if channels not in (1, 3):
+        raise UsageError(f'{source} takes images of {channels} channels; expected 3 or 1')
+    # The last step makes a tensor; greyscale has to come before it.
+    *steps, to_tensor = create_transform(
+        config['input_size'],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+        mean=config['mean'],
+        normalize=False,
+    ).transforms
+    view = transforms.Compose([*steps, *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
+    config = DataConfig(**{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
+    return model, config, view
+
+
+def check_classes(source: Source, model: nn.Module, data: Namespace, given: int | None) -> None:
+    """Raises UsageError unless the labels of the images are classes of the model."""
+    where = data.dataset or data.data_dir
+    if (source.targets < 0).any():
+        raise UsageError(f'{where}: split {data.val_split} has images without a label')
+    largest = int(source.targets.max()) + 1
+    named = len(source.class_names) if source.class_names else largest
+    if largest > model.num_classes or (source.class_names and named != model.num_classes and given is None):
+        raise UsageError(
+            f'{where} has {named} classes and the model {model.num_classes}: a label would mean another class. Give '
+            '--class-map for a folder with a part of the classes, or --num-classes if the numbers agree'
+        )
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Outputs:
+    """What a model says about a set of images, in their order.
+
+    Attributes:
+        index: Positions in the set, [N] int64; an image that was skipped is missing.
+        target: Labels, [N] int64.
+        digest: Of the pictures' content, [N] int64: equal pictures have equal ones.
+        logits: [N, K] float32.
+    """
+    index: torch.Tensor
+    target: torch.Tensor
+    digest: torch.Tensor
+    logits: torch.Tensor
+
+    def keep(self, rows: torch.Tensor) -> 'Outputs':
+        return Outputs(*(value[rows] for value in vars(self).values()))
+
+
+def picture_digest(image: Image.Image) -> int:
+    content = hashlib.blake2b(image.tobytes(), digest_size=8, salt=repr(image.size).encode()[:16])
+    return int.from_bytes(content.digest(), 'little', signed=True)
+
+
+@torch.no_grad()
+def collect(
+        model: nn.Module,
+        dataset: ViewDataset,
+        config: DataConfig,
+        accelerator: Accelerator,
+        args: Namespace,
+) -> Outputs:
+    """Evaluates every image once over all processes, and gives all of them to each process.
+
+    Raises:
+        RunError: If logits are not finite, an image cannot be decoded, or the device's memory is too small.
+    """
+    # A kernel may depend on the size of a batch, in the last digit of its results. So each batch is filled up, and
+    # results do not depend on where a process's part ends.
+    size = min(args.batch_size, len(dataset))
+    batches = evaluation_batches(len(dataset), size, accelerator.process_index, accelerator.num_processes)
+    loader = create_loader(dataset, batches, args.workers, args.pin_mem)
+    parts = [(*(torch.zeros(0, dtype=torch.int64),) * 3, torch.zeros(0, model.num_classes))]
+    for batch in Feed(loader, config, accelerator.device, args.channels_last):
+        image, good = batch['image'], batch['skipped'] < 0
+        filled = torch.cat([image, image[-1:].expand(size - len(image), -1, -1, -1)]) if len(image) < size else image
+        try:
+            with accelerator.autocast():
+                logits = model(filled)[:len(image)].float()
+        except torch.OutOfMemoryError as error:
+            raise RunError(f'out of memory with --batch-size {size}; give a smaller one') from error
+        parts.append(tuple(v[good].cpu() for v in (batch['index'], batch['target'], batch['digest'], logits)))
+    values = [torch.cat(part).to(accelerator.device) for part in zip(*parts)]
+    if accelerator.num_processes > 1:
+        # An index of -1 marks the rows that only make the processes' parts equally long.
+        values = [accelerator.gather(accelerator.pad_across_processes(v, pad_index=-1)) for v in values]
+    outputs = Outputs(*(value.cpu() for value in values))
+    outputs = outputs.keep(outputs.index >= 0)
+    outputs = outputs.keep(outputs.index.argsort())
+    if len(outputs.index) < len(dataset):
+        _logger.warning(f'{len(dataset) - len(outputs.index)} of {len(dataset)} images cannot be decoded: left out')
+    if not len(outputs.index):
+        raise RunError(f'none of {len(dataset)} images can be decoded')
+    finite = outputs.logits.isfinite().all(1)
+    if not finite.all():
+        index = int(dataset.index[outputs.index[~finite][0]])
+        raise RunError(f'logits are not finite (NaN or inf) for image {index} ({dataset.source.where(index)})'
+                       + ('; try without --amp' if args.amp else ''))
+    return outputs
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, config: DataConfig, accelerator: Accelerator, name: str) -> None:
+    """Raises UsageError unless the model turns such an image into logits."""
+    try:
+        with accelerator.autocast():
+            shape = model(torch.zeros(1, *config.input_size, device=accelerator.device)).shape
+    except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
+        raise UsageError(f'{name} does not take images of {"x".join(map(str, config.input_size))}: '
+                         f'{" ".join(str(error).split())[:300]}') from error
+    if tuple(shape) != (1, model.num_classes) or not model.num_classes:
+        raise UsageError(f'{name} gives {list(shape)} for an image; expected logits of its {model.num_classes} classes')
+
+
+# --- After-training calibration ---------------------------------------------------------------------------------------
+
+def _minimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor]) -> None:
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=500,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn='strong_wolfe',
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> tuple[float, bool]:
+    """Temperature T that makes softmax(logits / T) most likely (Guo et al. 2017, arXiv 1706.04599, section 4.2).
+
+    The mean negative log-likelihood is convex in 1/T, so its slopes at both bounds tell whether a minimum lies between
+    them. None does if every image is right by a margin (T would go to 0), or if the logits rank the classes no better
+    than chance does (T would go to infinity): then the bound is returned. Float64, LBFGS.
+
+    Args:
+        logits: [N, K], any floating precision.
+        target: Class indices [N].
+
+    Returns:
+        T, from MIN_TEMPERATURE to MAX_TEMPERATURE, and whether it is one of them for want of a minimum between. Logits
+        that are equal in each row give 1.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not len(logits):
+        raise ValueError('logits are empty: there is nothing to fit a temperature to')
+    gap = logits.double() - logits.double().gather(1, target[:, None])
+    if not gap.any():
+        return 1.0, False
+
+    def slope(inverse):
+        return float(((inverse * gap).softmax(1) * gap).sum(1).mean())
+
+    if slope(1 / MIN_TEMPERATURE) <= 0:
+        return MIN_TEMPERATURE, True
+    if slope(1 / MAX_TEMPERATURE) >= 0:
+        return MAX_TEMPERATURE, True
+    # In units in which a typical gap is 1, so that the tolerances mean the same for any logits.
+    unit = gap.abs().mean()
+    inverse = unit.clone().requires_grad_()
+    _minimise([inverse], lambda: (inverse * (gap / unit)).logsumexp(1).mean())
+    return min(max(float(unit / inverse), MIN_TEMPERATURE), MAX_TEMPERATURE), False
+
+
+def fit_vector(
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        temperature: float,
+        ridge: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vector scaling, a factor and an offset for each class (Guo et al. 2017, section 4.2), around a temperature.
+
+    Written as logits * (1 + u) / T + v. A Gaussian prior of variance 1 / ridge on u and v, in all worth about one image
+    per class, keeps them finite where images are few, or all right; a large ridge gives temperature scaling, and 0 the
+    plain maximum of the likelihood. Float64, LBFGS.
+
+    Args:
+        logits: [N, K], any floating precision.
+        target: Class indices [N].
+        temperature: T.
+        ridge: Strength of the prior.
+
+    Returns:
+        The factors (1 + u) / T and the offsets v, both [K] float64.
+    """
+    z = logits.double() / temperature
+    u = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
+    v = torch.zeros_like(u, requires_grad=True)
+    # Weights scaled by the root of the ridge keep LBFGS well-conditioned however large it is.
+    root = max(1.0, ridge / len(z)) ** 0.5
+
+    def loss():
+        a, b = u / root, v / root
+        nll = nn.functional.cross_entropy(z * (1 + a) + b, target)
+        return nll + ridge / (2 * len(z)) * (a.square().sum() + b.square().sum())
+
+    _minimise([u, v], loss)
+    return (1 + u.detach() / root) / temperature, v.detach() / root
+
+
+def saved_temperature(checkpoint: Path | None) -> float | None:
+    """The temperature in a checkpoint folder's config.json, if one was stored there."""
+    if checkpoint is None or not checkpoint.is_dir():
+        return None
+    content = json.loads((checkpoint / 'config.json').read_text()).get('calibration')
+    if content is None:
+        return None
+    value = content.get('temperature') if isinstance(content, dict) else None
+    if not isinstance(value, (int, float)) or not 0 < value < float('inf'):
+        raise UsageError(f'{checkpoint / "config.json"}: calibration.temperature is {value!r}; expected a number above '
+                         '0')
+    return value
+
+
+def save_temperature(checkpoint: Path, temperature: float, images: int, source: str) -> None:
+    """Stores a temperature beside what timm keeps: timm passes over top-level keys that it does not know."""
+    path = checkpoint / 'config.json'
+    content = json.loads(path.read_text())
+    content['calibration'] = dict(temperature=temperature, images=images, source=source)
+    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=2) + '\n'))
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Result:
+    """A checkpoint's outputs, and the scalings of them that are reported."""
+    name: str
+    checkpoint: Path | None
+    config: DataConfig
+    outputs: Outputs
+    calibration: Outputs | None
+    labeled: Outputs | None
+    ood: dict[str, Outputs]
+    scaled: dict[str, torch.Tensor] = field(default_factory=dict)  # logits by scaling, the first is 'none'
+    parameters: dict[str, dict] = field(default_factory=dict)
+    reports: dict[str, dict] = field(default_factory=dict)
+    at_bound: bool = False
+
+
+def choose_calibration_images(results: list[Result], args: Namespace) -> None:
+    """Takes images out of the fit that are evaluated, unlabeled or, with --calibration-split, labeled ones of a run."""
+    if args.calibration_split is not None:
+        trained = [result.labeled.digest for result in results if result.labeled is not None]
+        trained = torch.cat(trained) if trained else torch.zeros(0, dtype=torch.int64)
+    else:
+        trained = torch.zeros(0, dtype=torch.int64)
+    for number, result in enumerate(results):
+        found = result.calibration
+        evaluated = torch.isin(found.digest, result.outputs.digest)
+        seen = torch.isin(found.digest, trained) & ~evaluated
+        rows = ~evaluated & ~seen & (found.target >= 0)
+        told = f'{int(evaluated.sum())} are evaluated, {int(seen.sum())} were labeled in training'
+        if not rows.any():
+            which = ('--calibration-from-labeled' if args.calibration_split is None
+                     else f'--calibration-split {args.calibration_split}')
+            raise UsageError(f'{which}: none of {len(rows)} images is left to fit on ({told}); give another split or '
+                             'slices that do not overlap')
+        result.calibration = found.keep(rows)
+        if number == 0 and not rows.all():
+            _logger.info(f'{int(rows.sum())} of {len(rows)} calibration images are used: {told}, '
+                         f'{int((found.target < 0).sum())} have no label')
+
+
+def scale(result: Result) -> None:
+    """Fills in the scaled logits: fitted ones, or those of a saved temperature."""
+    logits = result.outputs.logits
+    result.scaled['none'], result.parameters['none'] = logits, {}
+    fit_on = result.calibration
+    if fit_on is None:
+        value = saved_temperature(result.checkpoint)
+        if value is not None:
+            result.scaled['saved'] = logits.double() / value
+            result.parameters['saved'] = dict(temperature=value)
+        return
+    value, result.at_bound = fit_temperature(fit_on.logits, fit_on.target)
+    result.scaled['temperature'] = logits.double() / value
+    result.parameters['temperature'] = dict(temperature=value, at_bound=result.at_bound)
+    factor, offset = fit_vector(fit_on.logits, fit_on.target, value)
+    result.scaled['vector'] = logits.double() * factor + offset
+    result.parameters['vector'] = dict(factor=factor.tolist(), offset=offset.tolist())
+    if result.at_bound:
+        right = int((fit_on.logits.argmax(1) == fit_on.target).sum())
+        _logger.warning(
+            f'{result.name}: the temperature is at its bound of {value:g}, since the likelihood of the calibration '
+            f'images ({right} of {len(fit_on.target)} right) has no maximum '
+            + ('above it: they are too easy for this model to tell how sure it should be'
+               if value == MIN_TEMPERATURE else 'below it: its logits say no more about them than chance')
+        )
+    missing = fit_on.logits.shape[1] - len(fit_on.target.unique())
+    if missing:
+        _logger.warning(f'{result.name}: {missing} classes have no calibration image; vector scaling can only lower '
+                        'their logits')
+
+
+def interval(report: dict, name: str) -> str:
+    """A rate in percent with its interval."""
+    text = f'{report[name]:.2f}'
+    return text if f'{name}_low' not in report else f'{text} [{report[f"{name}_low"]:.2f}, {report[f"{name}_high"]:.2f}]'
+
+
+def align(rows: list[list[str]], left: int = 2) -> str:
+    """Columns of text, the first `left` flush left, the others flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return '\n'.join(
+        '  '.join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
+
+
+def format_table(results: list[Result]) -> str:
+    rows = [['run', 'scaling', 'T', 'error %', 'ECE %', 'equal-mass', 'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC']]
+    for result in results:
+        for scaling, report in result.reports.items():
+            temperature = result.parameters[scaling].get('temperature')
+            rows.append([
+                result.name,
+                scaling,
+                '' if temperature is None else f'{temperature:.3f}' + '*' * result.at_bound,
+                interval(report, 'error'),
+                interval(report, 'ece'),
+                *(f'{report[key]:.2f}' for key in ('ece_equal_mass', 'ece_classwise', 'ece_smooth')),
+                f'{report["nll"]:.4f}',
+                f'{report["brier"]:.4f}',
+                '' if report['auroc'] is None else f'{report["auroc"]:.2f}',
+            ])
+    note = '\n* at its bound: the likelihood of the calibration images has no maximum'
+    return align(rows) + (note if any(result.at_bound for result in results) else '')
+
+
+def format_ood_table(results: list[Result], metrics: list[dict]) -> str:
+    rows = [['run', 'out-of-distribution set', 'score', 'images', 'AUROC', 'FPR95', 'AUPR in', 'AUPR out']]
+    for result, by_set in zip(results, metrics):
+        for name, by_score in by_set.items():
+            for score in OOD_SCORES:
+                rows.append([result.name, name, score, str(by_score['count']),
+                             *(f'{by_score[score][key]:.2f}' for key in ('auroc', 'fpr95', 'aupr_in', 'aupr_out'))])
+    return align(rows, left=3)
+
+
+def what_is_left(results: list[Result]) -> list[str]:
+    """For each checkpoint beside the first: its difference in ECE from it, before and after scaling."""
+    first, lines = results[0], []
+    for other in results[1:]:
+        difference = {s: other.reports[s]['ece'] - first.reports[s]['ece'] for s in first.reports if s in other.reports}
+        raw = difference.pop('none')
+        parts = [f'{raw:+.2f} points unscaled']
+        for scaling, value in difference.items():
+            # A share of next to nothing says nothing.
+            share = f' ({100 * value / raw:.0f} % of it)' if abs(raw) >= 0.5 else ''
+            parts.append(f'{value:+.2f} after {scaling} scaling{share}')
+        lines.append(f'ECE of {other.name} less that of {first.name}: {", ".join(parts)}')
+    return lines
+
+
+def measure_ood(result: Result) -> dict[str, dict]:
+    """By set: the number of images and, by score, the metrics in percent."""
+    measured = {}
+    for name, outputs in result.ood.items():
+        measured[name] = dict(count=len(outputs.index))
+        for score in OOD_SCORES:
+            values = ood_metrics(ood_scores(result.outputs.logits, score), ood_scores(outputs.logits, score))
+            measured[name][score] = {key: 100 * value for key, value in values.items()}
+    return measured
+
+
+def write_result(folder: Path, result: Result, about: dict, ood: dict, class_names: list[str] | None, args) -> None:
+    """Files of one checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = result.outputs
+    confidence, correct = confidence_and_correct(outputs.logits, outputs.target)
+    predicted = outputs.logits.argmax(1)
+
+    bins = {key: value.tolist() for key, value in reliability_bins(confidence, correct)._asdict().items()}
+    content = OrderedDict(
+        run=result.name,
+        **about,
+        input_size=result.config.input_size,
+        **result.reports['none'],
+        bins=bins,
+        calibration_images=None if result.calibration is None else len(result.calibration.index),
+        scaled={
+            scaling: dict(result.parameters[scaling], **report)
+            for scaling, report in result.reports.items() if scaling != 'none'
+        },
+        ood=ood,
+    )
+    (folder / 'metrics.json').write_text(json.dumps(content, indent=1) + '\n')
+
+    columns = dict(
+        index=outputs.index.numpy(),
+        target=outputs.target.numpy(),
+        predicted=predicted.numpy(),
+        confidence=confidence.numpy(),
+    )
+    if args.save_logits:
+        columns['logits'] = pa.FixedSizeListArray.from_arrays(
+            outputs.logits.flatten().numpy(), outputs.logits.shape[1],
+        )
+    pq.write_table(pa.table(columns), folder / 'predictions.parquet')
+
+    for scaling, logits in result.scaled.items():
+        pair = confidence_and_correct(logits, outputs.target)
+        suffix, title = ('', result.name) if scaling == 'none' else (f'_{scaling}', f'{result.name}, {scaling}')
+        panels = [(f'{title}\nequal width', reliability_bins(*pair)), (f'{title}\nequal mass', equal_mass_bins(*pair))]
+        reliability_diagram(panels, folder / f'reliability{suffix}.png')
+    confidence_histogram(confidence, correct, folder / 'confidence.png')
+    risk_coverage_diagram([(result.name, confidence, correct)], folder / 'risk_coverage.png')
+    if class_names is not None:
+        class_names = [name if len(name) <= 24 else f'{name[:23]}…' for name in class_names]
+        class_names += [str(k) for k in range(len(class_names), outputs.logits.shape[1])]
+    class_diagram(predicted, confidence, correct, folder / 'classes.png', class_names)
+
+
+def write_comparison(folder: Path, results: list[Result]) -> None:
+    """Pictures with all checkpoints side by side."""
+    for scaling in results[0].scaled:
+        panels = []
+        for result in results:
+            if scaling in result.scaled:
+                report = result.reports[scaling]
+                title = result.name if scaling == 'none' else f'{result.name}, {scaling}'
+                if 'ece_low' in report:
+                    title += f'\n95 % of ECE: {report["ece_low"]:.1f} to {report["ece_high"]:.1f} %'
+                pair = confidence_and_correct(result.scaled[scaling], result.outputs.target)
+                panels.append((title, reliability_bins(*pair)))
+        reliability_diagram(panels, folder / ('comparison.png' if scaling == 'none' else f'comparison_{scaling}.png'))
+    curves = [(r.name, *confidence_and_correct(r.outputs.logits, r.outputs.target)) for r in results]
+    risk_coverage_diagram(curves, folder / 'risk_coverage.png')
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0], restval='')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(
+        results: list[Result],
+        data: Namespace,
+        class_names: list[str] | None,
+        calibration_name: str,
+        args: Namespace,
+) -> None:
+    """Measures, prints the table and writes the files; on the main process."""
+    if fits(args):
+        choose_calibration_images(results, args)
+    for result in results:
+        scale(result)
+        for scaling, logits in result.scaled.items():
+            result.reports[scaling] = calibration_report(
+                logits, result.outputs.target, bootstrap=args.bootstrap, seed=args.seed,
+            )
+    ood = [measure_ood(result) for result in results]
+    print(f'{len(results[0].outputs.index)} images of {data.dataset or data.data_dir}, split {data.val_split}'
+          + (f'; scalings fitted on {len(results[0].calibration.index)} images of {calibration_name}'
+             if fits(args) else ''))
+    print(format_table(results))
+    if args.ood_dataset:
+        print(f'\n{format_ood_table(results, ood)}')
+    if len(results) > 1:
+        print('\n' + '\n'.join(what_is_left(results)))
+
+    folder = Path(args.results_dir)
+    about = dict(dataset=data.dataset or data.data_dir, split=data.val_split)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for result, measured in zip(results, ood):
+            own = folder / result.name if len(results) > 1 else folder
+            write_result(own, result, about, measured, class_names, args)
+        write_csv(folder / 'comparison.csv', [
+            dict(run=result.name, scaling=scaling, temperature=result.parameters[scaling].get('temperature', ''), **row)
+            for result in results for scaling, row in result.reports.items()
+        ])
+        if args.ood_dataset:
+            write_csv(folder / 'ood.csv', [
+                dict(run=result.name, ood_dataset=name, count=by_score['count'], score=score, **by_score[score])
+                for result, by_set in zip(results, ood) for name, by_score in by_set.items() for score in OOD_SCORES
+            ])
+        if len(results) > 1:
+            write_comparison(folder, results)
+    except OSError as error:
+        raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
+    print(f'\nResults in {folder}')
+    if args.save_temperature:
+        for result in results:
+            if result.at_bound:
+                raise RunError(f'--save-temperature: not stored in {result.checkpoint}, the temperature is at its bound')
+            save_temperature(
+                result.checkpoint,
+                result.parameters['temperature']['temperature'],
+                len(result.calibration.index),
+                calibration_name,
+            )
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+
+def split_names(split: str) -> set[str]:
+    """Splits that an expression such as `train[:10%]+test` draws on."""
+    return {part.partition('[')[0].strip() for part in split.split('+')}
+
+
+def main(args: Namespace) -> None:
+    accelerator = setup_accelerator(args)
+    _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    checkpoints = [Path(path).resolve() for path in args.checkpoint] or [None]
+    runs = [read_run(path) if path else {} for path in checkpoints]
+    names = name_checkpoints(checkpoints) if args.checkpoint else [args.model.replace('/', '_')]
+
+    chosen = [choose_data(args, run) for run in runs]
+    data = chosen[0][0]
+    for name, (other, _) in zip(names, chosen):
+        for key in DATA_KEYS:
+            if key not in ('train_split', 'dataset_download') and getattr(other, key) != getattr(data, key):
+                flag = 'split' if key == 'val_split' else key.replace('_', '-')
+                raise UsageError(f'{names[0]} has --{flag} {getattr(data, key)} and {name} {getattr(other, key)}: '
+                                 'checkpoints are compared on the same images, so give the flag')
+    if not data.dataset and not data.data_dir:
+        raise UsageError(f'{names[0]} comes without a run\'s args.yaml: give --dataset')
+    source = open_source(data, data.val_split)
+    if data.val_split is None:
+        splits = list_splits(data.dataset, data.data_dir)
+        data.val_split = next(split for split in VAL_SPLITS if split in splits)
+    calibration_source, calibration_name = None, ''
+    if args.calibration_split is not None:
+        calibration_source = open_source(data, args.calibration_split)
+        calibration_name = f'{data.dataset or data.data_dir} {args.calibration_split}'
+    elif args.calibration_from_labeled is not None:
+        calibration_name = args.calibration_from_labeled or 'the labeled images that each run was trained on'
+    ood_sources = {name: open_ood_source(args, name) for name in args.ood_dataset}
+
+    results = []
+    for name, checkpoint, run, (own_data, own) in zip(names, checkpoints, runs, chosen):
+        model, config, view = load_model(args, checkpoint, run)
+        check_classes(source, model, data, args.num_classes if args.num_classes is not None else run.get('num_classes'))
+        model.eval().to(accelerator.device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+        check_model(model, config, accelerator, name)
+        _logger.info(f'{name}: images {"x".join(map(str, config.input_size))}, mean {config.mean}, std {config.std}, '
+                     f'{accelerator.num_processes} process(es), device {accelerator.device}')
+
+        def evaluate(images, index=None, targets=None, model=model, config=config, view=view):
+            views = {'image': view, 'digest': picture_digest}
+            dataset = ViewDataset(images, views, index, targets, skip_bad=data.skip_bad_images)
+            return collect(model, dataset, config, accelerator, args)
+
+        labels_file, labeled = None, None
+        if args.calibration_from_labeled is not None:
+            labels_file = find_labels(args, checkpoint, own, name)
+        elif calibration_source is not None and own and split_names(args.calibration_split) & split_names(
+                own_data.train_split):
+            labels_file = checkpoint.parent / 'labels.json'
+            if not labels_file.exists():
+                _logger.warning(f'{name}: no labels.json beside it tells which images it was trained on; they may be '
+                                'among the calibration images, which makes the fit too confident')
+                labels_file = None
+        if labels_file is not None:
+            train = open_source(own_data, own_data.train_split)
+            labeled = evaluate(train, *read_labels(labels_file, train.targets, model.num_classes))
+        results.append(Result(
+            name,
+            checkpoint,
+            config,
+            evaluate(source),
+            evaluate(calibration_source) if calibration_source is not None else labeled,
+            labeled,
+            {ood_name: evaluate(ood_source) for ood_name, ood_source in ood_sources.items()},
+        ))
+        del model, evaluate
+    accelerator.end_training()  # the rest needs no other process, and may take longer than they would wait
+    if accelerator.is_main_process:
+        report(results, data, source.class_names, calibration_name, args)
+
+
+def find_labels(args: Namespace, checkpoint: Path | None, own: bool, name: str) -> Path:
+    """The file that lists the images of --calibration-from-labeled; warns where the run was trained on them."""
+    run_file = checkpoint.parent / 'labels.json' if own else None
+    if args.calibration_from_labeled:
+        path = Path(args.calibration_from_labeled)
+        if run_file is not None and run_file.exists() and path.exists():
+            try:
+                both = set(json.loads(path.read_text())['index']) & set(json.loads(run_file.read_text())['index'])
+            except (OSError, ValueError, KeyError, TypeError):
+                both = ()  # read_labels tells what is wrong with the file
+            if both:
+                _logger.warning(f'{name}: {len(both)} of the images in {path} are labeled images of its training, on '
+                                'which it is more confident than elsewhere')
+        return path
+    if run_file is None or not run_file.exists():
+        raise UsageError(f'--calibration-from-labeled: {name} has no labels.json of a run on this data set; give a FILE')
+    _logger.warning(f'{name}: the scalings are fitted on images that it was trained on, where it is right more often '
+                    'than elsewhere: expect a temperature that is too low')
+    return run_file
+
+
+if __name__ == '__main__':
+    setup_default_logging()
+    try:
+        main(_parse_args())
+    except (UsageError, RunError) as error:
+        # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
+        if isinstance(error, RunError) or os.environ.get('RANK', '0') == '0':
+            print(f'validate.py: error: {error}', file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
