@@ -174,7 +174,8 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Semi-supervised learning')
     group.add_argument('--algorithm', default='fixmatch', choices=ALGORITHMS,
-                       help='base method; supervised sees the labeled images only (default: fixmatch)')
+                       help='base method; supervised sees the labeled images only, pseudo_label no strong views '
+                            '(default: fixmatch)')
     group.add_argument('--num-labels', type=int, metavar='N', default=None,
                        help='labeled images in total, drawn balanced over the classes (default: all that have a label)')
     group.add_argument('--labels-file', metavar='FILE', default=None,
@@ -189,6 +190,23 @@ def create_parser() -> argparse.ArgumentParser:
                        help='factor of the unlabeled loss (default: 1)')
     group.add_argument('--threshold', type=float, metavar='P', default=0.95,
                        help='confidence from which a pseudo-label counts (default: 0.95)')
+    group.add_argument('--lambda-u-warmup', type=float, metavar='SHARE', default=None,
+                       help='share of the training over which the unlabeled loss grows from 0 (default: 0.4 with '
+                            'pseudo_label, else 0)')
+    group.add_argument('--stat-momentum', type=float, metavar='X', default=0.999,
+                       help='of the running statistics of softmatch and freematch (default: 0.999; short runs want '
+                            'less)')
+    group.add_argument('--softmatch-align', action=flag, default=True,
+                       help='uniform alignment of the confidence (default: yes)')
+    group.add_argument('--softmatch-usb-stats', action=flag, default=False,
+                       help='mean and variance of the aligned confidence, as the published code takes them, instead of '
+                            'the plain one')
+    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.01,
+                       help='factor of the fairness term (default: 0.01)')
+    group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
+                       help='factor of a penalty on unlabeled logits that lie further below the top one than '
+                            '--logit-margin, a calibration baseline (arXiv 2403.15567; default: 0)')
+    group.add_argument('--logit-margin', type=float, metavar='X', default=10., help='see there (default: 10)')
     group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
                        help='of the labeled loss, a calibration baseline (default: 0)')
     group.add_argument('--weak-forward', default='joint', choices=['joint', 'no-grad'],
@@ -307,12 +325,18 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                  'val_interval', 'checkpoint_hist'):
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
-    for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed'):
+    for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
+                 'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
         if not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
+    for name in ('lambda_u_warmup', 'stat_momentum'):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
+    if args.lambda_u_warmup is None:
+        args.lambda_u_warmup = 0.4 if args.algorithm == 'pseudo_label' else 0.
     if args.opt.lower() not in list_optimizers():
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
     if args.calibratemix and args.algorithm == 'supervised':
@@ -509,7 +533,7 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
             position = index  # the unlabeled set is the whole split, in its own order
     if not len(unlabeled_index):
         raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
-    views = {'weak': views['weak'], 'strong': views['strong']}
+    views = {name: views[name] for name in ('weak', 'strong')[:1 if args.algorithm == 'pseudo_label' else 2]}
     unlabeled_set = ViewDataset(unlabeled, views, unlabeled_index, stream='unlabeled', **common)
     return Batches(labeled_set, unlabeled_set, evaluation_set, position, index)
 
@@ -539,12 +563,137 @@ class Feed:
 
 # --- Methods ----------------------------------------------------------------------------------------------------------
 
-def fixmatch_weight(confidence: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """FixMatch (arXiv 2001.07685, eq. 4): 1 where the weak view's confidence reaches the threshold, else 0; `[U]`."""
-    return (confidence >= args.threshold).float()
+# Each method weighs the unlabeled images of a step: logits of the weak view `[U, K]` float32 and indices `[U]`, both
+# joined over the processes, to weights `[U]` in [0, 1]. Running statistics are buffers, so they are the same on all
+# processes and part of the checkpoint. The pseudo-label is the weak view's top class everywhere.
+
+class FixMatch(nn.Module):
+    """1 where the confidence reaches the threshold, else 0 (arXiv 2001.07685, eq. 4)."""
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__()
+        self.threshold = args.threshold
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return (logits.softmax(1).amax(1) >= self.threshold).float()
 
 
-ALGORITHMS = {'supervised': None, 'fixmatch': fixmatch_weight}
+class FlexMatch(nn.Module):
+    """FixMatch with a threshold for each class that grows as the class is learned (arXiv 2110.08263, eq. 5 to 11).
+
+    The table holds each image's last prediction that passed the fixed threshold, -1 before there is one. The images
+    still at -1 count in the denominator, which warms the thresholds up.
+    """
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__()
+        self.threshold, self.num_classes = args.threshold, num_classes
+        self.register_buffer('selected', torch.full((num_unlabeled,), -1, dtype=torch.int32))
+
+    def class_thresholds(self) -> torch.Tensor:
+        """Current thresholds `[K]`."""
+        counts = torch.zeros(self.num_classes + 1, device=self.selected.device)
+        counts.scatter_add_(0, self.selected.long() + 1, counts.new_ones(()).expand(len(self.selected)))
+        unused, learned = counts[0], counts[1:]
+        beta = learned / torch.maximum(learned.max(), unused)
+        return self.threshold * beta / (2 - beta)
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        confidence, label = logits.softmax(1).max(1)
+        weight = (confidence >= self.class_thresholds()[label]).float()
+        # The table moves by the fixed threshold. Of an index that stands twice in the batch the later row wins.
+        row = torch.arange(len(index), device=index.device)
+        passed = (index[:, None] == index) & (confidence >= self.threshold)
+        last = torch.where(passed, row, -1).amax(1)
+        new = torch.where(last >= 0, label[last.clamp(min=0)].int(), self.selected.gather(0, index))
+        self.selected.scatter_(0, index, new)
+        return weight
+
+
+class SoftMatch(nn.Module):
+    """Truncated Gaussian of the confidence, with uniform alignment (arXiv 2301.10921, eq. 6 to 9 and 11).
+
+    1 above the running mean of the confidence; below it falls off with half the running deviation (n_sigma = 2). The
+    statistics are those of the plain confidence, as in the paper; the published code takes the aligned one's.
+    """
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__()
+        self.momentum, self.align = args.stat_momentum, args.softmatch_align
+        self.aligned_stats = args.softmatch_usb_stats
+        self.register_buffer('mean', torch.tensor(1 / num_classes))
+        self.register_buffer('var', torch.tensor(1.))
+        self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        probs = logits.softmax(1)
+        plain = confidence = probs.amax(1)
+        if self.align:
+            self.class_mean.lerp_(probs.mean(0), 1 - self.momentum)
+            aligned = probs / self.class_mean
+            confidence = (aligned / aligned.sum(1, keepdim=True)).amax(1)
+        seen = confidence if self.aligned_stats else plain
+        self.mean.lerp_(seen.mean(), 1 - self.momentum)
+        self.var.lerp_(seen.var(unbiased=len(seen) > 1), 1 - self.momentum)  # one row has no unbiased variance
+        below = (confidence - self.mean).clamp(max=0)
+        return torch.exp(-below ** 2 / (2 * self.var.clamp(min=1e-12) / 4))
+
+
+class FreeMatch(nn.Module):
+    """Thresholds from the running confidence, global and by class (arXiv 2205.07246, eq. 5 to 7); a fairness term."""
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__()
+        self.momentum, self.num_classes = args.stat_momentum, num_classes
+        self.register_buffer('tau', torch.tensor(1 / num_classes))
+        self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
+        self.register_buffer('class_share', torch.full((num_classes,), 1 / num_classes))
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        probs = logits.softmax(1)
+        confidence, label = probs.max(1)
+        self.tau.lerp_(confidence.mean(), 1 - self.momentum)
+        self.class_mean.lerp_(probs.mean(0), 1 - self.momentum)
+        self.class_share.lerp_(F.one_hot(label, self.num_classes).float().mean(0), 1 - self.momentum)
+        thresholds = self.class_mean / self.class_mean.max() * self.tau
+        return (confidence >= thresholds[label]).float()
+
+    def fairness(self, strong_logits: torch.Tensor, weight: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+        """Fairness term (eq. 10 to 12), from a process's own strong logits `[U, K]` and weights `[U]`: scalar.
+
+        Its batch means are those of all processes. The gradient of a mean flows through the own part of it alone, and
+        averaging the gradients over the processes then gives that of the joined batch.
+        """
+        probs = strong_logits.softmax(1)
+        own = torch.cat([
+            (probs * weight[:, None]).sum(0),
+            (F.one_hot(probs.argmax(1), self.num_classes) * weight[:, None]).sum(0),
+            weight.sum()[None],
+        ])
+        others = accelerator.reduce(own.detach(), 'sum') - own.detach()
+        sums = (own * accelerator.num_processes - own.detach() * (accelerator.num_processes - 1)) + others
+        number = sums[-1].detach().clamp(min=1)
+        mean, share = sums[:self.num_classes] / number, sums[self.num_classes:-1] / number
+        # A class that no strong view is counted for has no ratio; as in the published code it then weighs nothing.
+        ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0)
+        ratio = ratio / ratio.sum().clamp(min=1e-12)
+        target = self.class_mean / self.class_share.clamp(min=1e-12)
+        return (target / target.sum() * torch.log(ratio + 1e-12)).sum() * (sums[-1].detach() > 0)
+
+
+ALGORITHMS = {
+    'supervised': None,
+    'pseudo_label': FixMatch,  # the same weights; what differs is that the weak view itself is the student's
+    'fixmatch': FixMatch,
+    'flexmatch': FlexMatch,
+    'softmatch': SoftMatch,
+    'freematch': FreeMatch,
+}
+
+
+def logit_margin_penalty(logits: torch.Tensor, margin: float) -> torch.Tensor:
+    """Mean over `[U, K]` of what the top logit exceeds the others by beyond the margin (arXiv 2403.15567, eq. 11)."""
+    return F.relu(logits.amax(1, keepdim=True) - logits - margin).mean()
 
 
 def supervised_step(model: nn.Module, labeled: dict, args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -558,23 +707,31 @@ def forward_views(
         model: nn.Module,
         image: torch.Tensor,
         weak: torch.Tensor,
-        strong: torch.Tensor,
+        strong: torch.Tensor | None,
         weak_forward: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One pass over labeled, weak and strong images, or with 'no-grad' one for the weak ones and one for the rest.
 
+    Without strong images the weak ones take their place, in the one pass and with their gradient (Pseudo-Label).
+
     Returns:
         Features of labeled and weak images, then logits (float32) of labeled, weak (detached) and strong images.
     """
-    sizes = [len(image), len(weak), len(strong)]
-    if weak_forward == 'joint':
+    if strong is None:
+        sizes = [len(image), len(weak)]
+        features, logits = model(torch.cat([image, weak]))
+        (f, f_weak), (z, z_weak) = features.split(sizes), logits.float().split(sizes)
+        z_strong = z_weak
+    elif weak_forward == 'joint':
+        sizes = [len(image), len(weak), len(strong)]
         features, logits = model(torch.cat([image, weak, strong]))
         (f, f_weak, _), (z, z_weak, z_strong) = features.split(sizes), logits.float().split(sizes)
     else:
         with torch.no_grad():
             f_weak, z_weak = model(weak)
+        sizes = [len(image), len(strong)]
         features, logits = model(torch.cat([image, strong]))
-        (f, _), (z, z_strong) = features.split(sizes[::2]), logits.float().split(sizes[::2])
+        (f, _), (z, z_strong) = features.split(sizes), logits.float().split(sizes)
     return f.detach(), f_weak.detach(), z, z_weak.detach().float(), z_strong
 
 
@@ -582,9 +739,10 @@ def semi_supervised_step(
         model: nn.Module,
         labeled: dict,
         unlabeled: dict,
+        method: nn.Module,
         calmix: CalibrateMix | None,
         num_updates: int,
-        gather,
+        accelerator: Accelerator,
         args: argparse.Namespace,
 ) -> dict[str, torch.Tensor]:
     """Losses of a step: the base method's, and after warmup the mixup loss from a second pass over mixed images only.
@@ -593,26 +751,35 @@ def semi_supervised_step(
         model: Returns features and logits.
         labeled: image `[B, C, S, S]`, target `[B]`, index `[B]`.
         unlabeled: weak and strong `[U, C, S, S]`, target `[U]` (for monitoring only; -1: unknown), index `[U]`.
+        method: One of ALGORITHMS.
         calmix: None for the base method alone.
         num_updates: Updates done so far.
-        gather: Joins a tuple of tensors over the processes.
 
     Returns:
         Scalars, detached but for `loss`.
     """
     x, y, i = labeled['image'], labeled['target'], labeled['index']
-    weak, strong, j = unlabeled['weak'], unlabeled['strong'], unlabeled['index']
+    weak, strong, j = unlabeled['weak'], unlabeled.get('strong'), unlabeled['index']
     f, f_weak, z, z_weak, z_strong = forward_views(model, x, weak, strong, args.weak_forward)
 
+    # What a method or the bank keeps is kept of the joined batch, on every process alike.
+    j_all, z_weak_all = accelerator.gather((j, z_weak))
+    first = accelerator.process_index * len(j)
+    weight = method(z_weak_all, j_all)[first:first + len(j)]
     confidence, pseudo_label = z_weak.softmax(1).max(1)
-    weight = ALGORITHMS[args.algorithm](confidence, args)
+
     loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
     loss_unlabeled = (F.cross_entropy(z_strong, pseudo_label, reduction='none') * weight).mean()
-    loss = loss_labeled + args.lambda_u * loss_unlabeled
+    loss = loss_labeled + lambda_u(num_updates, args) * loss_unlabeled
+    if args.algorithm == 'freematch':
+        loss = loss + args.freematch_fairness * method.fairness(z_strong, weight, accelerator)
+    if args.logit_margin_penalty:
+        loss = loss + args.logit_margin_penalty * logit_margin_penalty(z_strong, args.logit_margin)
 
     loss_mixup = torch.zeros_like(loss)
     if calmix is not None:
-        calmix.update(*gather((i, y, z.detach(), j, pseudo_label, z_weak)), num_updates)
+        i_all, y_all, z_all = accelerator.gather((i, y, z.detach()))
+        calmix.update(i_all, y_all, z_all, j_all, z_weak_all.argmax(1), z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
             mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence)
             loss_mixup = calmix.loss(model(mixed.images)[1], mixed)
@@ -628,6 +795,12 @@ def semi_supervised_step(
         pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
         pseudo_label_known=known.float().mean(),
     )
+
+
+def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
+    """Factor of the unlabeled loss: grows from 0 over --lambda-u-warmup, then --lambda-u."""
+    warmup = args.lambda_u_warmup * args.epochs * args.train_steps_per_epoch
+    return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -687,6 +860,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None
+    method: nn.Module | None
     calmix: CalibrateMix | None
     monitor: Monitor
     accelerator: Accelerator
@@ -735,7 +909,8 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
                 terms = supervised_step(run.model, labeled, args)
             else:
                 terms = semi_supervised_step(
-                    run.model, labeled, next(unlabeled_batches), run.calmix, run.num_updates, accelerator.gather, args,
+                    run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
+                    args,
                 )
             accelerator.backward(terms['loss'] / args.grad_accum_steps)
         run.monitor.add(terms, run.num_updates)
@@ -855,6 +1030,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         model=run.timm_model.state_dict(),
         optimizer=run.optimizer.state_dict(),
         ema=run.ema.module.state_dict() if run.ema is not None else None,
+        method=run.method.state_dict() if run.method is not None else None,
         calmix=run.calmix.state_dict() if run.calmix is not None else None,
         scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
         sums=run.accelerator.gather(run.monitor.sums[None]),
@@ -930,6 +1106,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         run.optimizer.load_state_dict(state['optimizer'])
         if run.ema is not None:
             run.ema.module.load_state_dict(state['ema'])
+        if run.method is not None:
+            run.method.load_state_dict(state['method'])
         if run.calmix is not None:
             run.calmix.load_state_dict(state['calmix'])
     except (RuntimeError, ValueError, KeyError) as error:
@@ -1108,6 +1286,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
     datasets = build_datasets(args, sources, num_classes, data_config)
+    method = None
+    if args.algorithm != 'supervised':
+        method = ALGORITHMS[args.algorithm](len(datasets.unlabeled), num_classes, args)
     calmix = build_calmix(args, datasets, num_classes)
     folder, checkpoint = open_run_folder(args, accelerator, data_config.input_size[1])
 
@@ -1129,7 +1310,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model, optimizer = accelerator.prepare(FeaturesAndLogits(model), optimizer)
     if calmix is not None:
         calmix.to(accelerator.device)
-    run = Run(model, optimizer, scheduler, ema, calmix, Monitor(accelerator), accelerator, datasets.source_index)
+    if method is not None:
+        method.to(accelerator.device)
+    monitor = Monitor(accelerator)
+    run = Run(model, optimizer, scheduler, ema, method, calmix, monitor, accelerator, datasets.source_index)
     if checkpoint is not None:
         resume(run, read_checkpoint(checkpoint), checkpoint, args)
         _logger.info(f'Resuming from {checkpoint} at update {run.num_updates}')

@@ -92,7 +92,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group('Checkpoints')
     group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
-                       help='folders of weights, as RUN/best and RUN/last of train_ssl.py or any that timm saved with a '
+                       help='folders of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '
                             'config.json; or weight files of timm\'s train.py. Several are compared')
     group.add_argument('-m', '--model', metavar='NAME', default=None,
                        help='timm model of the weight files (default: that of the args.yaml beside them), or with '
@@ -269,6 +269,11 @@ def open_source(data: Namespace, split: str | None) -> Source:
         class_map=data.class_map,
         download=data.dataset_download,
     )
+
+
+def split_names(split: str) -> set[str]:
+    """Splits that an expression such as `train[:10%]+test` draws on."""
+    return {part.partition('[')[0].strip() for part in split.split('+')}
 
 
 class PlainFolder(Source):
@@ -502,7 +507,7 @@ def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> tuple[float, 
     unit = gap.abs().mean()
     inverse = unit.clone().requires_grad_()
     _minimise([inverse], lambda: (inverse * (gap / unit)).logsumexp(1).mean())
-    return min(max(float(unit / inverse), MIN_TEMPERATURE), MAX_TEMPERATURE), False
+    return min(max(float(unit / inverse.detach()), MIN_TEMPERATURE), MAX_TEMPERATURE), False
 
 
 def fit_vector(
@@ -541,25 +546,32 @@ def fit_vector(
     return (1 + u.detach() / root) / temperature, v.detach() / root
 
 
-def saved_temperature(checkpoint: Path | None) -> float | None:
-    """The temperature in a checkpoint folder's config.json, if one was stored there."""
+def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
+    """The temperature in a checkpoint folder's config.json; None if it was fitted on the split that is evaluated."""
     if checkpoint is None or not checkpoint.is_dir():
         return None
-    content = json.loads((checkpoint / 'config.json').read_text()).get('calibration')
-    if content is None:
+    path = checkpoint / 'config.json'
+    saved = json.loads(path.read_text()).get('calibration')
+    if saved is None:
         return None
-    value = content.get('temperature') if isinstance(content, dict) else None
-    if not isinstance(value, (int, float)) or not 0 < value < float('inf'):
-        raise UsageError(f'{checkpoint / "config.json"}: calibration.temperature is {value!r}; expected a number above '
-                         '0')
+    try:
+        value, fitted_on = float(saved['temperature']), saved['split']
+        if not 0 < value < float('inf'):
+            raise ValueError(f'temperature {value}')
+    except (TypeError, KeyError, ValueError) as error:
+        raise UsageError(f'{path}: calibration must hold a temperature above 0 and the split of its images '
+                         f'({type(error).__name__} {error})') from error
+    if saved.get('dataset') == data.dataset and split_names(fitted_on) & split_names(data.val_split):
+        _logger.warning(f'{path}: its temperature is not shown, as it was fitted on {fitted_on}, which may hold images '
+                        f'of {data.val_split}')
+        return None
     return value
 
 
-def save_temperature(checkpoint: Path, temperature: float, images: int, source: str) -> None:
+def save_temperature(checkpoint: Path, **calibration) -> None:
     """Stores a temperature beside what timm keeps: timm passes over top-level keys that it does not know."""
     path = checkpoint / 'config.json'
-    content = json.loads(path.read_text())
-    content['calibration'] = dict(temperature=temperature, images=images, source=source)
+    content = dict(json.loads(path.read_text()), calibration=calibration)
     replace_file(path, lambda part: part.write_text(json.dumps(content, indent=2) + '\n'))
 
 
@@ -605,13 +617,13 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
                          f'{int((found.target < 0).sum())} have no label')
 
 
-def scale(result: Result) -> None:
+def scale(result: Result, data: Namespace) -> None:
     """Fills in the scaled logits: fitted ones, or those of a saved temperature."""
     logits = result.outputs.logits
     result.scaled['none'], result.parameters['none'] = logits, {}
     fit_on = result.calibration
     if fit_on is None:
-        value = saved_temperature(result.checkpoint)
+        value = saved_temperature(result.checkpoint, data)
         if value is not None:
             result.scaled['saved'] = logits.double() / value
             result.parameters['saved'] = dict(temperature=value)
@@ -638,8 +650,9 @@ def scale(result: Result) -> None:
 
 def interval(report: dict, name: str) -> str:
     """A rate in percent with its interval."""
-    text = f'{report[name]:.2f}'
-    return text if f'{name}_low' not in report else f'{text} [{report[f"{name}_low"]:.2f}, {report[f"{name}_high"]:.2f}]'
+    if f'{name}_low' not in report:
+        return f'{report[name]:.2f}'
+    return f'{report[name]:.2f} [{report[f"{name}_low"]:.2f}, {report[f"{name}_high"]:.2f}]'
 
 
 def align(rows: list[list[str]], left: int = 2) -> str:
@@ -652,7 +665,9 @@ def align(rows: list[list[str]], left: int = 2) -> str:
 
 
 def format_table(results: list[Result]) -> str:
-    rows = [['run', 'scaling', 'T', 'error %', 'ECE %', 'equal-mass', 'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC']]
+    range_of = ' [95 %]' if 'ece_low' in results[0].reports['none'] else ''
+    rows = [['run', 'scaling', 'T', f'error %{range_of}', f'ECE %{range_of}', 'equal-mass', 'class-wise', 'smooth', 'NLL',
+             'Brier', 'AUROC']]
     for result in results:
         for scaling, report in result.reports.items():
             temperature = result.parameters[scaling].get('temperature')
@@ -707,6 +722,15 @@ def measure_ood(result: Result) -> dict[str, dict]:
     return measured
 
 
+def shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f'{text[:limit - 1]}…'
+
+
+def panel_title(result: Result, scaling: str) -> str:
+    name = shorten(result.name, 36)
+    return name if scaling == 'none' else f'{name}\n{scaling} scaling'
+
+
 def write_result(folder: Path, result: Result, about: dict, ood: dict, class_names: list[str] | None, args) -> None:
     """Files of one checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -744,13 +768,13 @@ def write_result(folder: Path, result: Result, about: dict, ood: dict, class_nam
 
     for scaling, logits in result.scaled.items():
         pair = confidence_and_correct(logits, outputs.target)
-        suffix, title = ('', result.name) if scaling == 'none' else (f'_{scaling}', f'{result.name}, {scaling}')
+        title = panel_title(result, scaling)
         panels = [(f'{title}\nequal width', reliability_bins(*pair)), (f'{title}\nequal mass', equal_mass_bins(*pair))]
-        reliability_diagram(panels, folder / f'reliability{suffix}.png')
+        reliability_diagram(panels, folder / ('reliability.png' if scaling == 'none' else f'reliability_{scaling}.png'))
     confidence_histogram(confidence, correct, folder / 'confidence.png')
-    risk_coverage_diagram([(result.name, confidence, correct)], folder / 'risk_coverage.png')
+    risk_coverage_diagram([(shorten(result.name, 36), confidence, correct)], folder / 'risk_coverage.png')
     if class_names is not None:
-        class_names = [name if len(name) <= 24 else f'{name[:23]}…' for name in class_names]
+        class_names = [shorten(name, 24) for name in class_names]
         class_names += [str(k) for k in range(len(class_names), outputs.logits.shape[1])]
     class_diagram(predicted, confidence, correct, folder / 'classes.png', class_names)
 
@@ -762,13 +786,13 @@ def write_comparison(folder: Path, results: list[Result]) -> None:
         for result in results:
             if scaling in result.scaled:
                 report = result.reports[scaling]
-                title = result.name if scaling == 'none' else f'{result.name}, {scaling}'
+                title = panel_title(result, scaling)
                 if 'ece_low' in report:
-                    title += f'\n95 % of ECE: {report["ece_low"]:.1f} to {report["ece_high"]:.1f} %'
+                    title += f'\nECE, 95 % interval: {report["ece_low"]:.1f} to {report["ece_high"]:.1f} %'
                 pair = confidence_and_correct(result.scaled[scaling], result.outputs.target)
                 panels.append((title, reliability_bins(*pair)))
         reliability_diagram(panels, folder / ('comparison.png' if scaling == 'none' else f'comparison_{scaling}.png'))
-    curves = [(r.name, *confidence_and_correct(r.outputs.logits, r.outputs.target)) for r in results]
+    curves = [(shorten(r.name, 36), *confidence_and_correct(r.outputs.logits, r.outputs.target)) for r in results]
     risk_coverage_diagram(curves, folder / 'risk_coverage.png')
 
 
@@ -790,7 +814,7 @@ def report(
     if fits(args):
         choose_calibration_images(results, args)
     for result in results:
-        scale(result)
+        scale(result, data)
         for scaling, logits in result.scaled.items():
             result.reports[scaling] = calibration_report(
                 logits, result.outputs.target, bootstrap=args.bootstrap, seed=args.seed,
@@ -829,21 +853,17 @@ def report(
     if args.save_temperature:
         for result in results:
             if result.at_bound:
-                raise RunError(f'--save-temperature: not stored in {result.checkpoint}, the temperature is at its bound')
+                raise RunError(f'--save-temperature: none stored in {result.checkpoint}, as it is at its bound')
             save_temperature(
                 result.checkpoint,
-                result.parameters['temperature']['temperature'],
-                len(result.calibration.index),
-                calibration_name,
+                temperature=result.parameters['temperature']['temperature'],
+                images=len(result.calibration.index),
+                dataset=data.dataset,
+                split=args.calibration_split or data.train_split,
             )
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-
-def split_names(split: str) -> set[str]:
-    """Splits that an expression such as `train[:10%]+test` draws on."""
-    return {part.partition('[')[0].strip() for part in split.split('+')}
-
 
 def main(args: Namespace) -> None:
     accelerator = setup_accelerator(args)
@@ -933,7 +953,7 @@ def find_labels(args: Namespace, checkpoint: Path | None, own: bool, name: str) 
                                 'which it is more confident than elsewhere')
         return path
     if run_file is None or not run_file.exists():
-        raise UsageError(f'--calibration-from-labeled: {name} has no labels.json of a run on this data set; give a FILE')
+        raise UsageError(f'--calibration-from-labeled: {name} has no labels.json of a run on these data; give a FILE')
     _logger.warning(f'{name}: the scalings are fitted on images that it was trained on, where it is right more often '
                     'than elsewhere: expect a temperature that is too low')
     return run_file

@@ -87,6 +87,14 @@ def step_args(**changes) -> Namespace:
     return args
 
 
+def take_step(model, labeled, unlabeled, args, calmix=None, num_updates=0) -> dict[str, torch.Tensor]:
+    method = train_ssl.ALGORITHMS[args.algorithm](len(unlabeled['index']), 4, args)
+    accelerator = Accelerator(cpu=True)
+    return train_ssl.semi_supervised_step(
+        model, labeled, unlabeled, method, calmix, num_updates, accelerator, args,
+    )
+
+
 # --- The step ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('weak_forward', ['joint', 'no-grad'])
@@ -102,7 +110,7 @@ def test_fixmatch_losses_equal_a_plain_recomputation(weak_forward):
         z, z_strong = logits[:6], logits[6:]
     threshold = z_weak.softmax(1).amax(1).median().item()
     args = step_args(threshold=threshold, weak_forward=weak_forward, lambda_u=2.0)
-    terms = train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, args)
+    terms = take_step(model, labeled, unlabeled, args)
 
     total, counted = 0., 0
     for weak, strong in zip(z_weak, z_strong):
@@ -126,7 +134,7 @@ def test_images_below_the_threshold_add_nothing_but_count_in_the_mean():
             return torch.zeros(5, 3), torch.cat([torch.zeros(1, 2), weak, strong]).requires_grad_()
 
     labeled, unlabeled = toy_batches(1, 2, 2)
-    terms = train_ssl.semi_supervised_step(Fixed(), labeled, unlabeled, None, 0, lambda t: t, step_args())
+    terms = take_step(Fixed(), labeled, unlabeled, step_args())
     assert terms['loss_unlabeled'].item() == pytest.approx(0.4, rel=1e-5)
 
 
@@ -135,7 +143,7 @@ def test_a_step_without_any_confident_image_has_zero_loss_and_finite_gradients()
     model, (labeled, unlabeled) = Toy(), toy_batches()
     nn.init.zeros_(model.fc.weight)
     nn.init.zeros_(model.fc.bias)
-    terms = train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, step_args())
+    terms = take_step(model, labeled, unlabeled, step_args())
     terms['loss'].backward()
     assert terms['loss_unlabeled'] == 0 and terms['mask_rate'] == 0
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -148,7 +156,7 @@ def test_gradients_flow_from_labeled_strong_and_mixed_images_and_not_from_weak_o
         for name in names:
             batch[name].requires_grad_()
     args = step_args(threshold=0.0)
-    train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, args)['loss'].backward()
+    take_step(model, labeled, unlabeled, args)['loss'].backward()
     assert labeled['image'].grad.abs().sum() > 0 and unlabeled['strong'].grad.abs().sum() > 0
     assert unlabeled['weak'].grad is None or unlabeled['weak'].grad.abs().sum() == 0
 
@@ -156,7 +164,7 @@ def test_gradients_flow_from_labeled_strong_and_mixed_images_and_not_from_weak_o
     for weight in (0.0, 1.0):
         calmix = CalibrateMix(6, 12, 4, warmup_steps=0, topk=1e-9, weight=weight)
         model.zero_grad()
-        terms = train_ssl.semi_supervised_step(model, labeled, unlabeled, calmix, 0, lambda t: t, args)
+        terms = take_step(model, labeled, unlabeled, args, calmix)
         terms['loss'].backward()
         grads.append(model.fc.weight.grad.clone())
     assert terms['loss_mixup'] > 0 and not torch.allclose(*grads)
@@ -166,7 +174,7 @@ def test_joint_forward_moves_the_statistics_as_one_pass_over_the_concatenation()
     torch.manual_seed(0)
     model, (labeled, unlabeled) = Toy().train(), toy_batches()
     joined = torch.cat([labeled['image'], unlabeled['weak'], unlabeled['strong']])
-    train_ssl.semi_supervised_step(model, labeled, unlabeled, None, 0, lambda t: t, step_args())
+    take_step(model, labeled, unlabeled, step_args())
     x = model.body[0](joined)
     assert torch.allclose(model.body[1].running_mean, 0.1 * x.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(model.body[1].running_var, 0.9 + 0.1 * x.var((0, 2, 3)), atol=1e-5)
@@ -181,7 +189,7 @@ def test_the_mixed_images_are_the_only_second_pass():
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     calmix = CalibrateMix(64, 448, 4, warmup_steps=1)
     for step in (0, 1):
-        train_ssl.semi_supervised_step(model, labeled, unlabeled, calmix, step, lambda t: t, step_args())
+        take_step(model, labeled, unlabeled, step_args(), calmix, step)
     assert seen == [960, 960, 64]
 
 

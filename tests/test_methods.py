@@ -1,0 +1,246 @@
+"""The base methods against slow re-computations from their papers' formulas, over several steps and at edges."""
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from conftest import TINY, run_script
+from test_train import assert_same_run, rewind, summary, weights
+
+import train_ssl
+
+CLASSES, IMAGES = 4, 30
+
+
+def options(**changes) -> Namespace:
+    args = train_ssl._parse_args([])
+    vars(args).update(changes)
+    return args
+
+
+def build(name: str, classes: int = CLASSES, **changes) -> torch.nn.Module:
+    return train_ssl.ALGORITHMS[name](IMAGES, classes, options(**changes))
+
+
+def logits_of(probs: list) -> torch.Tensor:
+    return torch.tensor(probs).log()
+
+
+def random_steps(seed: int, steps: int = 6, batch: int = 12) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Confident and unsure rows, indices that repeat within a batch and between batches."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (6 * torch.rand(batch, 1, generator=generator) * torch.randn(batch, CLASSES, generator=generator),
+         torch.randint(IMAGES, (batch,), generator=generator))
+        for _ in range(steps)
+    ]
+
+
+def test_flexmatch_equals_its_paper_step_by_step():
+    method = build('flexmatch', threshold=0.9)
+    last_confident = {}  # image -> class
+    for logits, index in random_steps(0):
+        counts = [sum(c == k for c in last_confident.values()) for k in range(CLASSES)]
+        denominator = max(max(counts), IMAGES - sum(counts))
+        thresholds = []
+        for k in range(CLASSES):
+            beta = counts[k] / denominator
+            thresholds.append(0.9 * beta / (2 - beta))
+        expected = []
+        for row in logits:
+            p = row.softmax(0)
+            expected.append(float(p.max() >= thresholds[p.argmax()]))
+        assert torch.allclose(method.class_thresholds(), torch.tensor(thresholds), atol=1e-6)
+        assert method(logits, index).tolist() == expected
+        for row, i in zip(logits, index.tolist()):
+            p = row.softmax(0)
+            if p.max() >= 0.9:
+                last_confident[i] = p.argmax().item()
+        assert method.selected.tolist() == [last_confident.get(i, -1) for i in range(IMAGES)]
+    assert len(last_confident) > 10 and 0 < sum(thresholds)
+
+
+def test_flexmatch_counts_in_the_loss_by_the_class_threshold_but_in_the_table_by_the_fixed_one():
+    """Base 0.95, a class threshold of 0.158: confidence 0.80 counts and leaves the table; 0.96 updates it."""
+    method = build('flexmatch', classes=2, threshold=0.95)
+    method.selected[:] = torch.tensor([0] * 21 + [1] * 6 + [-1] * 3)
+    assert method.class_thresholds()[1].item() == pytest.approx(0.95 * (6 / 21) / (2 - 6 / 21))  # 0.158
+    before = method.selected.clone()
+    assert method(logits_of([[0.2, 0.8]]), torch.tensor([29])).item() == 1
+    assert torch.equal(method.selected, before)
+    method(logits_of([[0.04, 0.96]]), torch.tensor([29]))
+    assert method.selected[29] == 1 and torch.equal(method.selected[:29], before[:29])
+
+
+def test_flexmatch_at_its_first_step_and_with_a_class_never_predicted():
+    method = build('flexmatch')
+    assert method.class_thresholds().tolist() == [0] * CLASSES
+    assert method(torch.zeros(3, CLASSES), torch.arange(3)).tolist() == [1, 1, 1]
+    for _ in range(3):
+        method(10 * torch.eye(CLASSES)[:3].repeat(10, 1), torch.arange(IMAGES))
+    thresholds = method.class_thresholds()
+    assert thresholds[3] == 0 and thresholds[:3].tolist() == pytest.approx([0.95] * 3)
+
+
+def test_flexmatch_refuses_an_index_outside_of_its_table():
+    for index in (-1, IMAGES):
+        with pytest.raises(RuntimeError, match='out of bounds'):
+            build('flexmatch')(torch.zeros(1, CLASSES), torch.tensor([index]))
+
+
+@pytest.mark.parametrize('align, usb', [(True, False), (True, True), (False, False)])
+def test_softmatch_equals_its_paper_step_by_step(align, usb):
+    method = build('softmatch', stat_momentum=0.9, softmatch_align=align, softmatch_usb_stats=usb)
+    mean, var, running = 1 / CLASSES, 1.0, [1 / CLASSES] * CLASSES
+    for logits, index in random_steps(1):
+        probs = logits.double().softmax(1).tolist()
+        running = [0.9 * r + 0.1 * sum(p[k] for p in probs) / len(probs) for k, r in enumerate(running)]
+        plain = [max(p) for p in probs]
+        confidence = plain
+        if align:
+            confidence = []
+            for p in probs:
+                ratio = [p[k] / CLASSES / running[k] for k in range(CLASSES)]
+                confidence.append(max(ratio) / sum(ratio))
+        seen = confidence if usb else plain
+        batch_mean = sum(seen) / len(seen)
+        mean = 0.9 * mean + 0.1 * batch_mean
+        var = 0.9 * var + 0.1 * sum((c - batch_mean) ** 2 for c in seen) / (len(seen) - 1)
+        expected = [1 if c >= mean else math.exp(-(c - mean) ** 2 / (2 * var / 4)) for c in confidence]
+        assert method(logits, index).tolist() == pytest.approx(expected, abs=1e-5)
+        assert method.mean.item() == pytest.approx(mean) and method.var.item() == pytest.approx(var)
+        assert method.class_mean.tolist() == pytest.approx(running if align else [1 / CLASSES] * CLASSES)
+
+
+@pytest.mark.parametrize('align', [True, False])
+def test_softmatch_takes_mean_and_variance_of_the_plain_confidence(align):
+    """Mean 0.1, variance 1, momentum 0.9, confidences 0.9 and 0.5: 0.16 and 0.908."""
+    method = build('softmatch', classes=3, stat_momentum=0.9, softmatch_align=align)
+    method.mean.fill_(0.1)
+    weight = method(logits_of([[0.9, 0.05, 0.05], [0.5, 0.25, 0.25]]), torch.arange(2))
+    assert method.mean.item() == pytest.approx(0.16) and method.var.item() == pytest.approx(0.908)
+    assert weight.tolist() == [1, 1]  # above the mean: exactly 1
+
+
+def test_softmatch_stays_finite_for_one_row_equal_confidences_and_no_variance():
+    method = build('softmatch', stat_momentum=0.0)
+    for logits in (torch.randn(1, CLASSES), torch.ones(5, CLASSES), torch.eye(CLASSES)):
+        weight = method(logits, torch.arange(len(logits)))
+        assert weight.isfinite().all() and method.var.isfinite() and ((0 <= weight) & (weight <= 1)).all()
+    assert method.var < 1e-12
+
+
+def test_freematch_equals_its_paper_step_by_step():
+    method = build('freematch', stat_momentum=0.9)
+    tau, p_model, share = 1 / CLASSES, [1 / CLASSES] * CLASSES, [1 / CLASSES] * CLASSES
+    for logits, index in random_steps(2):
+        probs = logits.double().softmax(1).tolist()
+        tau = 0.9 * tau + 0.1 * sum(max(p) for p in probs) / len(probs)
+        p_model = [0.9 * m + 0.1 * sum(p[k] for p in probs) / len(probs) for k, m in enumerate(p_model)]
+        tops = [p.index(max(p)) for p in probs]
+        share = [0.9 * s + 0.1 * tops.count(k) / len(tops) for k, s in enumerate(share)]
+        thresholds = [m / max(p_model) * tau for m in p_model]
+        expected = [float(max(p) >= thresholds[p.index(max(p))]) for p in probs]
+        assert method(logits, index).tolist() == expected
+        assert method.tau.item() == pytest.approx(tau)
+        assert method.class_share.tolist() == pytest.approx(share)
+
+    strong = torch.randn(12, CLASSES, requires_grad=True)
+    weight = (torch.arange(12) % 3 > 0).float()
+    chosen = strong.detach().softmax(1)[weight > 0].tolist()
+    mean = [sum(p[k] for p in chosen) / len(chosen) for k in range(CLASSES)]
+    tops = [p.index(max(p)) for p in chosen]
+    ratio = [m / (tops.count(k) / len(tops)) if k in tops else 0 for k, m in enumerate(mean)]
+    target = [m / s for m, s in zip(p_model, share)]
+    expected = sum(t / sum(target) * math.log(r / sum(ratio) + 1e-12) for t, r in zip(target, ratio))
+    fairness = method.fairness(strong, weight, Accelerator(cpu=True))
+    assert fairness.item() == pytest.approx(expected, rel=1e-4)
+    fairness.backward()
+    assert strong.grad[weight > 0].abs().sum() > 0 and (strong.grad[weight == 0] == 0).all()
+
+
+def test_freematch_fairness_without_any_counted_image_is_zero_with_finite_gradients():
+    strong = torch.randn(5, CLASSES, requires_grad=True)
+    fairness = build('freematch').fairness(strong, torch.zeros(5), Accelerator(cpu=True))
+    fairness.backward()
+    assert fairness.item() == 0 and strong.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_weights_are_finite_for_the_logits_of_a_half_precision_pass(name, dtype):
+    method = build(name)
+    for logits, index in random_steps(3):
+        weight = method(logits.to(dtype).float(), index)
+        assert weight.dtype == torch.float32 and weight.isfinite().all()
+        assert ((0 <= weight) & (weight <= 1)).all()
+
+
+def test_the_logit_margin_penalty_adds_what_exceeds_the_margin():
+    logits = torch.tensor([[12.0, 0.0, 3.0], [1.0, 0.0, 0.0]])
+    assert train_ssl.logit_margin_penalty(logits, 10.0).item() == pytest.approx(2 / 6)
+
+
+def test_the_unlabeled_loss_of_pseudo_label_grows_over_its_warmup():
+    args = options(lambda_u=2.0, lambda_u_warmup=0.5, epochs=2, train_steps_per_epoch=10)
+    assert [train_ssl.lambda_u(t, args) for t in (0, 5, 10, 15)] == [0, 1, 2, 2]
+    assert train_ssl._parse_args(['--algorithm', 'pseudo_label']).lambda_u_warmup == 0.4
+    assert train_ssl._parse_args([]).lambda_u_warmup == 0
+
+
+def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):
+    folder = train('run', '--algorithm', 'pseudo_label', '--threshold', 0, '--lambda-u-warmup', 0)
+    assert float(summary(folder)[0]['train_mask_rate']) == 1
+    logits = torch.randn(6, 3)
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            assert len(x) == 6
+            return torch.zeros(6, 2), logits.requires_grad_()
+
+    image, weak = torch.zeros(2, 3, 4, 4), torch.zeros(4, 3, 4, 4)
+    *_, z_weak, z_strong = train_ssl.forward_views(Fixed(), image, weak, None, 'joint')
+    assert torch.equal(z_weak, z_strong) and z_strong.requires_grad and not z_weak.requires_grad
+
+
+@pytest.mark.parametrize('name', ['pseudo_label', 'flexmatch', 'softmatch', 'freematch'])
+def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, name):
+    flags = ('--algorithm', name, '--calibratemix', '--calmix-warmup-epochs', 1, '--threshold', 0.3, '--stat-momentum',
+             0.9, '--train-steps-per-epoch', 3, '--recovery-interval', 1, '--checkpoint-hist', 99)
+    straight = train('straight', *flags)
+    rewind(straight, tmp_path / 'resumed', 4)
+    resumed = train('resumed', *flags, '--resume', 'auto')
+    assert_same_run(straight, resumed)
+
+
+@pytest.mark.parametrize('name', ['flexmatch', 'softmatch', 'freematch'])
+def test_two_processes_keep_the_statistics_and_weights_of_one(tmp_path, name):
+    """A network without batch-norm: an image's logits then do not depend on the batch it is in."""
+    flags = (*TINY, '--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15,
+             '--stat-momentum', 0.9, '--freematch-fairness', 1, '--output', tmp_path, '--experiment')
+    for run, processes, batch in (('one', 1, 8), ('two', 2, 4)):
+        result = run_script('train_ssl.py', *flags, run, '-b', batch, processes=processes)
+        assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
+    one, two = (
+        train_ssl.read_checkpoint(train_ssl.list_checkpoints(tmp_path / run)[0])['method'] for run in ('one', 'two')
+    )
+    fresh = build(name, classes=10).state_dict()
+    for key in one:
+        assert torch.allclose(one[key].float(), two[key].float(), atol=1e-5), key
+        assert one[key].shape != fresh[key].shape or not torch.equal(one[key], fresh[key]), key
+    one, two = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+
+
+def test_label_smoothing_applies_to_the_labeled_loss():
+    logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return torch.zeros(3, 2), logits.requires_grad_()
+
+    args = options(label_smoothing=0.2)
+    loss = train_ssl.supervised_step(Fixed(), dict(image=torch.zeros(3, 1), target=target), args)['loss']
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, target, label_smoothing=0.2).item())
