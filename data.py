@@ -1,42 +1,106 @@
 """Data for semi-supervised training: sources, labeled draws, views, endless sampling.
 
-An image set is a `Source`: a folder, a data set of the `datasets` library, or arrays. All of them decode through
-`decode_image`, so that the same file gives the same picture wherever it lies.
+An image set is a `Source`: a table of the `datasets` library (parquet and arrow files, the hub, or the listing of image
+files in folders), or arrays. All of them decode through `decode_image`, so that the same file gives the same picture
+wherever it lies. Tables stay memory-mapped: neither processes nor workers copy them.
 
 Nothing random here depends on processes, workers or resumes. The order of the data is a function of (seed, pass), and
 the augmentation of an item a function of (seed, pass, index): an item draws from generators seeded for itself.
 """
 import hashlib
+import inspect
 import io
 import json
+import logging
+import os
 import random
+import re
 import struct
+import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from glob import glob
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_transform
+from pyarrow import csv
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision import datasets as tv_datasets
 from torchvision import transforms
 
-BUNDLED = Path(__file__).resolve().parent / 'digits'
-CIFAR10_STATS = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-CIFAR100_STATS = dict(mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762))
+_logger = logging.getLogger(__name__)
 
-# What a data set's name implies. hflip is 0 where a mirrored image shows another class or none.
+BUNDLED = Path(__file__).resolve().parent / 'digits'
+_IMAGENET = dict(img_size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+
+# What a data set's name implies. hflip is 0 where a mirrored image shows another class or none; hub is the repository
+# (and configuration) that the name stands for; files tells torchvision's own copy in a folder.
 KNOWN = {
     'digits': dict(img_size=8, mean=(0.3053,) * 3, std=(0.3758,) * 3, hflip=0.),
-    'torch/cifar10': dict(img_size=32, **CIFAR10_STATS),
-    'torch/cifar100': dict(img_size=32, **CIFAR100_STATS),
+    'cifar10': dict(
+        img_size=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+        hub='uoft-cs/cifar10', files='cifar-10-batches-py',
+    ),
+    'cifar100': dict(
+        img_size=32, mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762),
+        hub='uoft-cs/cifar100', files='cifar-100-python',
+    ),
+    'svhn': dict(
+        img_size=32, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970), hflip=0.,
+        hub='ufldl-stanford/svhn:cropped_digits', files='*_32x32.mat',
+    ),
+    'stl10': dict(
+        img_size=96, mean=(0.4467, 0.4398, 0.4066), std=(0.2603, 0.2566, 0.2713), unlabeled_split='train+unlabeled',
+        hub='jxie/stl10', files='stl10_binary',
+    ),
+    'imagenet': dict(_IMAGENET, hub='ILSVRC/imagenet-1k'),
+    'webvision': _IMAGENET,
+    'webvision-mini': _IMAGENET,
+}
+SHORT_NAMES = tuple(KNOWN)
+KNOWN.update({f'torch/{name}': KNOWN[name] for name in ('cifar10', 'cifar100', 'svhn', 'stl10', 'imagenet')})
+KNOWN.update({f'torch/{name}': dict(hflip=0.) for name in ('mnist', 'kmnist', 'qmnist', 'usps')})
+KNOWN.update({f'hfds/{KNOWN[name]["hub"]}': KNOWN[name] for name in SHORT_NAMES if 'hub' in KNOWN[name]})
+
+# torchvision's sets that have splits and labels, and give arrays or (through their loader) paths.
+TORCHVISION = {
+    'cifar10': ('CIFAR10', 'train test'),
+    'cifar100': ('CIFAR100', 'train test'),
+    'country211': ('Country211', 'train valid test'),
+    'dtd': ('DTD', 'train val test'),
+    'fashion_mnist': ('FashionMNIST', 'train test'),
+    'fgvc_aircraft': ('FGVCAircraft', 'train val trainval test'),
+    'flowers102': ('Flowers102', 'train val test'),
+    'food101': ('Food101', 'train test'),
+    'imagenette': ('Imagenette', 'train val'),
+    'inat': ('INaturalist', '2017 2018 2019 2021_train 2021_train_mini 2021_valid'),
+    'inaturalist': ('INaturalist', '2017 2018 2019 2021_train 2021_train_mini 2021_valid'),
+    'kmnist': ('KMNIST', 'train test'),
+    'mnist': ('MNIST', 'train test'),
+    'places365': ('Places365', 'train-standard train-challenge val'),
+    'qmnist': ('QMNIST', 'train test'),
+    'rendered_sst2': ('RenderedSST2', 'train val test'),
+    'stanford_cars': ('StanfordCars', 'train test'),
+    'stl10': ('STL10', 'train test unlabeled'),
+    'svhn': ('SVHN', 'train test extra'),
+    'usps': ('USPS', 'train test'),
 }
 # Where evaluation looks when no split is named: the first of these that exists.
-VAL_SPLITS = ('validation', 'val', 'test')
+VAL_SPLITS = ('validation', 'val', 'valid', 'test')
+WEBVISION_LAYOUT = (
+    'info/train_filelist_google.txt, info/train_filelist_flickr.txt and info/val_filelist.txt, beside them the images '
+    'in google/, flickr/ and val_images_256/'
+)
+INDEX_FROM = 50_000  # image files from which on their listing is kept on disk
 
 
 class UsageError(ValueError):
@@ -52,7 +116,7 @@ class ImageError(RunError):
 
 
 def decode_image(data: bytes | str | Path | np.ndarray) -> Image.Image:
-    """Encoded bytes, a path or a uint8 `[H, W, 3]` array to an upright 8-bit RGB picture.
+    """Encoded bytes, a path or a uint8 `[H, W, 3]` or `[H, W]` array to an upright 8-bit RGB picture.
 
     Honours the EXIF orientation, scales 16-bit greyscale down (PIL would clip it to white), resolves palettes and CMYK,
     and drops an alpha channel.
@@ -74,6 +138,8 @@ def decode_image(data: bytes | str | Path | np.ndarray) -> Image.Image:
         return image.convert('RGB')
 
 
+# --- Sources ----------------------------------------------------------------------------------------------------------
+
 class Source:
     """An image set; subclasses set `targets` and `class_names` and define two methods.
 
@@ -94,66 +160,83 @@ class Source:
         """
         try:
             return decode_image(self.data(index))
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        except (
+                OSError, SyntaxError, ValueError, EOFError, NotImplementedError, struct.error,
+                Image.DecompressionBombError,
+        ) as error:
             raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {error}') from error
 
 
-class FolderSource(Source):
-    """Images in one folder per class; classes in timm's natural order."""
-
-    def __init__(self, root: Path, class_map: str = ''):
-        try:
-            reader = ReaderImageFolder(str(root), class_map=class_map)
-        except RuntimeError as error:
-            raise UsageError(f'{root}: {error}') from error
-        if '' in reader.class_to_idx:
-            raise UsageError(f'{root}: images lie directly in it; expected one folder per class')
-        self.paths = [path for path, _ in reader.samples]
-        self.targets = torch.tensor([target for _, target in reader.samples])
-        self.class_names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-
-    def data(self, index: int) -> str:
-        return self.paths[index]
-
-    def where(self, index: int) -> str:
-        return self.paths[index]
-
-
 class HFSource(Source):
-    """A map-style data set of the `datasets` library: memory-mapped arrow, images left encoded until asked for."""
+    """A map-style data set of the `datasets` library: memory-mapped arrow, images left encoded until asked for.
 
-    def __init__(self, dataset: datasets.Dataset, name: str, input_key: str | None, target_key: str | None):
+    Args:
+        dataset: Image files in an `Image` column, or as written without that library: bytes, or a struct of bytes and
+            path.
+        name: For messages.
+        input_key: Image column; default: the first one.
+        target_key: Label column, whole numbers or null; default: label, else fine_label.
+        labeled: Without, all targets are -1, whatever the columns say.
+
+    Raises:
+        UsageError: If a column is missing or of the wrong kind, listing the columns there are.
+    """
+
+    def __init__(
+            self,
+            dataset: datasets.Dataset,
+            name: str,
+            input_key: str | None = None,
+            target_key: str | None = None,
+            labeled: bool = True,
+    ):
         columns = ', '.join(dataset.column_names)
-        image_columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        image_columns = [key for key, feature in dataset.features.items() if _holds_images(feature)]
         input_key = input_key or next(iter(image_columns), None)
         if input_key not in dataset.column_names:
             raise UsageError(f'{name}: no image column {input_key or ""}; it has {columns} (--input-key)')
-        if not isinstance(dataset.features[input_key], datasets.Image):
+        if input_key not in image_columns:
             raise UsageError(f'{name}: column {input_key} holds no images; it has {columns} (--input-key)')
-        target_key = target_key or ('label' if 'label' in dataset.column_names else 'fine_label')
-        if target_key not in dataset.column_names:
-            raise UsageError(f'{name}: no label column {target_key}; it has {columns} (--target-key)')
-        feature = dataset.features[target_key]
-        target = dataset.select_columns([target_key]).with_format('arrow')[:].column(target_key).to_numpy()
-        if np.issubdtype(target.dtype, np.floating):  # whole numbers with nulls arrive as floats
-            target = np.nan_to_num(target, nan=-1)
-        if not np.issubdtype(target.dtype, np.number) or (target != target.astype(np.int64)).any():
-            raise UsageError(f'{name}: labels in column {target_key} must be whole numbers, not {feature.dtype}')
-        self.targets = torch.from_numpy(target.astype(np.int64))
-        self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        self.name, self.input_key = name, input_key
-        self.dataset = dataset.select_columns([input_key]).cast_column(input_key, datasets.Image(decode=False))
+        self.targets, self.class_names = torch.full((len(dataset),), -1), None
+        if labeled:
+            target_key = target_key or ('label' if 'label' in dataset.column_names else 'fine_label')
+            if target_key not in dataset.column_names:
+                raise UsageError(f'{name}: no label column {target_key}; it has {columns} (--target-key)')
+            feature = dataset.features[target_key]
+            target = dataset.select_columns([target_key]).with_format('arrow')[:].column(target_key).to_numpy()
+            if np.issubdtype(target.dtype, np.floating):  # whole numbers with nulls arrive as floats
+                target = np.nan_to_num(target, nan=-1)
+            if not np.issubdtype(target.dtype, np.number) or (target != target.astype(np.int64)).any():
+                raise UsageError(f'{name}: labels in column {target_key} must be whole numbers, not {feature.dtype}')
+            self.targets = torch.from_numpy(target.astype(np.int64))
+            self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        self.name, self.input_key, self.dataset = name, input_key, dataset.select_columns([input_key])
+        if isinstance(dataset.features[input_key], datasets.Image):
+            self.dataset = self.dataset.cast_column(input_key, datasets.Image(decode=False))
 
     def data(self, index: int) -> bytes | str:
-        row = self.dataset[index][self.input_key]
-        return row['path'] if row['bytes'] is None else row['bytes']
+        cell = self.dataset[index][self.input_key]
+        if isinstance(cell, dict):
+            cell = cell['path'] if cell['bytes'] is None else cell['bytes']
+        if not cell:
+            raise ValueError('the cell is empty')
+        return cell
 
     def where(self, index: int) -> str:
+        cell = self.dataset[index][self.input_key]
+        if isinstance(cell, dict) and cell['bytes'] is None and cell['path']:
+            return cell['path']
         return f'row {index} of {self.name}'
 
 
+def _holds_images(feature) -> bool:
+    if isinstance(feature, dict):
+        return {'bytes', 'path'} <= feature.keys()
+    return isinstance(feature, datasets.Image) or getattr(feature, 'dtype', '') in ('binary', 'large_binary')
+
+
 class ArraySource(Source):
-    """Images in memory, uint8 `[N, H, W, 3]`."""
+    """Images in memory, uint8 `[N, H, W, 3]` or `[N, H, W]`."""
 
     def __init__(self, images: np.ndarray, targets: Sequence[int], class_names: list[str] | None, name: str):
         self.images, self.class_names, self.name = images, class_names, name
@@ -166,31 +249,305 @@ class ArraySource(Source):
         return f'row {index} of {self.name}'
 
 
-def list_splits(name: str, data_dir: str | None) -> list[str]:
-    """Splits of a data set, as far as its files or its hub tell."""
-    if name == 'digits' or name in ('torch/cifar10', 'torch/cifar100'):
-        return ['train', 'test']
-    if name.startswith('hfds/'):
-        path, _, config = name[len('hfds/'):].partition(':')
-        with _hub_errors(name):
-            return datasets.get_dataset_split_names(path, config or None)
-    root = Path(name or data_dir)
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
+class JoinedSource(Source):
+    """Several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.parts = parts
+        self.targets = torch.cat([part.targets for part in parts])
+        self.class_names = next((part.class_names for part in parts if part.class_names), None)
+        self.starts = np.cumsum([0, *map(len, parts)]).tolist()
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part], index - self.starts[part]
+
+    def data(self, index: int) -> bytes | str | np.ndarray:
+        part, index = self._find(index)
+        return part.data(index)
+
+    def where(self, index: int) -> str:
+        part, index = self._find(index)
+        return part.where(index)
 
 
-@contextmanager
-def _hub_errors(name: str):
+# Each of the functions below returns what opens the splits of one kind of data set: a dict from a split's name to a
+# function without arguments, which returns a table or a Source.
+
+def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict[str, Callable]:
+    """A data set of the hub, or a folder in a form that `datasets` understands; '<path>[:config]'."""
+    path, _, config = repository.partition(':')
     try:
-        yield
+        tables = datasets.load_dataset(path, config or None, cache_dir=cache_dir)
     except ConnectionError as error:
+        where = f'--data-dir DIR, with {local_layouts(name)} in DIR' if name in SHORT_NAMES else (
+            '--dataset DIR, with <split>*.parquet or <split>/<class>/<image> in DIR'
+        )
         raise UsageError(
-            f'--dataset {name}: its hub cannot be reached and no copy is cached here. Put the files in a folder, as '
-            'parquet (--dataset hfds/FOLDER) or as images with one folder per class (--dataset FOLDER)'
+            f'--dataset {name}: the hub ({path}) cannot be reached and no copy is cached here; from files: {where}'
         ) from error
-    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UsageError(f'--dataset {name}: {str(error).splitlines()[0]}') from error
-    except ValueError as error:  # unknown split or configuration; the library's message lists those there are
-        raise UsageError(f'--dataset {name}: {str(error).splitlines()[0]}') from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(f'--dataset {name}: {" ".join(str(error).split())}') from error
+    return {split: partial(tables.__getitem__, split) for split in tables}
+
+
+def local_layouts(name: str) -> str:
+    """The forms in which a folder may hold a data set, for messages."""
+    files = KNOWN.get(name, {}).get('files')
+    own = f'{files} (torchvision\'s files), ' if files else ''
+    return own + '<split>*.parquet, <split>*.arrow or <split>/<class>/<image>'
+
+
+def folder_splits(root: Path, name: str = '', class_map: str = '') -> dict[str, Callable]:
+    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`."""
+    if not root.is_dir():
+        raise UsageError(f'{root}: no such folder')
+    if (root / 'dataset_dict.json').is_file():
+        tables = datasets.load_from_disk(str(root))
+        return {split: partial(tables.__getitem__, split) for split in tables}
+    for pattern in ('*.parquet', '*/*.parquet', '*.arrow', '*/*.arrow', '*/*/*.parquet'):
+        files = sorted(root.glob(pattern))
+        if files:
+            return table_splits(files)
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
+    if not folders:
+        raise UsageError(f'{root}: no data set in it; expected {local_layouts(name)}')
+    return {folder.name: partial(image_folder, folder, class_map) for folder in folders}
+
+
+def table_splits(files: Sequence[Path]) -> dict[str, Callable]:
+    """Parquet or arrow files. A file's split is its name up to the number of the shard, or its last part if that is the
+    name of a split (`cifar10-train-00000-of-00001`), or its folder's name if its own is a number; a sole split with
+    another name is train.
+    """
+    names = ('train', 'unlabeled', 'extra', *VAL_SPLITS)
+    splits = {}
+    for file in files:
+        split = re.sub(r'[-_.]\d+(-of-\d+.*)?$', '', file.stem)
+        split = file.parent.name if split.isdigit() else split
+        last = re.split('[-_.]', split)[-1]
+        splits.setdefault(last if last in names else split, []).append(str(file))
+    if len(splits) == 1 and not splits.keys() & {*names}:
+        splits = {'train': splits.popitem()[1]}
+    return {split: partial(open_tables, paths) for split, paths in splits.items()}
+
+
+def open_tables(files: Sequence[str]) -> datasets.Dataset:
+    """Arrow files as they lie; parquet files through the cache of `datasets`, which holds them as arrow."""
+    try:
+        if files[0].endswith('.arrow'):
+            return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+        return datasets.load_dataset('parquet', data_files={'train': list(files)}, split='train')
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        reason = ' '.join(str(error.__cause__ or error).split())
+        raise UsageError(f'{files[0]}{" and others" * (len(files) > 1)}: cannot be read: {reason}') from error
+
+
+def image_folder(folder: Path, class_map: str = '') -> datasets.Dataset:
+    """Images in one folder per class; classes in timm's natural order. A folder unlabeled needs no classes."""
+    def listing() -> tuple:
+        try:
+            reader = ReaderImageFolder(str(folder), class_map=class_map)
+        except (RuntimeError, AssertionError, OSError) as error:
+            raise UsageError(f'{folder}: {error}') from error
+        if '' in reader.class_to_idx and not _is_unlabeled(folder.name):
+            raise UsageError(f'{folder}: images lie directly in it; expected one folder per class')
+        names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+        if [reader.class_to_idx[name] for name in names] != list(range(len(names))):  # a class map may leave gaps
+            names = None
+        paths, labels = zip(*reader.samples)
+        watched = [entry for entry, _, _ in os.walk(folder, followlinks=True)]
+        return pa.array(paths), pa.array(labels), names, watched + [class_map] * bool(class_map), ''
+
+    return file_index(('folder', str(folder.resolve()), class_map), listing)
+
+
+def webvision_splits(root: Path, mini: bool, skip_missing: bool) -> dict[str, Callable]:
+    """WebVision 1.0 from its file lists: train (both parts), google, flickr, val.
+
+    The mini variant has the first 50 classes, and its train is the Google part, as is usual.
+    """
+    google, flickr = 'train_filelist_google.txt', 'train_filelist_flickr.txt'
+    lists = dict(train=[google] if mini else [google, flickr], google=[google], flickr=[flickr])
+    lists['val'] = ['val_filelist.txt']
+    found = {split: files for split, files in lists.items() if all((root / 'info' / f).is_file() for f in files)}
+    if not found:
+        raise UsageError(f'{root}: no WebVision in it; expected {WEBVISION_LAYOUT} (--data-dir)')
+    return {split: partial(webvision, root, files, mini, skip_missing) for split, files in found.items()}
+
+
+def webvision(root: Path, lists: Sequence[str], mini: bool, skip_missing: bool) -> datasets.Dataset:
+    """Images of WebVision's file lists, whose lines are `path label`; classes in the order of info/synsets.txt."""
+    folders = [root / 'val_images_256', root / 'val_images', root] if lists[0].startswith('val') else [root]
+    base = next(folder for folder in folders if folder.is_dir())
+
+    def listing() -> tuple:
+        lines = pa.chunked_array([_read_lines(root / 'info' / name) for name in lists])
+        fields = pc.extract_regex(lines, r'^(?P<path>.+?)\s+(?P<label>\d+)\s*$').combine_chunks()
+        if fields.null_count:
+            bad = lines.filter(fields.is_null())[0]
+            raise UsageError(f'{root / "info" / lists[0]}: expected lines of path and label, not "{bad}"')
+        path, label = fields.field('path'), fields.field('label').cast(pa.int64())
+        if mini:
+            few = pc.less(label, 50)
+            path, label = path.filter(few), label.filter(few)
+        parents = pc.unique(pc.replace_substring_regex(path, r'[^/]*$', '')).to_pylist()
+        parents = [parent for parent in parents if (base / parent).is_dir()]
+        present = [pa.array([parent + name for name in os.listdir(base / parent)], pa.string()) for parent in parents]
+        exists = pc.is_in(path, pa.chunked_array(present, pa.string()))
+        missing = len(path) - pc.sum(exists).as_py()
+        note = f'{root}: {missing} of {len(path)} images of {", ".join(lists)} are missing and left out'
+        if missing and not skip_missing:
+            first = ', '.join(path.filter(pc.invert(exists))[:5].to_pylist())
+            raise UsageError(
+                f'{base}: {missing} of {len(path)} images are missing, such as {first} (--skip-missing leaves them out)'
+            )
+        path, label = path.filter(exists), label.filter(exists)
+        synsets = root / 'info' / 'synsets.txt'
+        names = [line.split()[0] for line in synsets.read_text().splitlines()] if synsets.is_file() else None
+        if names:
+            names = names[:50] if mini else names
+        looked_at = [root, base, *(root / 'info' / name for name in lists)]
+        looked_at += [base / parent for parent in parents] + [(base / parent).parent for parent in parents]
+        path = pc.binary_join_element_wise(f'{base.resolve()}', path, '/')
+        return path, label, names, sorted({str(entry) for entry in looked_at}), note if missing else ''
+
+    return file_index(('webvision', str(base.resolve()), *lists, mini, skip_missing), listing)
+
+
+def _read_lines(file: Path) -> pa.Array:
+    try:
+        table = csv.read_csv(
+            file,
+            read_options=csv.ReadOptions(column_names=['line']),
+            parse_options=csv.ParseOptions(delimiter='\x01', quote_char=False),
+            convert_options=csv.ConvertOptions(column_types={'line': pa.string()}),
+        )
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UsageError(f'{file}: {error}') from error
+    return table.column('line').combine_chunks()
+
+
+def index_table(path: pa.Array, label: pa.Array, names: list[str] | None) -> pa.Table:
+    """Paths `[N]` and labels `[N]` as the columns image and label of a table that `datasets` understands."""
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.ClassLabel(names=names) if names else datasets.Value('int64'),
+    )
+    image = pa.StructArray.from_arrays([pa.nulls(len(path), pa.binary()), path], ['bytes', 'path'])
+    return pa.table(dict(image=image, label=label)).cast(features.arrow_schema)
+
+
+def file_index(key: tuple, listing: Callable[[], tuple]) -> datasets.Dataset:
+    """Table of image files with columns image and label.
+
+    A large listing is kept as an arrow file in the cache of `datasets` and memory-mapped. It is used again as long as
+    no file or folder that it was made from has changed since.
+
+    Args:
+        key: Names the listing.
+        listing: Returns paths `[N]` and labels `[N]` as arrow arrays, class names or None, the files and folders it
+            was made from, and a note to log (or '').
+    """
+    file = Path(datasets.config.HF_DATASETS_CACHE) / 'calibratemix' / f'{item_seed(*key):016x}.arrow'
+    if file.is_file():
+        with pa.memory_map(str(file)) as kept:
+            about = json.loads(pa.ipc.open_stream(kept).schema.metadata[b'calibratemix'])
+        if about['times'] == _times(about['times']):
+            if about['note']:
+                _logger.warning(about['note'])
+            return datasets.Dataset.from_file(str(file))
+    started = time.time_ns()
+    path, label, names, looked_at, note = listing()
+    if note:
+        _logger.warning(note)
+    table = index_table(path, label, names)
+    times = _times(looked_at)
+    # What changed within the last second may change again without a new time.
+    if len(table) < INDEX_FROM or max(times.values()) > started - 10 ** 9:
+        return datasets.Dataset(table)
+    about = json.dumps(dict(times=times, note=note))
+    part = file.with_suffix(f'.{os.getpid()}')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        schema = table.schema.with_metadata({**table.schema.metadata, 'calibratemix': about})
+        with pa.OSFile(str(part), 'wb') as sink, pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_table(table, max_chunksize=100_000)
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UsageError(f'{file}: cannot be written ({error.strerror}); set HF_HOME to another folder') from error
+    return datasets.Dataset.from_file(str(file))
+
+
+def _times(paths: Sequence[str]) -> dict[str, int]:
+    return {path: os.stat(path).st_mtime_ns if os.path.exists(path) else 0 for path in paths}
+
+
+def torch_splits(name: str, root: str, download: bool) -> dict[str, Callable]:
+    """A set of torchvision's."""
+    if name not in TORCHVISION:
+        raise UsageError(f'--dataset torch/{name}: unknown; there are {", ".join(TORCHVISION)}, imagenet, image_folder')
+    return {split: partial(open_torch, name, root, split, download) for split in TORCHVISION[name][1].split()}
+
+
+def open_torch(name: str, root: str, split: str, download: bool) -> Source | datasets.Dataset:
+    """Arrays of torchvision's smaller sets, paths of its larger ones."""
+    cls = getattr(tv_datasets, TORCHVISION[name][0])
+    parameters = inspect.signature(cls).parameters
+    which = next(key for key in ('train', 'split', 'version') if key in parameters)
+    kwargs = {which: split == 'train' if which == 'train' else split}
+    if 'loader' in parameters:
+        kwargs['loader'] = str  # the path in place of the picture
+    try:
+        if download:
+            cls(root, download=True, **kwargs)
+        if name == 'stl10':
+            return stl10_files(Path(root) / 'stl10_binary', split)
+        dataset = _without_checksums(cls)(root, **kwargs)
+    except Exception as error:  # each set has its own ways to complain of missing or broken files
+        raise UsageError(
+            f'{name}: {split} cannot be read from {root}: {" ".join(str(error).split())} (--data-dir, '
+            '--dataset-download)'
+        ) from error
+    names = getattr(dataset, 'classes', None)
+    if 'loader' in parameters:
+        paths, labels = zip(*(dataset[i] for i in range(len(dataset))))
+        return datasets.Dataset(index_table(pa.array(map(str, paths)), pa.array(labels), names))
+    images, labels = np.asarray(dataset.data), dataset.labels if name == 'svhn' else dataset.targets
+    if name == 'svhn':
+        images = images.transpose(0, 2, 3, 1)
+    if name == 'qmnist':
+        labels = labels[:, 0]
+    return ArraySource(images, labels, names, f'{name} {split}')
+
+
+def _without_checksums(cls: type) -> type:
+    """The class for changed copies too: fewer images, other labels. Some start twice as fast without them."""
+    changed = {}
+    for key in ('train_list', 'test_list'):
+        if hasattr(cls, key):
+            changed[key] = [[*entry[:-1], None] for entry in getattr(cls, key)]
+    if hasattr(cls, 'split_list'):
+        changed['split_list'] = {split: [*entry[:-1], None] for split, entry in cls.split_list.items()}
+    if hasattr(cls, 'meta'):
+        changed['meta'] = dict(cls.meta, md5=None)
+    return type(cls.__name__, (cls,), changed)
+
+
+def stl10_files(folder: Path, split: str) -> ArraySource:
+    """STL-10's own files, memory-mapped: torchvision would hold 2.8 GB of unlabeled images in memory."""
+    images = np.memmap(folder / f'{split}_X.bin', np.uint8, 'r').reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+    if split == 'unlabeled':
+        targets = np.full(len(images), -1)
+    else:
+        targets = np.fromfile(folder / f'{split}_y.bin', np.uint8).astype(np.int64) - 1
+    names = folder / 'class_names.txt'
+    return ArraySource(images, targets, names.read_text().split() if names.is_file() else None, f'stl10 {split}')
+
+
+def _is_unlabeled(split: str) -> bool:
+    return split.startswith('unlabel')
 
 
 def create_source(
@@ -201,89 +558,196 @@ def create_source(
         target_key: str | None = None,
         class_map: str = '',
         download: bool = False,
+        skip_missing: bool = False,
 ) -> Source:
     """Opens one split of a data set.
 
     Args:
-        name: 'digits' (bundled), 'hfds/<hub name or folder>[:config]', 'torch/cifar10', 'torch/cifar100', the path of
-            an image folder, or '' for an image folder at data_dir.
-        data_dir: Root of an image folder or of torchvision's files; cache of 'hfds/'.
-        split: Exact name of a split ('hfds/' takes slices such as `train[:50%]`); None picks the first of VAL_SPLITS
-            that exists.
-        input_key: Image column of 'hfds/'; default: the first image column.
-        target_key: Label column of 'hfds/'; default: label, else fine_label.
+        name: One of
+            - 'digits' (bundled);
+            - 'cifar10', 'cifar100', 'svhn', 'stl10', 'imagenet': from data_dir if given, else from the hub;
+            - 'webvision', 'webvision-mini': from data_dir;
+            - 'hfds/<hub name or folder>[:config]', 'torch/<one of TORCHVISION>';
+            - a folder in one of `folder_splits`'s forms, a .parquet file or a glob of them;
+            - '' for a folder at data_dir.
+        data_dir: Root of the files that belong to a name; cache of 'hfds/'.
+        split: Exact name of a split, several joined by +, or a slice of one such as `train[:50%]` (not of torchvision's
+            arrays); None picks the first of VAL_SPLITS that exists. A split called unlabeled has no labels.
+        input_key: Image column; default: the first one.
+        target_key: Label column; default: label, else fine_label.
         class_map: timm's class map file, for image folders.
         download: Lets torchvision download.
+        skip_missing: Leaves out images of WebVision's lists that are not there.
 
     Raises:
         UsageError: If the name, the split or a column is unknown, listing what exists.
     """
-    root = name or data_dir
-    if not root or not (name in KNOWN or name.startswith('hfds/') or Path(root).is_dir()):
-        shown = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
-        raise UsageError(
-            f'{shown}: neither a known data set nor an existing folder; '
-            f'known are {", ".join(KNOWN)}, hfds/<hub name or folder>, or the path of an image folder'
-        )
-    splits = list_splits(name, data_dir)
+    if split and '+' in split:
+        return JoinedSource([
+            create_source(name, data_dir, part, input_key, target_key, class_map, download, skip_missing)
+            for part in split.split('+')
+        ])
+    prefix, _, rest = name.partition('/')
+    facts, shown, root = KNOWN.get(name, {}), name or data_dir, Path(data_dir or '.')
+    if prefix.lower() in ('hfids', 'tfds', 'wds'):
+        raise UsageError(f'--dataset {name}: a stream, whose images have no index to keep margins by; take hfds/')
+    if name == 'digits':
+        splits = folder_splits(BUNDLED)
+    elif name in ('webvision', 'webvision-mini'):
+        splits = webvision_splits(root, name == 'webvision-mini', skip_missing)
+    elif prefix.lower() == 'hfds':
+        splits = hub_splits(name, rest, data_dir)
+    elif name in SHORT_NAMES and not data_dir:
+        splits = hub_splits(name, facts['hub'])
+    elif name in SHORT_NAMES and 'files' in facts and any(root.glob(facts['files'])):
+        splits = torch_splits(name, data_dir, download=False)
+    elif name in SHORT_NAMES:
+        config = facts['hub'].partition(':')[2]  # a copy of the hub's repository has a folder for each
+        splits = folder_splits(root / config if (root / config).is_dir() else root, name, class_map)
+    elif prefix.lower() == 'torch' and rest.lower() not in ('imagenet', 'image_folder', 'folder'):
+        splits = torch_splits(rest.lower(), str(root), download)
+    elif name.endswith('.parquet'):
+        files = sorted(glob(name, recursive=True))
+        if not files:
+            raise UsageError(f'--dataset {name}: no such file')
+        splits = table_splits([Path(file) for file in files])
+    else:
+        root = Path(name) if name and prefix.lower() != 'torch' else root
+        if not shown or not root.is_dir():
+            given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
+            raise UsageError(
+                f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, hfds/<hub name or '
+                'folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
+            )
+        splits = folder_splits(root, class_map=class_map)
+
+    there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)
         if split is None:
-            raise UsageError(f'{root}: none of the splits {", ".join(splits)} is named as one for '
-                             'evaluation; name it with --val-split')
-    if split.partition('[')[0] not in splits or ('[' in split and not name.startswith('hfds/') and name != 'digits'):
-        raise UsageError(f'{root}: no split {split}; it has {", ".join(splits) or "none"}')
-
-    if name == 'digits':
-        files = {s: str(BUNDLED / f'{s}.parquet') for s in splits}
-        return HFSource(datasets.load_dataset('parquet', data_files=files, split=split), f'digits {split}', None, None)
-    if name.startswith('hfds/'):
-        path, _, config = name[len('hfds/'):].partition(':')
-        with _hub_errors(name):
-            dataset = datasets.load_dataset(path, config or None, split=split, cache_dir=data_dir)
-        return HFSource(dataset, f'{path} {split}', input_key, target_key)
-    if name.startswith('torch/'):
-        cls = tv_datasets.CIFAR10 if name == 'torch/cifar10' else tv_datasets.CIFAR100
+            raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
+                             '--val-split')
+    base, bracket, _ = split.partition('[')
+    if base not in splits:
+        raise UsageError(f'{shown}: no split {split}; it has {there}')
+    opened = splits[base]()
+    if isinstance(opened, Source):
+        if bracket:
+            raise UsageError(f'{shown}: no slices such as {split} of torchvision\'s arrays')
+        return opened
+    if bracket:
         try:
-            dataset = cls(data_dir or '.', train=split == 'train', download=download)
-        except RuntimeError as error:
-            raise UsageError(f'{name}: {error} (--data-dir, --dataset-download)') from error
-        return ArraySource(dataset.data, dataset.targets, dataset.classes, f'{name} {split}')
-    return FolderSource(Path(root) / split, class_map)
+            [part] = datasets.ReadInstruction.from_spec('x' + split[len(base):]).to_absolute({'x': len(opened)})
+            opened = opened.select(range(part.from_, part.to))
+        except (ValueError, AssertionError, IndexError) as error:
+            raise UsageError(f'{shown}: {split} is no slice of the {len(opened)} images of {base}') from error
+    source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled=not _is_unlabeled(base))
+    if name == 'svhn':
+        source.targets[source.targets == 10] = 0  # as its own files number the digit 0
+    return source
 
 
-def select_labeled(targets: torch.Tensor, num_labels: int, num_classes: int, seed: int) -> torch.Tensor:
-    """Draws the labeled images, balanced over the classes.
+# --- Labels -----------------------------------------------------------------------------------------------------------
 
-    A generator of its own makes the draw depend on the targets and the seed alone. Where num_labels is no multiple of
-    the number of classes, a random choice of classes gets one more than the others.
+def select_labeled(
+        targets: torch.Tensor,
+        num_labels: int | None,
+        num_classes: int,
+        seed: int,
+        labels_per_class: int | None = None,
+        label_fraction: float | None = None,
+) -> torch.Tensor:
+    """Draws the labeled images, balanced over the classes or in proportion to them.
+
+    A generator of its own makes the draw depend on the targets and the seed alone. Just one of num_labels,
+    labels_per_class and label_fraction is given.
 
     Args:
         targets: `[N]` int64; -1 is never drawn.
-        num_labels: In total.
+        num_labels: In total. If it is no multiple of num_classes, a random choice of classes gets one more than the
+            others.
         num_classes: K.
         seed: Of the draw.
+        labels_per_class: The same number of every class.
+        label_fraction: This share of every class, rounded, at least one image.
 
     Returns:
-        `[num_labels]` int64 indices, ascending.
+        `[L]` int64 indices, ascending.
 
     Raises:
         UsageError: If num_labels is below num_classes or a class has too few images.
     """
-    if num_labels < num_classes:
-        raise UsageError(f'--num-labels {num_labels}: at least one for each of the {num_classes} classes is needed')
     generator = np.random.default_rng(seed)
-    wanted = np.full(num_classes, num_labels // num_classes)
-    wanted[generator.permutation(num_classes)[:num_labels % num_classes]] += 1
+    has = torch.bincount(targets[targets >= 0], minlength=num_classes).numpy()[:num_classes]
+    if label_fraction is not None:
+        asked = f'--label-fraction {label_fraction}'
+        if not 0 < label_fraction <= 1:
+            raise UsageError(f'{asked}: expected a number in (0, 1]')
+        wanted = np.maximum(np.floor(label_fraction * has + 0.5).astype(int), 1)
+    elif labels_per_class is not None:
+        asked = f'--labels-per-class {labels_per_class}'
+        if labels_per_class < 1:
+            raise UsageError(f'{asked}: expected 1 or more')
+        wanted = np.full(num_classes, labels_per_class)
+    else:
+        asked = f'--num-labels {num_labels}'
+        if num_labels < num_classes:
+            raise UsageError(f'{asked}: at least one for each of the {num_classes} classes is needed')
+        wanted = np.full(num_classes, num_labels // num_classes)
+        wanted[generator.permutation(num_classes)[:num_labels % num_classes]] += 1
+    by_class = np.split(targets.argsort(stable=True).numpy(), np.cumsum([(targets < 0).sum(), *has]))[1:]
     drawn = []
-    for label, number in enumerate(wanted):
-        members = (targets == label).nonzero().squeeze(1).numpy()
+    for label, (members, number) in enumerate(zip(by_class, wanted)):
         if len(members) < number:
-            raise UsageError(
-                f'--num-labels {num_labels}: asks for {number} images of class {label}, which has {len(members)}'
-            )
+            raise UsageError(f'{asked}: asks for {number} images of class {label}, which has {len(members)}')
         drawn.append(generator.choice(members, number, replace=False))
     return torch.from_numpy(np.sort(np.concatenate(drawn)))
+
+
+def read_fold(data_dir: str | None, fold: int, num_images: int) -> torch.Tensor:
+    """One of STL-10's predefined folds of 1,000 labeled images, as `[L]` int64 indices into its training split.
+
+    Raises:
+        UsageError: If `stl10_binary/fold_indices.txt` in data_dir is missing, does not fit, or has no such fold.
+    """
+    file = Path(data_dir or '.') / 'stl10_binary' / 'fold_indices.txt'
+    try:
+        folds = [torch.tensor([int(i) for i in line.split()]) for line in file.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f'--label-fold: {file} cannot be read ({error}); STL-10\'s own files have it') from error
+    if not 0 <= fold < len(folds):
+        raise UsageError(f'--label-fold {fold}: {file} has the folds 0 to {len(folds) - 1}')
+    if not len(folds[fold]) or folds[fold].min() < 0 or folds[fold].max() >= num_images:
+        raise UsageError(f'--label-fold {fold}: {file} does not fit a training split of {num_images} images')
+    return folds[fold].sort().values
+
+
+def match_classes(
+        source: Source,
+        class_names: list[str] | None,
+        num_classes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of a second evaluation set that show a run's classes, and their labels as the run numbers them.
+
+    Classes are matched by name where both sets name them alike (wnids), else by number: ImageNet's copies and WebVision
+    share one order, and the mini variant has the first 50.
+
+    Returns:
+        Indices `[n]` int64 into source and targets `[n]` int64.
+
+    Raises:
+        UsageError: If no class is shared.
+    """
+    targets = source.targets
+    theirs = source.class_names or []
+    if class_names and set(class_names) & set(theirs):
+        number = {name: i for i, name in enumerate(class_names)}
+        table = torch.tensor([number.get(name, -1) for name in theirs] + [-1])  # the last entry is for label -1
+        targets = table[targets]
+    index = ((targets >= 0) & (targets < num_classes)).nonzero().squeeze(1)
+    if not len(index):
+        raise UsageError('--extra-val: none of its images shows a class of this run')
+    return index, targets[index]
 
 
 def write_labels(path: Path, index: torch.Tensor, target: torch.Tensor, **about) -> None:
@@ -295,17 +759,24 @@ def write_labels(path: Path, index: torch.Tensor, target: torch.Tensor, **about)
 def read_labels(path: str | Path, targets: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads a labels file back: indices `[L]` int64 and their labels `[L]` int64.
 
+    The labels may differ from the set's own, as they do in studies of label noise.
+
     Raises:
         UsageError: If the file is missing or broken, or does not fit the data set.
     """
     try:
         content = json.loads(Path(path).read_text())
-        index, target = (torch.tensor(content[key], dtype=torch.int64) for key in ('index', 'target'))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        index, target = (torch.tensor(content[key]) for key in ('index', 'target'))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = f'{type(error).__name__} {error}'
         raise UsageError(f'--labels-file {path}: {reason}; expected index and target lists') from error
     if index.ndim != 1 or index.shape != target.shape or not len(index):
         raise UsageError(f'--labels-file {path}: index and target must be lists of one length, and not empty')
+    if not index.dtype == target.dtype == torch.int64:
+        raise UsageError(f'--labels-file {path}: index and target must be whole numbers')
+    for key, here in (('num_images', len(targets)), ('num_classes', num_classes)):
+        if content.get(key, here) != here:
+            raise UsageError(f'--labels-file {path}: made for another set: its {key} is {content[key]}, here {here}')
     if len(index.unique()) != len(index):
         raise UsageError(f'--labels-file {path}: an index stands there twice')
     if index.min() < 0 or index.max() >= len(targets):
@@ -314,6 +785,8 @@ def read_labels(path: str | Path, targets: torch.Tensor, num_classes: int) -> tu
         raise UsageError(f'--labels-file {path}: a label is outside of the {num_classes} classes')
     return index, target
 
+
+# --- Items and batches ------------------------------------------------------------------------------------------------
 
 def item_seed(*parts: int | str) -> int:
     """63-bit seed from any parts, the same on every machine and in every process (unlike hash())."""
@@ -345,7 +818,7 @@ class ViewDataset(torch.utils.data.Dataset):
         seed: With the stream's name, governs the views.
         stream: Sets of one run that must not share random numbers have different names.
         skip_bad: An image that cannot be decoded is stepped over: the item is then the next good one, with that one's
-            own label and index, and `skipped` holds the index in the source of the bad one (else -1).
+            own label and index, and `skipped` holds the index in the source of the one asked for (else -1).
 
     Items are dicts: each view `[C, H, W]`, target, index (position i in this set) and skipped.
     """
@@ -376,7 +849,8 @@ class ViewDataset(torch.utils.data.Dataset):
             except ImageError as error:
                 if not self.skip_bad:
                     return error
-                skipped, i = int(self.index[i]), (i + 1) % len(self)
+                skipped = int(self.index[i]) if skipped < 0 else skipped
+                i = (i + 1) % len(self)
                 continue
             with seeded(item_seed(self.seed, self.stream, data_pass, i)):
                 views = {name: view(image) for name, view in self.views.items()}
@@ -437,8 +911,8 @@ class EndlessBatches(torch.utils.data.Sampler):
                 if data_pass not in orders:
                     generator = torch.Generator().manual_seed(item_seed(self.seed, self.stream, data_pass))
                     orders = {k: v for k, v in orders.items() if k == data_pass - 1}
-                    orders[data_pass] = torch.randperm(self.length, generator=generator).tolist()
-                batch.append((data_pass, orders[data_pass][offset]))
+                    orders[data_pass] = torch.randperm(self.length, generator=generator).numpy()
+                batch.append((data_pass, int(orders[data_pass][offset])))
             yield batch
             position += self.batch_size * self.num_processes
 
@@ -466,6 +940,8 @@ def evaluation_batches(length: int, batch_size: int, rank: int = 0, num_processe
     own = range(rank, length, num_processes)
     return [list(own[i:i + batch_size]) for i in range(0, len(own), batch_size)]
 
+
+# --- Views ------------------------------------------------------------------------------------------------------------
 
 class FlipCrop:
     """Random crop of a square out of an image with a reflected border, and a random mirror image of it.
@@ -502,11 +978,16 @@ STRONG_OPS = (
 )
 
 
+def _enhance_factor(level: float, hparams: dict) -> tuple[float]:
+    return 0.05 + 0.09 * level,
+
+
 class StrongAugment:
     """RandAugment with uniform magnitudes, then Cutout.
 
-    The operations are timm's. FixMatch's list has the identity as a 14th, which here is each operation's chance of 1/14
-    to do nothing.
+    The operations are timm's, their ranges FixMatch's: the enhancements blend with a factor of 0.05 to 0.95 and never
+    exaggerate (timm's reach 1.9). FixMatch's list has the identity as a 14th, which here is each operation's chance of
+    1/14 to do nothing.
 
     Args:
         num_ops: Operations an image, drawn with replacement.
@@ -523,6 +1004,9 @@ class StrongAugment:
             magnitude_std=float('inf'),  # timm then draws the magnitude uniformly from 0 to 10, the most
         )
         self.ops = [AugmentOp(name, prob=13 / 14, magnitude=10, hparams=hparams) for name in STRONG_OPS]
+        for op in self.ops:
+            if op.name in ('Brightness', 'Color', 'Contrast', 'Sharpness'):
+                op.level_fn = _enhance_factor
         self.num_ops, self.cutout, self.fill = num_ops, cutout, fill
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -565,10 +1049,13 @@ def build_views(
         cutout: Largest side of the blanked square, as a share of img_size; 0 for none.
 
     Raises:
-        UsageError: If in_chans is neither 1 nor 3.
+        UsageError: If in_chans is neither 1 nor 3, or interpolation unknown.
     """
     if in_chans not in (1, 3):
         raise UsageError(f'--in-chans {in_chans}: expected 1 or 3')
+    modes = [mode.value for mode in transforms.InterpolationMode]
+    if interpolation not in modes:
+        raise UsageError(f'--interpolation {interpolation}: expected one of {", ".join(modes)}')
     to_tensor = [*([transforms.Grayscale()] if in_chans == 1 else []), transforms.PILToTensor()]
     geometry = [
         transforms.Resize(img_size, interpolation=transforms.InterpolationMode(interpolation)),

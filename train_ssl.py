@@ -16,6 +16,7 @@ import argparse
 import copy
 import csv
 import difflib
+import importlib.util
 import json
 import logging
 import math
@@ -45,7 +46,7 @@ from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, setup_defaul
 from torch import nn
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from calibratemix import CHOICES, PRESETS, CalibrateMix
+from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank
 from data import (
     KNOWN,
     EndlessBatches,
@@ -117,6 +118,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--in-chans', type=int, metavar='N', default=3, help='image channels, 3 or 1 (default: 3)')
     group.add_argument('--img-size', type=int, metavar='N', default=None,
                        help='image side in pixels (default: the data set\'s, else the model\'s)')
+    group.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), default=None,
+                       help='sets --in-chans and --img-size; H and W are equal')
     group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='centre crop of evaluation images')
     group.add_argument('--interpolation', metavar='NAME', default='',
                        help='bilinear, bicubic, ... (default: the model\'s)')
@@ -138,6 +141,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--amp', action=flag, default=False, help='mixed precision (margins and losses stay float32)')
     group.add_argument('--amp-dtype', default='bfloat16', choices=['float16', 'bfloat16'],
                        help='of --amp (default: bfloat16; timm\'s is float16)')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND',
+                       help='compile the network (default backend: inductor)')
+    group.add_argument('--torchcompile-mode', default=None, metavar='MODE', help='of torch.compile')
     group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
     group.add_argument('--sync-bn', action=flag, default=False, help='batch-norm over all processes (GPUs only)')
     group.add_argument('--dist-bn', default='reduce', choices=['broadcast', 'reduce'],
@@ -160,6 +166,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--sched', default='cosine-7-16',
                        choices=['cosine-7-16', 'cosine', 'tanh', 'step', 'poly', 'constant'],
                        help='cosine-7-16: lr * cos(7 pi s / (16 S)), the paper\'s (default); else timm\'s')
+    group.add_argument('--sched-on-updates', action=flag, default=True,
+                       help='step the schedule with every update, else with every epoch (default: yes)')
     group.add_argument('--min-lr', type=float, metavar='X', default=0., help='for timm\'s schedules (default: 0)')
     group.add_argument('--warmup-lr', type=float, metavar='X', default=1e-5, help='start of a warmup (default: 1e-5)')
     group.add_argument('--warmup-epochs', type=int, metavar='N', default=0, help='of the learning rate (default: 0)')
@@ -266,6 +274,14 @@ def create_parser() -> argparse.ArgumentParser:
                        help='run folder below --output (default: date, model and image size)')
     group.add_argument('--resume', metavar='FILE', default='',
                        help='checkpoint to go on from, or auto: the newest intact one of the run folder, if any')
+    group.add_argument('--no-resume-opt', action='store_true', default=False,
+                       help='leave the optimizer state of the checkpoint out')
+    group.add_argument('--start-epoch', type=int, metavar='N', default=None, help='first epoch, overriding the resumed')
+    group.add_argument('--log-tensorboard', action=flag, default=False, help='log evaluations to TensorBoard')
+    group.add_argument('--log-wandb', action=flag, default=False, help='log evaluations to Weights & Biases')
+    group.add_argument('--wandb-project', metavar='NAME', default='calibratemix', help='default: calibratemix')
+    group.add_argument('--wandb-tags', nargs='+', metavar='TAG', default=[], help='tags of the run')
+    group.add_argument('--wandb-resume-id', metavar='ID', default='', help='go on logging to this run')
     group.add_argument('--log-interval', type=int, metavar='N', default=50,
                        help='updates between progress lines, the only waits for the device (default: 50)')
     group.add_argument('--val-interval', type=int, metavar='N', default=1,
@@ -332,6 +348,12 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
+    if args.input_size is not None:
+        if args.input_size[1] != args.input_size[2] or args.img_size not in (None, args.input_size[1]):
+            parser.error(f'--input-size {args.input_size}: expected one square size, as --img-size if both are given')
+        args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
+    if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
+        parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
     for name in ('lambda_u_warmup', 'stat_momentum'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
@@ -365,25 +387,37 @@ class FeaturesAndLogits(nn.Module):
 
 
 class SevenSixteenthsCosine(Scheduler):
-    """lr * cos(7 pi s / (16 S)) by update (FixMatch, arXiv 2001.07685), after an optional linear warmup."""
+    """lr * cos(7 pi s / (16 S)) (FixMatch, arXiv 2001.07685), in updates or epochs, after an optional linear warmup."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, num_updates: int, warmup_updates: int, warmup_lr: float):
-        super().__init__(optimizer, 'lr', t_in_epochs=False)
-        self.num_updates, self.warmup_updates, self.warmup_lr = num_updates, warmup_updates, warmup_lr
-        self.step_update(0)
+    def __init__(
+            self,
+            optimizer: torch.optim.Optimizer,
+            length: int,
+            warmup: int = 0,
+            warmup_lr: float = 0.,
+            t_in_epochs: bool = False,
+    ):
+        super().__init__(optimizer, 'lr', t_in_epochs=t_in_epochs)
+        self.length, self.warmup, self.warmup_lr = length, warmup, warmup_lr
 
     def _get_lr(self, t: int) -> list[float]:
-        if t < self.warmup_updates:
-            return [self.warmup_lr + (lr - self.warmup_lr) * t / self.warmup_updates for lr in self.base_values]
-        return [lr * math.cos(7 * math.pi * t / (16 * self.num_updates)) for lr in self.base_values]
+        if t < self.warmup:
+            return [self.warmup_lr + (lr - self.warmup_lr) * t / self.warmup for lr in self.base_values]
+        return [lr * math.cos(7 * math.pi * t / (16 * self.length)) for lr in self.base_values]
 
 
 def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     # The argument's new name is not yet one that Accelerate passes on.
     warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated', category=FutureWarning)
     precision = {'bfloat16': 'bf16', 'float16': 'fp16'}[args.amp_dtype] if args.amp else 'no'
+    trackers = [name for name in ('tensorboard', 'wandb') if getattr(args, f'log_{name}')]
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f'--log-{missing[0]}: needs the package {missing[0]} (pip install {missing[0]})')
     accelerator = Accelerator(
         mixed_precision=precision,
+        log_with=trackers or None,
+        project_dir=args.output,
         cpu=args.device == 'cpu',
         # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
         # first one's graph needs; share_batch_norm does it after the update.
@@ -436,6 +470,8 @@ def check_head(model: nn.Module, args: argparse.Namespace, input_size: tuple[int
         reason = ' '.join(str(error).split())
         raise UsageError(f'--model {args.model} does not take {input_size[1]} px images, or has no '
                          f'forward_features and forward_head(pre_logits=True): {reason}') from error
+    if args.algorithm == 'marginmatch' and not isinstance(model.get_classifier(), nn.Linear):
+        raise UsageError(f'--model {args.model}: marginmatch needs a linear classifier')
     if not same or features.ndim != 2:
         raise UsageError(f'--model {args.model}: its classifier is not a layer on top of its pre-logits features')
     if args.drop:  # a few heads drop out behind the pre-logits, which the split head would leave out without a word
@@ -564,7 +600,7 @@ class Feed:
 # --- Methods ----------------------------------------------------------------------------------------------------------
 
 # Each method weighs the unlabeled images of a step: logits of the weak view `[U, K]` float32 and indices `[U]`, both
-# joined over the processes, to weights `[U]` in [0, 1]. Running statistics are buffers, so they are the same on all
+# joined over the processes, and the updates so far, to weights `[U]` in [0, 1]. Running statistics are buffers, so they are the same on all
 # processes and part of the checkpoint. The pseudo-label is the weak view's top class everywhere.
 
 class FixMatch(nn.Module):
@@ -574,7 +610,7 @@ class FixMatch(nn.Module):
         super().__init__()
         self.threshold = args.threshold
 
-    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
         return (logits.softmax(1).amax(1) >= self.threshold).float()
 
 
@@ -598,7 +634,7 @@ class FlexMatch(nn.Module):
         beta = learned / torch.maximum(learned.max(), unused)
         return self.threshold * beta / (2 - beta)
 
-    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
         confidence, label = logits.softmax(1).max(1)
         weight = (confidence >= self.class_thresholds()[label]).float()
         # The table moves by the fixed threshold. Of an index that stands twice in the batch the later row wins.
@@ -625,7 +661,7 @@ class SoftMatch(nn.Module):
         self.register_buffer('var', torch.tensor(1.))
         self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
 
-    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
         probs = logits.softmax(1)
         plain = confidence = probs.amax(1)
         if self.align:
@@ -649,7 +685,7 @@ class FreeMatch(nn.Module):
         self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
         self.register_buffer('class_share', torch.full((num_classes,), 1 / num_classes))
 
-    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
         probs = logits.softmax(1)
         confidence, label = probs.max(1)
         self.tau.lerp_(confidence.mean(), 1 - self.momentum)
@@ -681,6 +717,59 @@ class FreeMatch(nn.Module):
         return (target / target.sum() * torch.log(ratio + 1e-12)).sum() * (sums[-1].detach() > 0)
 
 
+class MarginMatch(nn.Module):
+    """FlexMatch with a second threshold, on the APM: that of images known to be wrong (CVPR 2023, section 3).
+
+    The network has an extra, virtual class. Now and then a few unlabeled images are drawn to be trained as that class;
+    what they reach there, at the 95th percentile, is the APM below which a pseudo-label counts as wrong. As in the
+    authors' code there is no such threshold in the first 80,000 of 2^20 updates, the images are drawn anew every
+    50,000, and none are wrong in the last tenth.
+    """
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__()
+        self.flexmatch = FlexMatch(num_unlabeled, num_classes, args)
+        self.num_classes, self.seed = num_classes, args.seed
+        updates = args.epochs * args.train_steps_per_epoch
+        self.first = round(80_000 / FULL_SCHEDULE * updates)
+        self.every = max(1, round(50_000 / FULL_SCHEDULE * updates))
+        self.last = round(0.9 * updates)
+        self.num_wrong = max(1, min(num_unlabeled // 100, num_unlabeled // (num_classes + 1)))
+        self.apm = MarginBank(num_unlabeled, num_classes + 1, smoothing=0.997)
+        self.wrong_apm = MarginBank(self.num_wrong, smoothing=0.997)
+        self.register_buffer('slot', torch.full((num_unlabeled,), -1))  # position among the wrong images, -1: none
+
+    def is_wrong(self, index: torch.Tensor) -> torch.Tensor:
+        """Which images `[U]` are now trained as the virtual class."""
+        return self.slot.gather(0, index) >= 0
+
+    def redraw(self, num_updates: int) -> None:
+        """Draws the wrong images where that is due, without memory of the last ones."""
+        if num_updates == self.last:
+            self.slot.fill_(-1)
+        elif self.first <= num_updates < self.last and (num_updates - self.first) % self.every == 0:
+            generator = torch.Generator().manual_seed(item_seed(self.seed, 'marginmatch', num_updates))
+            drawn = torch.randperm(len(self.slot), generator=generator)[:self.num_wrong].to(self.slot.device)
+            self.slot.fill_(-1).scatter_(0, drawn, torch.arange(self.num_wrong, device=self.slot.device))
+            for table in self.wrong_apm.buffers():
+                table.zero_()
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
+        self.redraw(num_updates)
+        slot, wrong = self.slot.gather(0, index), self.is_wrong(index)
+        label = logits[:, :self.num_classes].argmax(1)
+        # A row of NaN is no visit, and below no confident prediction: shapes stay fixed, and nothing waits.
+        right_rows, wrong_rows = (logits.masked_fill(rows[:, None], torch.nan) for rows in (wrong, ~wrong))
+        self.apm.update(index, right_rows, label)
+        self.wrong_apm.update(slot.clamp(min=0), wrong_rows, torch.full_like(label, self.num_classes))
+        seen = torch.where(self.wrong_apm.count > 0, self.wrong_apm.value, torch.nan)
+        threshold = seen.nanquantile(0.95)
+        weight = self.flexmatch(right_rows[:, :self.num_classes], index, num_updates)
+        weight = weight * ((self.apm.lookup(index, label) >= threshold) | threshold.isnan())
+        # The wrong images count as much as an average other one.
+        return torch.where(wrong, weight.sum() / (~wrong).sum().clamp(min=1), weight)
+
+
 ALGORITHMS = {
     'supervised': None,
     'pseudo_label': FixMatch,  # the same weights; what differs is that the weak view itself is the student's
@@ -688,6 +777,7 @@ ALGORITHMS = {
     'flexmatch': FlexMatch,
     'softmatch': SoftMatch,
     'freematch': FreeMatch,
+    'marginmatch': MarginMatch,
 }
 
 
@@ -765,11 +855,15 @@ def semi_supervised_step(
     # What a method or the bank keeps is kept of the joined batch, on every process alike.
     j_all, z_weak_all = accelerator.gather((j, z_weak))
     first = accelerator.process_index * len(j)
-    weight = method(z_weak_all, j_all)[first:first + len(j)]
-    confidence, pseudo_label = z_weak.softmax(1).max(1)
-
+    weight = method(z_weak_all, j_all, num_updates)[first:first + len(j)]
     loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
-    loss_unlabeled = (F.cross_entropy(z_strong, pseudo_label, reduction='none') * weight).mean()
+    if args.algorithm == 'marginmatch':  # its virtual class is a target of some images, and else left out
+        z, z_weak, z_weak_all = (logits[:, :method.num_classes] for logits in (z, z_weak, z_weak_all))
+    confidence, pseudo_label = z_weak.softmax(1).max(1)
+    target = pseudo_label
+    if args.algorithm == 'marginmatch':
+        target = torch.where(method.is_wrong(j), method.num_classes, pseudo_label)
+    loss_unlabeled = (F.cross_entropy(z_strong, target, reduction='none') * weight).mean()
     loss = loss_labeled + lambda_u(num_updates, args) * loss_unlabeled
     if args.algorithm == 'freematch':
         loss = loss + args.freematch_fairness * method.fairness(z_strong, weight, accelerator)
@@ -782,7 +876,7 @@ def semi_supervised_step(
         calmix.update(i_all, y_all, z_all, j_all, z_weak_all.argmax(1), z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
             mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence)
-            loss_mixup = calmix.loss(model(mixed.images)[1], mixed)
+            loss_mixup = calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
             loss = loss + calmix.weight * loss_mixup
 
     known = unlabeled['target'] >= 0
@@ -856,7 +950,8 @@ class Monitor:
 @dataclass
 class Run:
     """What changes while a run goes on, and all that a checkpoint holds."""
-    model: nn.Module
+    model: nn.Module  # what Accelerate made of it: features and logits, perhaps compiled, perhaps DDP
+    timm_model: nn.Module  # the network itself
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None
@@ -869,10 +964,6 @@ class Run:
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
     best_metric: float | None = None
-
-    @property
-    def timm_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model).model
 
     @property
     def eval_model(self) -> nn.Module:
@@ -924,7 +1015,7 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
     if accelerator.num_processes > 1:
         share_batch_norm(run.timm_model, accelerator, args.dist_bn)
     run.num_updates += 1
-    run.scheduler.step_update(run.num_updates)
+    step_scheduler(run, args)
     if run.ema is not None:
         run.ema.update(run.timm_model, step=run.num_updates)
     return True
@@ -975,7 +1066,7 @@ def validate(model: nn.Module, feed: Feed, accelerator: Accelerator, num_classes
     for batch in feed:
         good = batch['skipped'] < 0
         with accelerator.autocast():
-            logits = model(batch['image'][good])
+            logits = model(batch['image'][good])[:, :num_classes]  # without MarginMatch's virtual class
         meter.update(logits.float(), batch['target'][good])
     for module, mode in modes:
         module.training = mode
@@ -1103,7 +1194,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         )
     try:
         run.timm_model.load_state_dict(state['model'])
-        run.optimizer.load_state_dict(state['optimizer'])
+        if not args.no_resume_opt:
+            run.optimizer.load_state_dict(state['optimizer'])
         if run.ema is not None:
             run.ema.module.load_state_dict(state['ema'])
         if run.method is not None:
@@ -1120,7 +1212,18 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     run.monitor.sums, run.monitor.seen = sums[run.accelerator.process_index].clone(), sums.sum(0)
     for key in ('num_updates', 'num_draws', 'skipped_updates', 'best_metric'):
         setattr(run, key, state[key])
-    run.scheduler.step_update(run.num_updates)
+
+
+def without_virtual_class(model: nn.Module) -> nn.Module:
+    """Copy of a MarginMatch network that has the data set's classes only."""
+    model = copy.deepcopy(model)
+    wide = model.get_classifier()
+    model.reset_classifier(wide.out_features - 1)
+    narrow = model.get_classifier().to(wide.weight.device)
+    with torch.no_grad():
+        narrow.weight.copy_(wide.weight[:-1])
+        narrow.bias.copy_(wide.bias[:-1])
+    return model
 
 
 def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
@@ -1129,7 +1232,7 @@ def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict
     scratch = folder / 'part'
     try:
         save_for_hf(
-            run.eval_model,
+            without_virtual_class(run.eval_model) if isinstance(run.method, MarginMatch) else run.eval_model,
             scratch,
             safe_serialization=True,
             data_config=dict(vars(data_config)),
@@ -1230,7 +1333,10 @@ def build_ema(model: nn.Module, args: argparse.Namespace) -> ModelEmaV3:
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
     steps = args.train_steps_per_epoch
     if args.sched == 'cosine-7-16':
-        return SevenSixteenthsCosine(optimizer, args.epochs * steps, args.warmup_epochs * steps, args.warmup_lr)
+        unit = steps if args.sched_on_updates else 1
+        return SevenSixteenthsCosine(
+            optimizer, args.epochs * unit, args.warmup_epochs * unit, args.warmup_lr, not args.sched_on_updates,
+        )
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -1238,11 +1344,16 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
         min_lr=args.min_lr,
         warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs,
-        step_on_epochs=False,
+        step_on_epochs=not args.sched_on_updates,
         updates_per_epoch=steps,
     )
-    scheduler.step_update(0)
     return scheduler
+
+
+def step_scheduler(run: 'Run', args: argparse.Namespace) -> None:
+    """Sets the learning rate that belongs to the updates done so far, whether the schedule counts these or epochs."""
+    run.scheduler.step_update(run.num_updates)
+    run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
 
 
 def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size: int) -> tuple[Path, Path | None]:
@@ -1274,6 +1385,16 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
     return folder, checkpoint
 
 
+def start_trackers(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> None:
+    wandb = dict(name=folder.name, dir=str(folder), tags=args.wandb_tags)
+    if args.wandb_resume_id:
+        wandb.update(id=args.wandb_resume_id, resume='must')
+    plain = (bool, int, float, str)
+    config = {key: value if isinstance(value, plain) else str(value) for key, value in vars(args).items()}
+    accelerator.project_configuration.logging_dir = str(folder)
+    accelerator.init_trackers(args.wandb_project, config=config, init_kwargs={'wandb': wandb})
+
+
 def main(args: argparse.Namespace) -> dict[str, float]:
     """Trains; returns the last evaluation's metrics."""
     accelerator = setup_accelerator(args)
@@ -1282,7 +1403,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
     train, unlabeled, evaluation = sources = open_sources(args)
     num_classes = count_classes(args, train, evaluation)
-    model = build_model(args, num_classes)
+    model = build_model(args, num_classes + (args.algorithm == 'marginmatch'))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
     datasets = build_datasets(args, sources, num_classes, data_config)
@@ -1307,16 +1428,24 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         **{key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None},
     )
     scheduler = build_scheduler(args, optimizer)  # not prepared: Accelerate would step it once per process
-    model, optimizer = accelerator.prepare(FeaturesAndLogits(model), optimizer)
+    timm_model, model = model, FeaturesAndLogits(model)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    model, optimizer = accelerator.prepare(model, optimizer)
     if calmix is not None:
         calmix.to(accelerator.device)
     if method is not None:
         method.to(accelerator.device)
     monitor = Monitor(accelerator)
-    run = Run(model, optimizer, scheduler, ema, method, calmix, monitor, accelerator, datasets.source_index)
+    run = Run(
+        model, timm_model, optimizer, scheduler, ema, method, calmix, monitor, accelerator, datasets.source_index,
+    )
     if checkpoint is not None:
         resume(run, read_checkpoint(checkpoint), checkpoint, args)
         _logger.info(f'Resuming from {checkpoint} at update {run.num_updates}')
+    if args.start_epoch is not None:
+        run.num_updates = args.start_epoch * args.train_steps_per_epoch
+    step_scheduler(run, args)
     if accelerator.is_main_process:
         replace_file(folder / 'labels.json', lambda part: write_labels(
             part,
@@ -1327,6 +1456,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             num_classes=num_classes,
             seed=args.seed if args.label_seed is None else args.label_seed,
         ))
+
+    if args.log_tensorboard or args.log_wandb:
+        start_trackers(accelerator, folder, args)
 
     def feed(dataset, batch_size, workers, stream):
         batches = EndlessBatches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes,
@@ -1409,6 +1541,7 @@ def record_evaluation(
     row.update((f'train_{name}', train_metrics[name]) for name in TRAIN_COLUMNS)
     row.update((f'eval_{name}', metrics[name]) for name in EVAL_COLUMNS)
     write_summary(folder / 'summary.csv', row)
+    run.accelerator.log(row, step=run.num_updates)
     bins = {key: value.tolist() for key, value in meter.bins()._asdict().items()}
     content = OrderedDict(epoch=epoch, num_updates=run.num_updates, **metrics, bins=bins)
     write_weights(run, folder / 'last', data_config, content)

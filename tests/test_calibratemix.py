@@ -174,6 +174,14 @@ def test_rows_that_are_not_finite_are_never_stored(num_classes, logits):
     assert all(torch.equal(table, before[name]) for name, table in bank.state_dict().items())
 
 
+def test_margins_whose_difference_overflows_store_neither_inf_nor_nan():
+    bank = MarginBank(1, 2)
+    for logits in ([[2e38, 0.]], [[0., 2e38], [2e38, 0.]], [[1., 0.]]):
+        bank.update(torch.zeros(len(logits), dtype=torch.long), torch.tensor(logits), torch.zeros(len(logits)).long())
+        assert bank.value.isfinite().all()
+    assert bank.value.tolist() == [[1, -1]] and bank.count.tolist() == [1]
+
+
 def test_a_hundred_thousand_visits_stay_close_to_float64():
     banks = [(MarginBank(1, 3, d, dtype), tolerance) for d in (1.0, 0.997)
              for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 5e-2))]
@@ -572,17 +580,22 @@ def test_unlabeled_images_below_the_confidence_are_no_candidates():
 
 
 def test_the_bank_split_compares_with_the_median_of_the_whole_bank():
-    calmix, step = batch(split='bank')
+    calmix, step = batch(split='bank', topk=0)
+    calmix.apm.value.sub_(1.5)
     step['index'] = calmix.aum.value.argsort(descending=True)[:12]
-    mixed = calmix.mix(**step)
-    aum = [float(v) for v in calmix.aum.value]
+    aum = calmix.aum.value.tolist()
     apm = [float(calmix.apm.value[i, calmix.apm.label[i]]) for i in range(60)]
     easy = [aum[i] > statistics.median_low(aum) for i in step['index']]
-    assert mixed.easy.tolist() == easy and sum(easy) == 10  # the batch's own median: 6
-    assert mixed.paired.all()
+    assert sum(easy) == 10  # the batch's own median: 6
     now = calmix.apm.value[step['unlabeled_index'], step['pseudo_label']].tolist()
-    for row, partner in enumerate(mixed.partner.tolist()):
-        assert (now[partner] > statistics.median_low(apm)) != easy[row]
+    unlabeled_easy = {j for j in range(40) if now[j] > statistics.median_low(apm)}
+    partners = {True: set(), False: set()}
+    for _ in range(200):
+        mixed = calmix.mix(**step)
+        assert mixed.easy.tolist() == easy and mixed.paired.all()
+        for side, partner in zip(easy, mixed.partner.tolist()):
+            partners[side].add(partner)
+    assert partners == {True: set(range(40)) - unlabeled_easy, False: unlabeled_easy}
 
 
 def test_the_bank_split_of_equal_margins_still_pairs():

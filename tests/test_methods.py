@@ -1,14 +1,17 @@
 """The base methods against slow re-computations from their papers' formulas, over several steps and at edges."""
+import json
 import math
 from argparse import Namespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import TINY, run_script
 from test_train import assert_same_run, rewind, summary, weights
 
+import data
 import train_ssl
 
 CLASSES, IMAGES = 4, 30
@@ -53,7 +56,7 @@ def test_flexmatch_equals_its_paper_step_by_step():
             p = row.softmax(0)
             expected.append(float(p.max() >= thresholds[p.argmax()]))
         assert torch.allclose(method.class_thresholds(), torch.tensor(thresholds), atol=1e-6)
-        assert method(logits, index).tolist() == expected
+        assert method(logits, index, 0).tolist() == expected
         for row, i in zip(logits, index.tolist()):
             p = row.softmax(0)
             if p.max() >= 0.9:
@@ -68,18 +71,18 @@ def test_flexmatch_counts_in_the_loss_by_the_class_threshold_but_in_the_table_by
     method.selected[:] = torch.tensor([0] * 21 + [1] * 6 + [-1] * 3)
     assert method.class_thresholds()[1].item() == pytest.approx(0.95 * (6 / 21) / (2 - 6 / 21))  # 0.158
     before = method.selected.clone()
-    assert method(logits_of([[0.2, 0.8]]), torch.tensor([29])).item() == 1
+    assert method(logits_of([[0.2, 0.8]]), torch.tensor([29]), 0).item() == 1
     assert torch.equal(method.selected, before)
-    method(logits_of([[0.04, 0.96]]), torch.tensor([29]))
+    method(logits_of([[0.04, 0.96]]), torch.tensor([29]), 0)
     assert method.selected[29] == 1 and torch.equal(method.selected[:29], before[:29])
 
 
 def test_flexmatch_at_its_first_step_and_with_a_class_never_predicted():
     method = build('flexmatch')
     assert method.class_thresholds().tolist() == [0] * CLASSES
-    assert method(torch.zeros(3, CLASSES), torch.arange(3)).tolist() == [1, 1, 1]
+    assert method(torch.zeros(3, CLASSES), torch.arange(3), 0).tolist() == [1, 1, 1]
     for _ in range(3):
-        method(10 * torch.eye(CLASSES)[:3].repeat(10, 1), torch.arange(IMAGES))
+        method(10 * torch.eye(CLASSES)[:3].repeat(10, 1), torch.arange(IMAGES), 0)
     thresholds = method.class_thresholds()
     assert thresholds[3] == 0 and thresholds[:3].tolist() == pytest.approx([0.95] * 3)
 
@@ -87,7 +90,7 @@ def test_flexmatch_at_its_first_step_and_with_a_class_never_predicted():
 def test_flexmatch_refuses_an_index_outside_of_its_table():
     for index in (-1, IMAGES):
         with pytest.raises(RuntimeError, match='out of bounds'):
-            build('flexmatch')(torch.zeros(1, CLASSES), torch.tensor([index]))
+            build('flexmatch')(torch.zeros(1, CLASSES), torch.tensor([index]), 0)
 
 
 @pytest.mark.parametrize('align, usb', [(True, False), (True, True), (False, False)])
@@ -109,7 +112,7 @@ def test_softmatch_equals_its_paper_step_by_step(align, usb):
         mean = 0.9 * mean + 0.1 * batch_mean
         var = 0.9 * var + 0.1 * sum((c - batch_mean) ** 2 for c in seen) / (len(seen) - 1)
         expected = [1 if c >= mean else math.exp(-(c - mean) ** 2 / (2 * var / 4)) for c in confidence]
-        assert method(logits, index).tolist() == pytest.approx(expected, abs=1e-5)
+        assert method(logits, index, 0).tolist() == pytest.approx(expected, abs=1e-5)
         assert method.mean.item() == pytest.approx(mean) and method.var.item() == pytest.approx(var)
         assert method.class_mean.tolist() == pytest.approx(running if align else [1 / CLASSES] * CLASSES)
 
@@ -119,7 +122,7 @@ def test_softmatch_takes_mean_and_variance_of_the_plain_confidence(align):
     """Mean 0.1, variance 1, momentum 0.9, confidences 0.9 and 0.5: 0.16 and 0.908."""
     method = build('softmatch', classes=3, stat_momentum=0.9, softmatch_align=align)
     method.mean.fill_(0.1)
-    weight = method(logits_of([[0.9, 0.05, 0.05], [0.5, 0.25, 0.25]]), torch.arange(2))
+    weight = method(logits_of([[0.9, 0.05, 0.05], [0.5, 0.25, 0.25]]), torch.arange(2), 0)
     assert method.mean.item() == pytest.approx(0.16) and method.var.item() == pytest.approx(0.908)
     assert weight.tolist() == [1, 1]  # above the mean: exactly 1
 
@@ -127,7 +130,7 @@ def test_softmatch_takes_mean_and_variance_of_the_plain_confidence(align):
 def test_softmatch_stays_finite_for_one_row_equal_confidences_and_no_variance():
     method = build('softmatch', stat_momentum=0.0)
     for logits in (torch.randn(1, CLASSES), torch.ones(5, CLASSES), torch.eye(CLASSES)):
-        weight = method(logits, torch.arange(len(logits)))
+        weight = method(logits, torch.arange(len(logits)), 0)
         assert weight.isfinite().all() and method.var.isfinite() and ((0 <= weight) & (weight <= 1)).all()
     assert method.var < 1e-12
 
@@ -143,7 +146,7 @@ def test_freematch_equals_its_paper_step_by_step():
         share = [0.9 * s + 0.1 * tops.count(k) / len(tops) for k, s in enumerate(share)]
         thresholds = [m / max(p_model) * tau for m in p_model]
         expected = [float(max(p) >= thresholds[p.index(max(p))]) for p in probs]
-        assert method(logits, index).tolist() == expected
+        assert method(logits, index, 0).tolist() == expected
         assert method.tau.item() == pytest.approx(tau)
         assert method.class_share.tolist() == pytest.approx(share)
 
@@ -168,14 +171,74 @@ def test_freematch_fairness_without_any_counted_image_is_zero_with_finite_gradie
     assert fairness.item() == 0 and strong.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch'])
+@pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch', 'marginmatch'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_weights_are_finite_for_the_logits_of_a_half_precision_pass(name, dtype):
     method = build(name)
     for logits, index in random_steps(3):
-        weight = method(logits.to(dtype).float(), index)
+        if name == 'marginmatch':
+            logits = F.pad(logits, (0, 1))
+        weight = method(logits.to(dtype).float(), index, 0)
         assert weight.dtype == torch.float32 and weight.isfinite().all()
         assert ((0 <= weight) & (weight <= 1)).all()
+
+
+def test_marginmatch_equals_a_literal_recomputation():
+    args = options(threshold=0.5, epochs=1, train_steps_per_epoch=26, seed=3)
+    images = 250
+    method = train_ssl.MarginMatch(images, CLASSES, args)
+    assert (method.first, method.every, method.last, method.num_wrong) == (2, 1, 23, 2)
+    method.every = 7
+    flexmatch = train_ssl.FlexMatch(images, CLASSES, args)
+    apm, visits, wrong, drawn = {}, {}, {}, []
+    generator = torch.Generator().manual_seed(0)
+    passed = dropped = 0
+    for update in range(26):
+        logits = 3 * torch.randn(200, CLASSES + 1, generator=generator)
+        index = torch.randperm(images, generator=generator)[:200]
+        weight = method(logits, index, update)
+        if method.first <= update < method.last and (update - method.first) % 7 == 0:
+            wrong = {i: [0.0, 0] for i in (method.slot >= 0).nonzero().squeeze(1).tolist()}
+            drawn.append(set(wrong))
+        if update == method.last:
+            wrong = {}
+        assert sorted(wrong) == (method.slot >= 0).nonzero().squeeze(1).tolist()
+        for row, i in zip(logits.tolist(), index.tolist()):
+            margins = [z - max(row[:c] + row[c + 1:]) for c, z in enumerate(row)]
+            if i in wrong:
+                value, t = wrong[i]
+                wrong[i] = [margins[-1] * 0.997 / (1 + t) + value * (1 - 0.997 / (1 + t)), t + 1]
+            else:
+                t, old = visits.get(i, 0), apm.get(i, [0.0] * (CLASSES + 1))
+                apm[i] = [m * 0.997 / (1 + t) + v * (1 - 0.997 / (1 + t)) for m, v in zip(margins, old)]
+                visits[i] = t + 1
+        seen = [value for value, t in wrong.values() if t]
+        if update >= method.last:  # the last images' tables stay, and with them the threshold
+            seen = method.wrong_apm.value.tolist()
+        threshold = torch.tensor(seen).quantile(0.95).item() if seen else -math.inf
+        right = torch.tensor([i not in wrong for i in index.tolist()])
+        flex = flexmatch(logits[:, :CLASSES][right], index[right], update)
+        expected = []
+        for w, row, i in zip(flex.tolist(), logits[right].tolist(), index[right].tolist()):
+            keep = apm[i][row.index(max(row[:CLASSES]))] >= threshold
+            passed, dropped = passed + (w > 0 and keep), dropped + (w > 0 and not keep)
+            expected.append(w * keep)
+        assert weight[right].tolist() == expected
+        assert torch.equal(method.flexmatch.selected, flexmatch.selected)
+        assert weight[~right].tolist() == pytest.approx([sum(expected) / len(expected)] * int((~right).sum()))
+    assert len(drawn) == 3 and drawn[0] != drawn[1] and passed > 100 and dropped > 100
+
+
+def test_marginmatch_saves_the_real_classes_only_and_measures_them(train):
+    folder = train('run', '--algorithm', 'marginmatch', '--train-steps-per-epoch', 10, '--threshold', 0.2)
+    model = timm.create_model(f'local-dir:{folder / "last"}', pretrained=True).eval()
+    source = data.create_source('digits', None, 'test')
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    with torch.no_grad():
+        logits = model(torch.stack([transform(source.image(i)) for i in range(len(source))]))
+    assert logits.shape == (500, 10)
+    metrics = json.loads((folder / 'last/metrics.json').read_text())
+    assert F.cross_entropy(logits, source.targets).item() == pytest.approx(metrics['nll'], abs=1e-5)
 
 
 def test_the_logit_margin_penalty_adds_what_exceeds_the_margin():
@@ -205,7 +268,7 @@ def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):
     assert torch.equal(z_weak, z_strong) and z_strong.requires_grad and not z_weak.requires_grad
 
 
-@pytest.mark.parametrize('name', ['pseudo_label', 'flexmatch', 'softmatch', 'freematch'])
+@pytest.mark.parametrize('name', ['pseudo_label', 'flexmatch', 'softmatch', 'freematch', 'marginmatch'])
 def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, name):
     flags = ('--algorithm', name, '--calibratemix', '--calmix-warmup-epochs', 1, '--threshold', 0.3, '--stat-momentum',
              0.9, '--train-steps-per-epoch', 3, '--recovery-interval', 1, '--checkpoint-hist', 99)
@@ -215,7 +278,7 @@ def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, n
     assert_same_run(straight, resumed)
 
 
-@pytest.mark.parametrize('name', ['flexmatch', 'softmatch', 'freematch'])
+@pytest.mark.parametrize('name', ['flexmatch', 'softmatch', 'freematch', 'marginmatch'])
 def test_two_processes_keep_the_statistics_and_weights_of_one(tmp_path, name):
     """A network without batch-norm: an image's logits then do not depend on the batch it is in."""
     flags = (*TINY, '--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15,

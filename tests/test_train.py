@@ -261,13 +261,36 @@ def test_the_seven_sixteenths_cosine_steps_once_an_update(tmp_path, processes, a
 def test_a_warmup_of_the_learning_rate_is_linear():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    scheduler = train_ssl.SevenSixteenthsCosine(optimizer, num_updates=100, warmup_updates=10, warmup_lr=0.1)
-    seen = [optimizer.param_groups[0]['lr']]
-    for step in range(1, 11):
+    scheduler = train_ssl.SevenSixteenthsCosine(optimizer, length=100, warmup=10, warmup_lr=0.1)
+    seen = []
+    for step in range(11):
         scheduler.step_update(step)
         seen.append(optimizer.param_groups[0]['lr'])
     assert seen[:10] == pytest.approx([0.1 + 0.09 * t for t in range(10)])
     assert seen[10] == pytest.approx(math.cos(7 * math.pi / 160))
+
+
+def test_a_schedule_by_epochs_moves_at_their_ends_only(train):
+    folder = train('run', '--no-sched-on-updates', '--sched', 'cosine', '--epochs', 4, '--lr', 1)
+    rates = [float(row['lr']) for row in summary(folder)]
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * t / 4)) for t in (1, 2, 3, 4)])
+
+
+def test_a_compiled_network_trains_like_the_plain_one(train):
+    flags = (*CALMIX, '--train-steps-per-epoch', 2)
+    plain, compiled = train('plain', *flags), train('compiled', *flags, '--torchcompile', 'aot_eager')
+    assert all(torch.allclose(weights(plain)[k], weights(compiled)[k], atol=1e-4) for k in weights(plain))
+
+
+def test_tensorboard_receives_every_evaluation(train):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    folder = train('run', '--log-tensorboard')
+    events = EventAccumulator(str(next(folder.rglob('events.out*')).parent))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars('eval_ece')]
+    expected = [(int(row['num_updates']), pytest.approx(float(row['eval_ece']), rel=1e-5)) for row in summary(folder)]
+    assert found == expected
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
