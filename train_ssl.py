@@ -600,8 +600,8 @@ class Feed:
 # --- Methods ----------------------------------------------------------------------------------------------------------
 
 # Each method weighs the unlabeled images of a step: logits of the weak view `[U, K]` float32 and indices `[U]`, both
-# joined over the processes, and the updates so far, to weights `[U]` in [0, 1]. Running statistics are buffers, so they are the same on all
-# processes and part of the checkpoint. The pseudo-label is the weak view's top class everywhere.
+# joined over the processes, and the updates so far, to weights `[U]` in [0, 1]. Running statistics are buffers, so they
+# are the same on all processes and part of the checkpoint. The pseudo-label is the weak view's top class everywhere.
 
 class FixMatch(nn.Module):
     """1 where the confidence reaches the threshold, else 0 (arXiv 2001.07685, eq. 4)."""
