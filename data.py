@@ -616,8 +616,8 @@ def create_source(
         if not shown or not root.is_dir():
             given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
             raise UsageError(
-                f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, hfds/<hub name or '
-                'folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
+                f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
+                'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
             )
         splits = folder_splits(root, class_map=class_map)
 

@@ -133,7 +133,8 @@ def create_parser() -> argparse.ArgumentParser:
                             'statistics lag in runs of less than some 10,000 updates, which want 0.01 to 0.1')
     group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default={}, metavar='K=V',
                        help='further arguments of the model\'s constructor')
-    group.add_argument('--grad-checkpointing', action=flag, default=False, help='less memory for more arithmetic')
+    group.add_argument('--grad-checkpointing', action=flag, default=False,
+                       help='less memory for more arithmetic; running batch-norm statistics then move twice a step')
 
     group = parser.add_argument_group('Device and loading')
     group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],

@@ -25,6 +25,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors import SafetensorError
 from timm.data import create_transform, resolve_input_data_config
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.utils import ParseKwargs, setup_default_logging
 from torch import nn
@@ -45,7 +46,7 @@ from torchvision import transforms
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from data import (
     KNOWN,
-    VAL_SPLITS,
+    HFSource,
     RunError,
     Source,
     UsageError,
@@ -53,7 +54,7 @@ from data import (
     create_loader,
     create_source,
     evaluation_batches,
-    list_splits,
+    open_tables,
     read_labels,
 )
 from metrics import (
@@ -154,8 +155,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Out-of-distribution detection')
     group.add_argument('--ood-dataset', metavar='NAME', nargs='+', default=[],
-                       help='images of something else, put through the same transform: names as for --dataset, or '
-                            'folders, of which all images are taken unless --ood-split is given')
+                       help='images of something else, put through the same transform: names as for --dataset, '
+                            'folders of images or .parquet files, of which all are taken unless --ood-split is given')
     group.add_argument('--ood-data-dir', metavar='DIR', default=None, help='as --data-dir, for --ood-dataset')
     group.add_argument('--ood-split', metavar='NAME', default=None,
                        help='default: the first of validation, val, test that exists')
@@ -279,12 +280,9 @@ def split_names(split: str) -> set[str]:
 class PlainFolder(Source):
     """All images below a folder, without labels."""
 
-    def __init__(self, root: str):
-        try:
-            self.paths = [path for path, _ in ReaderImageFolder(root).samples]
-        except RuntimeError as error:
-            raise UsageError(f'--ood-dataset {root}: {error}; parquet or arrow files are hfds/{root}') from error
-        self.targets, self.class_names = torch.full((len(self.paths),), -1), None
+    def __init__(self, paths: list[str]):
+        self.paths, self.class_names = paths, None
+        self.targets = torch.full((len(paths),), -1)
 
     def data(self, index: int) -> str:
         return self.paths[index]
@@ -294,8 +292,13 @@ class PlainFolder(Source):
 
 
 def open_ood_source(args: Namespace, name: str) -> Source:
+    """A set without need of labels: without --ood-split all images of a folder or of parquet files."""
     if args.ood_split is None and name not in KNOWN and Path(name).is_dir():
-        return PlainFolder(name)
+        paths = [path for path, _ in find_images_and_targets(name)[0]]
+        if paths:
+            return PlainFolder(paths)
+    if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
+        return HFSource(open_tables(sorted(glob(name, recursive=True))), name, labeled=False)
     return create_source(name, args.ood_data_dir, args.ood_split)
 
 
@@ -561,7 +564,7 @@ def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
     except (TypeError, KeyError, ValueError) as error:
         raise UsageError(f'{path}: calibration must hold a temperature above 0 and the split of its images '
                          f'({type(error).__name__} {error})') from error
-    if saved.get('dataset') == data.dataset and split_names(fitted_on) & split_names(data.val_split):
+    if saved.get('dataset') == (data.dataset or data.data_dir) and split_names(fitted_on) & split_names(data.val_split):
         _logger.warning(f'{path}: its temperature is not shown, as it was fitted on {fitted_on}, which may hold images '
                         f'of {data.val_split}')
         return None
@@ -666,8 +669,8 @@ def align(rows: list[list[str]], left: int = 2) -> str:
 
 def format_table(results: list[Result]) -> str:
     range_of = ' [95 %]' if 'ece_low' in results[0].reports['none'] else ''
-    rows = [['run', 'scaling', 'T', f'error %{range_of}', f'ECE %{range_of}', 'equal-mass', 'class-wise', 'smooth', 'NLL',
-             'Brier', 'AUROC']]
+    rows = [['run', 'scaling', 'T', f'error %{range_of}', f'ECE %{range_of}', 'equal-mass', 'class-wise', 'smooth',
+             'NLL', 'Brier', 'AUROC']]
     for result in results:
         for scaling, report in result.reports.items():
             temperature = result.parameters[scaling].get('temperature')
@@ -858,7 +861,7 @@ def report(
                 result.checkpoint,
                 temperature=result.parameters['temperature']['temperature'],
                 images=len(result.calibration.index),
-                dataset=data.dataset,
+                dataset=data.dataset or data.data_dir,
                 split=args.calibration_split or data.train_split,
             )
 
@@ -866,7 +869,7 @@ def report(
 # --- Main -------------------------------------------------------------------------------------------------------------
 
 def main(args: Namespace) -> None:
-    accelerator = setup_accelerator(args)
+    accelerator = setup_accelerator(Namespace(**{**vars(create_parser().parse_args([])), **vars(args)}))
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     checkpoints = [Path(path).resolve() for path in args.checkpoint] or [None]
     runs = [read_run(path) if path else {} for path in checkpoints]
@@ -884,8 +887,7 @@ def main(args: Namespace) -> None:
         raise UsageError(f'{names[0]} comes without a run\'s args.yaml: give --dataset')
     source = open_source(data, data.val_split)
     if data.val_split is None:
-        splits = list_splits(data.dataset, data.data_dir)
-        data.val_split = next(split for split in VAL_SPLITS if split in splits)
+        data.val_split = source.name.rpartition(' ')[2]  # the one that create_source found
     calibration_source, calibration_name = None, ''
     if args.calibration_split is not None:
         calibration_source = open_source(data, args.calibration_split)

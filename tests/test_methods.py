@@ -8,8 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import TINY, run_script
-from test_train import assert_same_run, rewind, summary, weights
+from test_train import assert_same_run, rewind, run_on, summary, weights
 
 import data
 import train_ssl
@@ -279,21 +278,17 @@ def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, n
 
 
 @pytest.mark.parametrize('name', ['flexmatch', 'softmatch', 'freematch', 'marginmatch'])
-def test_two_processes_keep_the_statistics_and_weights_of_one(tmp_path, name):
+def test_two_processes_keep_the_statistics_and_weights_of_one(train, tmp_path, name):
     """A network without batch-norm: an image's logits then do not depend on the batch it is in."""
-    flags = (*TINY, '--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15,
-             '--stat-momentum', 0.9, '--freematch-fairness', 1, '--output', tmp_path, '--experiment')
-    for run, processes, batch in (('one', 1, 8), ('two', 2, 4)):
-        result = run_script('train_ssl.py', *flags, run, '-b', batch, processes=processes)
-        assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
-    one, two = (
-        train_ssl.read_checkpoint(train_ssl.list_checkpoints(tmp_path / run)[0])['method'] for run in ('one', 'two')
-    )
+    flags = ('--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15, '--stat-momentum', 0.9,
+             '--freematch-fairness', 1)
+    folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
+    one, two = (train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0])['method'] for folder in folders)
     fresh = build(name, classes=10).state_dict()
     for key in one:
         assert torch.allclose(one[key].float(), two[key].float(), atol=1e-5), key
         assert one[key].shape != fresh[key].shape or not torch.equal(one[key], fresh[key]), key
-    one, two = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+    one, two = map(weights, folders)
     assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
 
 

@@ -35,6 +35,16 @@ def summary(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def run_on(processes: int, train, output: Path, experiment: str, *flags) -> Path:
+    """A run in this process, or on several real ones."""
+    if processes == 1:
+        return train(experiment, *flags, output=output)
+    flags = (*TINY, *flags, '--output', output, '--experiment', experiment)
+    result = run_script('train_ssl.py', *flags, processes=processes)
+    assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
+    return output / experiment
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     """The very same weights, bank, table of results and labels."""
     for name in ('summary.csv', 'labels.json', 'last/model.safetensors', 'best/model.safetensors', 'last/metrics.json'):
@@ -248,13 +258,10 @@ def test_averaged_weights_follow_batch_norm_and_copy_integer_counters():
 # --- Schedule ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('processes, accumulation', [(1, 1), (1, 2), (2, 1)])
-def test_the_seven_sixteenths_cosine_steps_once_an_update(tmp_path, processes, accumulation):
+def test_the_seven_sixteenths_cosine_steps_once_an_update(train, tmp_path, processes, accumulation):
     flags = ('--algorithm', 'supervised', '--lr', 0.03, '--epochs', 2, '--train-steps-per-epoch', 50, '-b', 2,
-             '--grad-accum-steps', accumulation, '--output', tmp_path, '--experiment', 'run')
-    result = run_script('train_ssl.py', *TINY, *flags, processes=processes)
-    assert result.returncode == 0, result.stderr
-    assert f'on {processes} process(es)' in result.stderr
-    rates = [float(row['lr']) for row in summary(tmp_path / 'run')]
+             '--grad-accum-steps', accumulation)
+    rates = [float(row['lr']) for row in summary(run_on(processes, train, tmp_path, 'run', *flags))]
     assert rates == pytest.approx([0.023190, 0.005853], abs=1e-6)
 
 
@@ -503,29 +510,23 @@ def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted
 
 # --- Two processes ----------------------------------------------------------------------------------------------------
 
-def test_two_processes_draw_the_same_labels_and_fill_the_same_bank_as_one(tmp_path):
+def test_two_processes_draw_the_same_labels_and_fill_the_same_bank_as_one(train, tmp_path):
     """Frozen weights, no batch-norm: each image's margins then do not depend on its batch."""
-    flags = (*TINY, *CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0, '--output', tmp_path, '--experiment')
-    states = []
-    for name, processes, batch in (('one', 1, 8), ('two', 2, 4)):
-        result = run_script('train_ssl.py', *flags, name, '-b', batch, processes=processes)
-        assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
-        states.append(train_ssl.read_checkpoint(train_ssl.list_checkpoints(tmp_path / name)[0]))
-    assert (tmp_path / 'one/labels.json').read_bytes() == (tmp_path / 'two/labels.json').read_bytes()
-    one, two = (state['calmix'] for state in states)
+    flags = (*CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0)
+    folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
+    assert (folders[0] / 'labels.json').read_bytes() == (folders[1] / 'labels.json').read_bytes()
+    one, two = (train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0])['calmix'] for folder in folders)
     assert one['apm.count'].sum() == 8 * 16 and one['aum.count'].sum() == 8 * 8
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
 
 
-def test_two_processes_train_to_the_weights_of_one_on_the_joined_batch(tmp_path):
-    flags = (*TINY, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.1, '--output', tmp_path, '--experiment')
-    for name, processes, batch in (('one', 1, 8), ('two', 2, 4)):
-        result = run_script('train_ssl.py', *flags, name, '-b', batch, processes=processes)
-        assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
-    one, two = weights(tmp_path / 'one'), weights(tmp_path / 'two')
+def test_two_processes_train_to_the_weights_of_one_on_the_joined_batch(train, tmp_path):
+    flags = ('--model', 'test_vit', '--img-size', 32, '--threshold', 0.1)
+    folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
+    one, two = map(weights, folders)
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    rows = summary(tmp_path / 'one')[-1], summary(tmp_path / 'two')[-1]
+    rows = [summary(folder)[-1] for folder in folders]
     assert float(rows[0]['train_loss_unlabeled']) > 0
     for name in ('train_loss', 'train_loss_unlabeled', 'train_mask_rate', 'train_pseudo_label_accuracy', 'eval_nll'):
         assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), abs=1e-4), name
