@@ -279,15 +279,14 @@ def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict
     path, _, config = repository.partition(':')
     try:
         tables = datasets.load_dataset(path, config or None, cache_dir=cache_dir)
-    except ConnectionError as error:
-        where = f'--data-dir DIR, with {local_layouts(name)} in DIR' if name in SHORT_NAMES else (
-            '--dataset DIR, with <split>*.parquet or <split>/<class>/<image> in DIR'
-        )
-        raise UsageError(
-            f'--dataset {name}: the hub ({path}) cannot be reached and no copy is cached here; from files: {where}'
-        ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f'--dataset {name}: {" ".join(str(error).split())}') from error
+        reason = ' '.join(str(error).split())
+        if isinstance(error, ConnectionError):
+            reason = f'the hub ({path}) cannot be reached and no copy is cached here'
+        if isinstance(error, (ConnectionError, datasets.exceptions.DatasetNotFoundError)):
+            flag = '--data-dir' if name in SHORT_NAMES else '--dataset'
+            reason += f'; from files: {flag} DIR, with {local_layouts(name)} in DIR'
+        raise UsageError(f'--dataset {name}: {reason}') from error
     return {split: partial(tables.__getitem__, split) for split in tables}
 
 

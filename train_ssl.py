@@ -321,12 +321,12 @@ def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     front = []
     for key, value in entries.items():
         action = actions[key]
-        if value is None or key == 'config':
+        if value is None or value in ([], {}) or key == 'config':
             continue
-        if isinstance(action, argparse.BooleanOptionalAction):
+        if action.nargs == 0:
             if not isinstance(value, bool):
                 parser.error(f'--config {path}: {key} must be true or false, not {value!r}')
-            front.append(action.option_strings[0 if value else 1])
+            front += action.option_strings[0 if value else 1:][:1]  # a plain flag has no second, negative form
         elif isinstance(value, dict):
             front += [action.option_strings[-1], *(f'{k}={v!r}' for k, v in value.items())]
         elif isinstance(value, list):

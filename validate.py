@@ -127,7 +127,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--in-chans', type=int, metavar='N', default=None, help='image channels, 3 or 1')
     group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='share that the crop keeps')
     group.add_argument('--crop-mode', default=None, choices=['center', 'squash', 'border'], help='timm\'s crop mode')
-    group.add_argument('--interpolation', metavar='NAME', default=None, help='bilinear, bicubic, ...')
+    group.add_argument('--interpolation', default=None, help='of the resizing',
+                       choices=['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'])
     group.add_argument('--mean', type=float, nargs='+', metavar='X', default=None, help='channel means')
     group.add_argument('--std', type=float, nargs='+', metavar='X', default=None, help='channel standard deviations')
     group.add_argument('--use-train-size', action=flag, default=False,
@@ -150,8 +151,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
                             'low, even at its bound. For an honest fit without more labels, train on a part of them '
                             '(train_ssl.py --labels-file) and give the rest here')
     group.add_argument('--save-temperature', action=flag, default=False,
-                       help='store the temperature in the config.json of each checkpoint folder, as '
-                            'calibration.temperature; a later report without a fit shows it')
+                       help='store the temperature, by which logits are to be divided, in the config.json of each '
+                            'checkpoint folder, as calibration.temperature; a later report without a fit shows it')
 
     group = parser.add_argument_group('Out-of-distribution detection')
     group.add_argument('--ood-dataset', metavar='NAME', nargs='+', default=[],
@@ -603,7 +604,7 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
         trained = torch.cat(trained) if trained else torch.zeros(0, dtype=torch.int64)
     else:
         trained = torch.zeros(0, dtype=torch.int64)
-    for number, result in enumerate(results):
+    for result in results:
         found = result.calibration
         evaluated = torch.isin(found.digest, result.outputs.digest)
         seen = torch.isin(found.digest, trained) & ~evaluated
@@ -615,9 +616,8 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
             raise UsageError(f'{which}: none of {len(rows)} images is left to fit on ({told}); give another split or '
                              'slices that do not overlap')
         result.calibration = found.keep(rows)
-        if number == 0 and not rows.all():
-            _logger.info(f'{int(rows.sum())} of {len(rows)} calibration images are used: {told}, '
-                         f'{int((found.target < 0).sum())} have no label')
+        _logger.info(f'{result.name}: {int(rows.sum())} of {len(rows)} calibration images are used: {told}, '
+                     f'{int((found.target < 0).sum())} have no label')
 
 
 def scale(result: Result, data: Namespace) -> None:
@@ -726,7 +726,8 @@ def measure_ood(result: Result) -> dict[str, dict]:
 
 
 def shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f'{text[:limit - 1]}…'
+    """Leaves out the middle: names often differ at their end."""
+    return text if len(text) <= limit else f'{text[:(limit - 1) // 2]}…{text[-(limit // 2):]}'
 
 
 def panel_title(result: Result, scaling: str) -> str:
@@ -835,7 +836,6 @@ def report(
     folder = Path(args.results_dir)
     about = dict(dataset=data.dataset or data.data_dir, split=data.val_split)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for result, measured in zip(results, ood):
             own = folder / result.name if len(results) > 1 else folder
             write_result(own, result, about, measured, class_names, args)
@@ -895,6 +895,11 @@ def main(args: Namespace) -> None:
     elif args.calibration_from_labeled is not None:
         calibration_name = args.calibration_from_labeled or 'the labeled images that each run was trained on'
     ood_sources = {name: open_ood_source(args, name) for name in args.ood_dataset}
+    if accelerator.is_main_process:
+        try:
+            Path(args.results_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f'--results-dir {args.results_dir}: cannot be made: {error.strerror}') from error
 
     results = []
     for name, checkpoint, run, (own_data, own) in zip(names, checkpoints, runs, chosen):

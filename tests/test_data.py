@@ -1,3 +1,4 @@
+import inspect
 import io
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch.utils.data import get_worker_info
+from torchvision import datasets as tv_datasets
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -28,7 +30,6 @@ from data import (
     FlipCrop,
     HFSource,
     ImageError,
-    JoinedSource,
     StrongAugment,
     UsageError,
     ViewDataset,
@@ -349,8 +350,8 @@ def test_flip_crop_equals_padding_by_reflection_at_every_offset(monkeypatch, wid
         for left in range(width + 4 - 5 + 1):
             for flip in (False, True):
                 starts = iter([top - 2, left - 2])
-                monkeypatch.setattr(random, 'randint', lambda low, high: next(starts))
-                monkeypatch.setattr(random, 'random', lambda: 0.1 if flip else 0.9)
+                monkeypatch.setattr(random, 'randint', lambda low, high, starts=starts: next(starts))
+                monkeypatch.setattr(random, 'random', lambda flip=flip: 0.1 if flip else 0.9)
                 expected = functional.crop(padded, top, left, 5, 5)
                 expected = ImageOps.mirror(expected) if flip else expected
                 assert np.array_equal(crop(image), expected)
@@ -658,7 +659,7 @@ def test_slices_and_joined_splits(tmp_path):
     source = create_source('digits', None, 'test[:20%]+train[-10:]+test[3:4]')
     train, test = create_source('digits', None, 'train'), create_source('digits', None, 'test')
     assert len(source) == 111 and source.class_names == train.class_names
-    for i, (part, index) in {0: (test, 0), 99: (test, 99), 100: (train, 1287), 109: (train, 1296), 110: (test, 3)}.items():
+    for i, part, index in ((0, test, 0), (99, test, 99), (100, train, 1287), (109, train, 1296), (110, test, 3)):
         assert np.array_equal(source.image(i), part.image(index)) and source.targets[i] == part.targets[index]
     assert source.where(110) == 'row 0 of digits test[3:4]'
 
@@ -729,7 +730,7 @@ def test_tables_written_without_datasets_hold_images_too(tmp_path):
 
 @pytest.mark.parametrize('files, splits', [
     (['train.parquet', 'test.parquet', 'unlabeled.parquet'], ['test', 'train', 'unlabeled']),
-    (['data/train-00000-of-00002.parquet', 'data/train-00001-of-00002-0ab1.parquet', 'data/test-00000-of-00001.parquet'],
+    (['data/train-00000-of-00002.parquet', 'data/train-00001-of-00002-0ab1.parquet', 'data/test-0-of-1.parquet'],
      ['test', 'train']),
     (['train/0000.parquet', 'train/0001.parquet', 'validation/0000.parquet'], ['train', 'validation']),
     (['toy-train.parquet', 'toy-test_00000.parquet'], ['test', 'train']),
@@ -873,6 +874,15 @@ def test_stl10s_predefined_folds(stl10):
         read_fold(str(stl10 / 'stl10_binary'), 0, 4)
 
 
+@pytest.mark.parametrize('name', data.TORCHVISION)
+def test_torchvision_has_the_sets_that_are_offered(name):
+    cls = getattr(tv_datasets, data.TORCHVISION[name][0])
+    parameters = inspect.signature(cls).parameters
+    assert parameters.keys() & {'train', 'split', 'version'}
+    arrays = ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist', 'stl10', 'svhn', 'usps')
+    assert ('loader' in parameters) != (name in arrays)
+
+
 def test_torchvisions_idx_files_and_image_lists(tmp_path):
     raw = tmp_path / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True)
@@ -956,7 +966,7 @@ def test_missing_images_of_webvision_are_counted_or_left_out(webvision, caplog):
     with pytest.raises(UsageError, match='no split train; it has google, val'):
         create_source('webvision', str(webvision), 'train')
     (webvision / 'info' / 'train_filelist_google.txt').write_text('google/q0001/a.jpg 0\ngoogle/q0001/a.jpg\n')
-    with pytest.raises(UsageError, match='train_filelist_google.txt: expected lines of path and label, not "google/q0001'):
+    with pytest.raises(UsageError, match='filelist_google.txt: expected lines of path and label, not "google/q0001'):
         create_source('webvision', str(webvision), 'google')
 
 
