@@ -18,7 +18,7 @@ import re
 import struct
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from glob import glob
@@ -96,10 +96,6 @@ TORCHVISION = {
 }
 # Where evaluation looks when no split is named: the first of these that exists.
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
-WEBVISION_LAYOUT = (
-    'info/train_filelist_google.txt, info/train_filelist_flickr.txt and info/val_filelist.txt, beside them the images '
-    'in google/, flickr/ and val_images_256/'
-)
 INDEX_FROM = 50_000  # image files from which on their listing is kept on disk
 
 
@@ -236,7 +232,7 @@ def _holds_images(feature) -> bool:
 
 
 class ArraySource(Source):
-    """Images in memory, uint8 `[N, H, W, 3]` or `[N, H, W]`."""
+    """Images of one size in an array, uint8 `[N, H, W, 3]` or `[N, H, W]`."""
 
     def __init__(self, images: np.ndarray, targets: Sequence[int], class_names: list[str] | None, name: str):
         self.images, self.class_names, self.name = images, class_names, name
@@ -344,6 +340,8 @@ def open_tables(files: Sequence[str]) -> datasets.Dataset:
 
 def image_folder(folder: Path, class_map: str = '') -> datasets.Dataset:
     """Images in one folder per class; classes in timm's natural order. A folder unlabeled needs no classes."""
+    folder = folder.absolute()  # as the listing may be read again from elsewhere
+
     def listing() -> tuple:
         try:
             reader = ReaderImageFolder(str(folder), class_map=class_map)
@@ -358,7 +356,7 @@ def image_folder(folder: Path, class_map: str = '') -> datasets.Dataset:
         watched = [entry for entry, _, _ in os.walk(folder, followlinks=True)]
         return pa.array(paths), pa.array(labels), names, watched + [class_map] * bool(class_map), ''
 
-    return file_index(('folder', str(folder.resolve()), class_map), listing)
+    return file_index(('folder', str(folder), class_map), listing)
 
 
 def webvision_splits(root: Path, mini: bool, skip_missing: bool) -> dict[str, Callable]:
@@ -367,54 +365,52 @@ def webvision_splits(root: Path, mini: bool, skip_missing: bool) -> dict[str, Ca
     The mini variant has the first 50 classes, and its train is the Google part, as is usual.
     """
     google, flickr = 'train_filelist_google.txt', 'train_filelist_flickr.txt'
-    lists = dict(train=[google] if mini else [google, flickr], google=[google], flickr=[flickr])
-    lists['val'] = ['val_filelist.txt']
+    train = [google] if mini else [google, flickr]
+    lists = dict(train=train, google=[google], flickr=[flickr], val=['val_filelist.txt'])
     found = {split: files for split, files in lists.items() if all((root / 'info' / f).is_file() for f in files)}
     if not found:
-        raise UsageError(f'{root}: no WebVision in it; expected {WEBVISION_LAYOUT} (--data-dir)')
+        raise UsageError(
+            f'{root}: no WebVision in it (--data-dir); expected info/{google}, info/{flickr}, info/val_filelist.txt, '
+            'and the images in google/, flickr/ and val_images_256/'
+        )
     return {split: partial(webvision, root, files, mini, skip_missing) for split, files in found.items()}
 
 
 def webvision(root: Path, lists: Sequence[str], mini: bool, skip_missing: bool) -> datasets.Dataset:
     """Images of WebVision's file lists, whose lines are `path label`; classes in the order of info/synsets.txt."""
+    root = root.absolute()
     folders = [root / 'val_images_256', root / 'val_images', root] if lists[0].startswith('val') else [root]
-    base = next(folder for folder in folders if folder.is_dir())
+    base = next((folder for folder in folders if folder.is_dir()), root)
 
     def listing() -> tuple:
-        lines = pa.chunked_array([_read_lines(root / 'info' / name) for name in lists])
-        fields = pc.extract_regex(lines, r'^(?P<path>.+?)\s+(?P<label>\d+)\s*$').combine_chunks()
-        if fields.null_count:
-            bad = lines.filter(fields.is_null())[0]
-            raise UsageError(f'{root / "info" / lists[0]}: expected lines of path and label, not "{bad}"')
-        path, label = fields.field('path'), fields.field('label').cast(pa.int64())
+        rows = pa.concat_arrays([_read_file_list(root / 'info' / name) for name in lists])
         if mini:
-            few = pc.less(label, 50)
-            path, label = path.filter(few), label.filter(few)
-        parents = pc.unique(pc.replace_substring_regex(path, r'[^/]*$', '')).to_pylist()
-        parents = [parent for parent in parents if (base / parent).is_dir()]
-        present = [pa.array([parent + name for name in os.listdir(base / parent)], pa.string()) for parent in parents]
-        exists = pc.is_in(path, pa.chunked_array(present, pa.string()))
-        missing = len(path) - pc.sum(exists).as_py()
-        note = f'{root}: {missing} of {len(path)} images of {", ".join(lists)} are missing and left out'
-        if missing and not skip_missing:
-            first = ', '.join(path.filter(pc.invert(exists))[:5].to_pylist())
-            raise UsageError(
-                f'{base}: {missing} of {len(path)} images are missing, such as {first} (--skip-missing leaves them out)'
-            )
-        path, label = path.filter(exists), label.filter(exists)
+            rows = rows.filter(pc.less(rows.field('label'), 50))
+        parents = pc.unique(pc.replace_substring_regex(rows.field('path'), r'[^/]*$', '')).to_pylist()
+        present = [
+            pa.array([parent + name for name in os.listdir(base / parent)], pa.string())
+            for parent in parents if (base / parent).is_dir()
+        ]
+        exists = pc.is_in(rows.field('path'), pa.chunked_array(present, pa.string()))
+        missing, note = pc.sum(pc.invert(exists)).as_py() or 0, ''
+        if missing:
+            note = f'{base}: {missing} of {len(rows)} images are missing'
+            if not skip_missing:
+                first = ', '.join(rows.field('path').filter(pc.invert(exists))[:5].to_pylist())
+                raise UsageError(f'{note}, such as {first} (--skip-missing leaves them out)')
+            rows = rows.filter(exists)
         synsets = root / 'info' / 'synsets.txt'
-        names = [line.split()[0] for line in synsets.read_text().splitlines()] if synsets.is_file() else None
-        if names:
-            names = names[:50] if mini else names
-        looked_at = [root, base, *(root / 'info' / name for name in lists)]
-        looked_at += [base / parent for parent in parents] + [(base / parent).parent for parent in parents]
-        path = pc.binary_join_element_wise(f'{base.resolve()}', path, '/')
-        return path, label, names, sorted({str(entry) for entry in looked_at}), note if missing else ''
+        names = [line.split()[0] for line in synsets.read_text().splitlines()] if synsets.is_file() else []
+        looked_at = {root, base, synsets, *(root / 'info' / name for name in lists)}
+        looked_at |= {base / parent for parent in parents} | {(base / parent).parent for parent in parents}
+        path = pc.binary_join_element_wise(f'{base}', rows.field('path'), '/')
+        return path, rows.field('label'), names[:50] if mini else names, map(str, looked_at), note
 
-    return file_index(('webvision', str(base.resolve()), *lists, mini, skip_missing), listing)
+    return file_index(('webvision', str(base), *lists, mini, skip_missing), listing)
 
 
-def _read_lines(file: Path) -> pa.Array:
+def _read_file_list(file: Path) -> pa.StructArray:
+    """Lines `path label` as a struct array of path and label."""
     try:
         table = csv.read_csv(
             file,
@@ -424,7 +420,11 @@ def _read_lines(file: Path) -> pa.Array:
         )
     except (OSError, pa.ArrowInvalid) as error:
         raise UsageError(f'{file}: {error}') from error
-    return table.column('line').combine_chunks()
+    lines = table.column('line').combine_chunks()
+    rows = pc.extract_regex(lines, r'^(?P<path>.+?)\s+(?P<label>\d+)\s*$')
+    if rows.null_count:
+        raise UsageError(f'{file}: expected lines of path and label, not "{lines.filter(rows.is_null())[0]}"')
+    return pa.StructArray.from_arrays([rows.field('path'), rows.field('label').cast(pa.int64())], ['path', 'label'])
 
 
 def index_table(path: pa.Array, label: pa.Array, names: list[str] | None) -> pa.Table:
@@ -479,7 +479,7 @@ def file_index(key: tuple, listing: Callable[[], tuple]) -> datasets.Dataset:
     return datasets.Dataset.from_file(str(file))
 
 
-def _times(paths: Sequence[str]) -> dict[str, int]:
+def _times(paths: Iterable[str]) -> dict[str, int]:
     return {path: os.stat(path).st_mtime_ns if os.path.exists(path) else 0 for path in paths}
 
 
@@ -522,7 +522,7 @@ def open_torch(name: str, root: str, split: str, download: bool) -> Source | dat
 
 
 def _without_checksums(cls: type) -> type:
-    """The class for changed copies too: fewer images, other labels. Some start twice as fast without them."""
+    """The class without its checksums, so that changed copies are welcome: fewer images, other labels."""
     changed = {}
     for key in ('train_list', 'test_list'):
         if hasattr(cls, key):
@@ -547,6 +547,50 @@ def stl10_files(folder: Path, split: str) -> ArraySource:
 
 def _is_unlabeled(split: str) -> bool:
     return split.startswith('unlabel')
+
+
+def find_splits(
+        name: str,
+        data_dir: str | None,
+        class_map: str = '',
+        download: bool = False,
+        skip_missing: bool = False,
+) -> dict[str, Callable]:
+    """The splits of a data set and what opens them; see `create_source`."""
+    prefix, _, rest = name.partition('/')
+    prefix, facts, root = prefix.lower(), KNOWN.get(name, {}), Path(data_dir or '.')
+    if name == 'digits':
+        return folder_splits(BUNDLED)
+    if name in ('webvision', 'webvision-mini'):
+        return webvision_splits(root, name == 'webvision-mini', skip_missing)
+    if name in SHORT_NAMES:
+        if not data_dir:
+            return hub_splits(name, facts['hub'])
+        if 'files' in facts and any(root.glob(facts['files'])):
+            return torch_splits(name, data_dir, download=False)
+        config = facts['hub'].partition(':')[2]  # a copy of the hub's repository has a folder for each
+        return folder_splits(root / config if (root / config).is_dir() else root, name, class_map)
+    if prefix == 'hfds':
+        return hub_splits(name, rest, data_dir)
+    if prefix in ('hfids', 'tfds', 'wds'):
+        raise UsageError(f'--dataset {name}: a stream, whose images have no index to keep margins by; take hfds/')
+    if prefix == 'torch':
+        if rest.lower() in ('imagenet', 'image_folder', 'folder'):
+            return folder_splits(root, class_map=class_map)
+        return torch_splits(rest.lower(), str(root), download)
+    if name.endswith('.parquet'):
+        files = [Path(file) for file in sorted(glob(name, recursive=True))]
+        if not files:
+            raise UsageError(f'--dataset {name}: no such file')
+        return table_splits(files)
+    root = Path(name or data_dir or '')
+    if not (name or data_dir) or not root.is_dir():
+        given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
+        raise UsageError(
+            f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
+            'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
+        )
+    return folder_splits(root, class_map=class_map)
 
 
 def create_source(
@@ -586,40 +630,8 @@ def create_source(
             create_source(name, data_dir, part, input_key, target_key, class_map, download, skip_missing)
             for part in split.split('+')
         ])
-    prefix, _, rest = name.partition('/')
-    facts, shown, root = KNOWN.get(name, {}), name or data_dir, Path(data_dir or '.')
-    if prefix.lower() in ('hfids', 'tfds', 'wds'):
-        raise UsageError(f'--dataset {name}: a stream, whose images have no index to keep margins by; take hfds/')
-    if name == 'digits':
-        splits = folder_splits(BUNDLED)
-    elif name in ('webvision', 'webvision-mini'):
-        splits = webvision_splits(root, name == 'webvision-mini', skip_missing)
-    elif prefix.lower() == 'hfds':
-        splits = hub_splits(name, rest, data_dir)
-    elif name in SHORT_NAMES and not data_dir:
-        splits = hub_splits(name, facts['hub'])
-    elif name in SHORT_NAMES and 'files' in facts and any(root.glob(facts['files'])):
-        splits = torch_splits(name, data_dir, download=False)
-    elif name in SHORT_NAMES:
-        config = facts['hub'].partition(':')[2]  # a copy of the hub's repository has a folder for each
-        splits = folder_splits(root / config if (root / config).is_dir() else root, name, class_map)
-    elif prefix.lower() == 'torch' and rest.lower() not in ('imagenet', 'image_folder', 'folder'):
-        splits = torch_splits(rest.lower(), str(root), download)
-    elif name.endswith('.parquet'):
-        files = sorted(glob(name, recursive=True))
-        if not files:
-            raise UsageError(f'--dataset {name}: no such file')
-        splits = table_splits([Path(file) for file in files])
-    else:
-        root = Path(name) if name and prefix.lower() != 'torch' else root
-        if not shown or not root.is_dir():
-            given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
-            raise UsageError(
-                f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
-                'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
-            )
-        splits = folder_splits(root, class_map=class_map)
-
+    shown = name or data_dir
+    splits = find_splits(name, data_dir, class_map, download, skip_missing)
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)

@@ -59,6 +59,8 @@ from data import (
     create_source,
     evaluation_batches,
     item_seed,
+    match_classes,
+    read_fold,
     read_labels,
     select_labeled,
     write_labels,
@@ -93,19 +95,28 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Dataset')
     group.add_argument('--dataset', metavar='NAME', default='',
-                       help='digits (bundled), hfds/<hub name or folder>[:config], torch/cifar10, torch/cifar100, or '
-                            'the path of a folder with <split>/<class>/<image> (default: the folder --data-dir)')
+                       help='digits (bundled); cifar10, cifar100, svhn, stl10, imagenet (from --data-dir if given, '
+                            'else from the hub); webvision, webvision-mini (from --data-dir); hfds/<hub name or '
+                            'folder>[:config]; torch/<torchvision\'s name>; a folder with <split>/<class>/<image> or '
+                            'parquet files; a .parquet file or glob (default: the folder --data-dir)')
     group.add_argument('--data-dir', metavar='DIR', default=None,
-                       help='root of an image folder or of torchvision\'s files; cache folder of hfds/')
+                       help='where the files of --dataset lie; cache folder of hfds/')
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
                        help='evaluation split (default: the first of validation, val, test that exists)')
     group.add_argument('--unlabeled-split', metavar='NAME', default=None,
-                       help='split of the unlabeled images (default: the training split)')
+                       help='split of the unlabeled images; a+b joins two (default: the training split; stl10: '
+                            'train+unlabeled)')
+    group.add_argument('--extra-val', metavar='NAME', default=None,
+                       help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
+                            'of its images those count that show a class of the training set')
+    group.add_argument('--extra-val-dir', metavar='DIR', default=None, help='as --data-dir, for --extra-val')
     group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hfds/)')
     group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hfds/)')
     group.add_argument('--class-map', metavar='FILE', default='', help='timm\'s class map (image folders)')
+    group.add_argument('--skip-missing', action=flag, default=False,
+                       help='leave out images of WebVision\'s lists that are not there, instead of stopping')
     group.add_argument('--skip-bad-images', action=flag, default=False,
                        help='step over images that cannot be decoded, and count them, instead of stopping')
 
@@ -185,8 +196,14 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--algorithm', default='fixmatch', choices=ALGORITHMS,
                        help='base method; supervised sees the labeled images only, pseudo_label no strong views '
                             '(default: fixmatch)')
-    group.add_argument('--num-labels', type=int, metavar='N', default=None,
-                       help='labeled images in total, drawn balanced over the classes (default: all that have a label)')
+    draw = group.add_mutually_exclusive_group()
+    draw.add_argument('--num-labels', type=int, metavar='N', default=None,
+                      help='labeled images in total, drawn balanced over the classes (default: all that have a label)')
+    draw.add_argument('--labels-per-class', type=int, metavar='N', default=None, help='labeled images of every class')
+    draw.add_argument('--label-fraction', type=float, metavar='SHARE', default=None,
+                      help='share of every class that is labeled, at least one image')
+    draw.add_argument('--label-fold', type=int, metavar='N', default=None,
+                      help='one of STL-10\'s ten predefined folds of 1,000 labeled images')
     group.add_argument('--labels-file', metavar='FILE', default=None,
                        help='take the labeled images from a run\'s labels.json instead of drawing them')
     group.add_argument('--label-seed', type=int, metavar='N', default=None,
@@ -528,6 +545,7 @@ class Batches:
     labeled: ViewDataset
     unlabeled: ViewDataset | None
     evaluation: ViewDataset
+    extra: ViewDataset | None  # second evaluation set
     labeled_to_unlabeled: torch.Tensor | None
     source_index: torch.Tensor  # [L] int64, the labeled images' positions in the training split
 
@@ -539,14 +557,19 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
         index, target = read_labels(args.labels_file, train.targets, num_classes)
         if args.num_labels not in (None, len(index)):
             raise UsageError(f'--num-labels {args.num_labels}: --labels-file {args.labels_file} has {len(index)}')
-    elif args.num_labels is None:
+    elif args.label_fold is not None:
+        index = read_fold(args.data_dir, args.label_fold, len(train))
+        target = train.targets[index]
+    elif (args.num_labels, args.labels_per_class, args.label_fraction) == (None, None, None):
         index = (train.targets >= 0).nonzero().squeeze(1)
         target = train.targets[index]
     else:
         seed = args.seed if args.label_seed is None else args.label_seed
-        index = select_labeled(train.targets, args.num_labels, num_classes, seed)
+        index = select_labeled(
+            train.targets, args.num_labels, num_classes, seed, args.labels_per_class, args.label_fraction,
+        )
         target = train.targets[index]
-        if args.num_labels % num_classes:
+        if args.num_labels and args.num_labels % num_classes:
             _logger.info(f'{args.num_labels} labels over {num_classes} classes: some classes get one more than others')
     views = build_views(
         data_config.input_size[1],
@@ -559,20 +582,26 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
     common = dict(seed=args.seed, skip_bad=args.skip_bad_images)
     labeled_set = ViewDataset(train, {'image': views['weak']}, index, target, stream='labeled', **common)
     evaluation_set = ViewDataset(evaluation, {'image': views['eval']}, **common)
+    extra_set = None
+    if args.extra_val:
+        extra = create_source(args.extra_val, args.extra_val_dir, None)
+        extra_set = ViewDataset(
+            extra, {'image': views['eval']}, *match_classes(extra, train.class_names, num_classes), **common,
+        )
     if args.algorithm == 'supervised':
-        return Batches(labeled_set, None, evaluation_set, None, index)
+        return Batches(labeled_set, None, evaluation_set, extra_set, None, index)
     unlabeled_index = torch.arange(len(unlabeled))
     position = None
-    if unlabeled is train:
+    if unlabeled is train or unlabeled_split(args).startswith(args.train_split + '+'):
         if args.exclude_labeled:
             unlabeled_index = unlabeled_index[~torch.isin(unlabeled_index, index)]
         else:
-            position = index  # the unlabeled set is the whole split, in its own order
+            position = index  # the unlabeled set begins with the whole training split, in its own order
     if not len(unlabeled_index):
         raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
     views = {name: views[name] for name in ('weak', 'strong')[:1 if args.algorithm == 'pseudo_label' else 2]}
     unlabeled_set = ViewDataset(unlabeled, views, unlabeled_index, stream='unlabeled', **common)
-    return Batches(labeled_set, unlabeled_set, evaluation_set, position, index)
+    return Batches(labeled_set, unlabeled_set, evaluation_set, extra_set, position, index)
 
 
 class Feed:
@@ -1166,7 +1195,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 # Differences that would attach a margin or a table to another image or class.
-FIXED_ARGS = ('dataset', 'data_dir', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
+FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
               'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype')
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
              'num_labels', 'label_seed')
@@ -1264,6 +1293,10 @@ def write_summary(path: Path, row: dict) -> None:
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
+def unlabeled_split(args: argparse.Namespace) -> str:
+    return args.unlabeled_split or KNOWN.get(args.dataset, {}).get('unlabeled_split', args.train_split)
+
+
 def open_sources(args: argparse.Namespace) -> tuple:
     """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
     def source(split):
@@ -1275,9 +1308,10 @@ def open_sources(args: argparse.Namespace) -> tuple:
             target_key=args.target_key,
             class_map=args.class_map,
             download=args.dataset_download,
+            skip_missing=args.skip_missing,
         )
     train = source(args.train_split)
-    unlabeled = train if args.unlabeled_split in (None, args.train_split) else source(args.unlabeled_split)
+    unlabeled = train if unlabeled_split(args) == args.train_split else source(unlabeled_split(args))
     return train, unlabeled, source(args.val_split)
 
 
@@ -1473,14 +1507,14 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if datasets.unlabeled is not None:
         feeds.append(feed(datasets.unlabeled, args.batch_size * args.mu, args.workers, 'unlabeled'))
     labeled_batches, unlabeled_batches = iter(labeled_feed), iter(feeds[-1])
-    eval_batches = evaluation_batches(
-        len(datasets.evaluation),
-        args.validation_batch_size or 4 * args.batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    eval_feed = Feed(create_loader(datasets.evaluation, eval_batches, args.workers, args.pin_mem), data_config,
-                     accelerator.device, args.channels_last)
+
+    def eval_feed(dataset):
+        batches = evaluation_batches(len(dataset), args.validation_batch_size or 4 * args.batch_size,
+                                     accelerator.process_index, accelerator.num_processes)
+        loader = create_loader(dataset, batches, args.workers, args.pin_mem)
+        return Feed(loader, data_config, accelerator.device, args.channels_last)
+
+    eval_feeds = [eval_feed(dataset) for dataset in (datasets.evaluation, datasets.extra) if dataset is not None]
 
     _logger.info(
         f'{args.model}, {sum(p.numel() for p in run.timm_model.parameters()):,} parameters, images '
@@ -1506,11 +1540,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train_metrics = run.monitor.read()
         run.monitor.reset()
         if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-            meter = validate(run.eval_model, eval_feed, accelerator, num_classes)
-            metrics = meter.compute()
-            skipped_images = sum(len(f.skipped) for f in [*feeds, eval_feed])
+            meters = [validate(run.eval_model, f, accelerator, num_classes) for f in eval_feeds]
+            metrics = meters[0].compute()
+            skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
             train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
-            record_evaluation(run, folder, epoch, train_metrics, meter, data_config, args)
+            record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
         save_checkpoint(run, folder, args)
     accelerator.end_training()
     return metrics
@@ -1521,12 +1555,12 @@ def record_evaluation(
         folder: Path,
         epoch: int,
         train_metrics: dict,
-        meter: EvalMeter,
+        meters: list[EvalMeter],
         data_config: DataConfig,
         args: argparse.Namespace,
 ) -> None:
     """Logs an evaluation; the main process writes summary.csv, last/ and, if it is the best so far, best/."""
-    metrics = meter.compute()
+    metrics = meters[0].compute()
     value = metrics[args.eval_metric]
     sign = -1 if args.eval_metric in LOWER_IS_BETTER else 1
     best = run.best_metric is None or sign * value > sign * run.best_metric
@@ -1536,6 +1570,10 @@ def record_evaluation(
         f'ECE {metrics["ece"]:.2f} %, NLL {metrics["nll"]:.4f}, confidence {metrics["confidence"]:.2f} %'
         + (f' (best {args.eval_metric} so far)' if best else '')
     )
+    extra = [meter.compute() for meter in meters[1:]]
+    for found in extra:
+        _logger.info(f'epoch {epoch} evaluation of {found["count"]:.0f} images of {args.extra_val}: error '
+                     f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}')
     if not run.accelerator.is_main_process:
         return
     row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
@@ -1543,8 +1581,10 @@ def record_evaluation(
     row.update((f'eval_{name}', metrics[name]) for name in EVAL_COLUMNS)
     write_summary(folder / 'summary.csv', row)
     run.accelerator.log(row, step=run.num_updates)
-    bins = {key: value.tolist() for key, value in meter.bins()._asdict().items()}
+    bins = {key: value.tolist() for key, value in meters[0].bins()._asdict().items()}
     content = OrderedDict(epoch=epoch, num_updates=run.num_updates, **metrics, bins=bins)
+    if extra:
+        content['extra_val'] = extra[0]
     write_weights(run, folder / 'last', data_config, content)
     if best:
         write_weights(run, folder / 'best', data_config, content)

@@ -13,6 +13,8 @@ For each checkpoint the results folder (with several checkpoints a folder in it 
 predictions.parquet, reliability.png, confidence.png, risk_coverage.png and classes.png, and reliability_<scaling>.png
 where scalings were fitted. comparison.csv holds the printed table with all metrics. Several checkpoints also share
 comparison.png, comparison_<scaling>.png and risk_coverage.png.
+
+AUROC in the first table is that of confidence telling right from wrong predictions; the other terms are in metrics.py.
 """
 import argparse
 import csv
@@ -35,7 +37,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import SafetensorError
 from timm.data import create_transform, resolve_input_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import load_checkpoint, resolve_model_input_args
@@ -58,6 +59,7 @@ from data import (
     read_labels,
 )
 from metrics import (
+    bin_edges,
     calibration_report,
     class_diagram,
     confidence_and_correct,
@@ -247,18 +249,30 @@ def name_checkpoints(checkpoints: list[Path]) -> list[str]:
     return names
 
 
-def choose_data(args: Namespace, run: dict) -> tuple[Namespace, bool]:
+def choose_data(args: Namespace, run: dict) -> Namespace:
     """Arguments that name the images: the command line's over the run's over train_ssl.py's defaults.
 
-    Another --dataset than the run's leaves the run's splits, columns and class map behind.
-
-    Returns:
-        The arguments, and whether they name the data set that the run was trained on.
+    Another --dataset than the run's leaves the run's splits, columns and class map behind. `own` tells whether it is
+    the data set that the run was trained on.
     """
     given = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key) is not None}
     own = bool(run) and given.get('dataset', run.get('dataset')) == run.get('dataset')
-    data = {**vars(create_parser().parse_args([])), **(run if own else {}), **given}
-    return Namespace(**data), own
+    return Namespace(**{**vars(create_parser().parse_args([])), **(run if own else {}), **given, 'own': own})
+
+
+def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
+    """The data arguments of the first checkpoint; raises UsageError if another is to be evaluated on other images."""
+    first = chosen[0]
+    for name, other in zip(names, chosen):
+        for key in ('dataset', 'data_dir', 'val_split', 'class_map', 'input_key', 'target_key'):
+            ours, theirs = getattr(first, key), getattr(other, key)
+            if ours != theirs:
+                flag = 'split' if key == 'val_split' else key.replace('_', '-')
+                raise UsageError(f'{names[0]} has --{flag} {ours} and {name} {theirs}: checkpoints are compared on the '
+                                 'same images, so give the flag')
+    if not first.dataset and not first.data_dir:
+        raise UsageError(f'{names[0]} comes without a run\'s args.yaml: give --dataset')
+    return first
 
 
 def open_source(data: Namespace, split: str | None) -> Source:
@@ -303,6 +317,15 @@ def open_ood_source(args: Namespace, name: str) -> Source:
     return create_source(name, args.ood_data_dir, args.ood_split)
 
 
+@dataclass
+class Images:
+    """The sets to evaluate."""
+    data: Namespace
+    test: Source
+    calibration: Source | None
+    ood: dict[str, Source]
+
+
 def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.Module, DataConfig, Callable]:
     """The model, its data configuration, and its evaluation transform (PIL RGB -> uint8 `[C, H, W]`).
 
@@ -333,8 +356,7 @@ def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.
         if is_file:
             load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
         config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, OSError, SafetensorError,
-            EOFError) as error:
+    except Exception as error:  # the hub, pickle, safetensors and each model have their own ways to complain
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UsageError(f'{source}: {reason[:500]}') from error
     if args.num_classes not in (None, model.num_classes):
@@ -463,7 +485,7 @@ def _minimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor]) 
         parameters,
         max_iter=500,
         tolerance_grad=1e-10,
-        tolerance_change=1e-14,
+        tolerance_change=1e-13,
         line_search_fn='strong_wolfe',
     )
 
@@ -599,11 +621,9 @@ class Result:
 
 def choose_calibration_images(results: list[Result], args: Namespace) -> None:
     """Takes images out of the fit that are evaluated, unlabeled or, with --calibration-split, labeled ones of a run."""
+    trained = torch.zeros(0, dtype=torch.int64)
     if args.calibration_split is not None:
-        trained = [result.labeled.digest for result in results if result.labeled is not None]
-        trained = torch.cat(trained) if trained else torch.zeros(0, dtype=torch.int64)
-    else:
-        trained = torch.zeros(0, dtype=torch.int64)
+        trained = torch.cat([trained, *(result.labeled.digest for result in results if result.labeled is not None)])
     for result in results:
         found = result.calibration
         evaluated = torch.isin(found.digest, result.outputs.digest)
@@ -611,10 +631,8 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
         rows = ~evaluated & ~seen & (found.target >= 0)
         told = f'{int(evaluated.sum())} are evaluated, {int(seen.sum())} were labeled in training'
         if not rows.any():
-            which = ('--calibration-from-labeled' if args.calibration_split is None
-                     else f'--calibration-split {args.calibration_split}')
-            raise UsageError(f'{which}: none of {len(rows)} images is left to fit on ({told}); give another split or '
-                             'slices that do not overlap')
+            raise UsageError(f'{args.calibration_split or "--calibration-from-labeled"}: none of {len(rows)} images is '
+                             f'left to fit on ({told}); give another split or slices that do not overlap')
         result.calibration = found.keep(rows)
         _logger.info(f'{result.name}: {int(rows.sum())} of {len(rows)} calibration images are used: {told}, '
                      f'{int((found.target < 0).sum())} have no label')
@@ -699,18 +717,60 @@ def format_ood_table(results: list[Result], metrics: list[dict]) -> str:
     return align(rows, left=3)
 
 
-def what_is_left(results: list[Result]) -> list[str]:
+def ece_difference_interval(
+        first: tuple[torch.Tensor, torch.Tensor],
+        other: tuple[torch.Tensor, torch.Tensor],
+        rounds: int,
+        seed: int,
+) -> tuple[float, float]:
+    """95 % interval of the ECE (15 right-closed bins) of one model less that of another on the same images.
+
+    Both are resampled together, so that what the images have in common cancels. The interval is the basic one, as that
+    of ECE in metrics.bootstrap_intervals and for its reason.
+
+    Args:
+        first: Confidence [N] and correct [N] of the model that is subtracted.
+        other: Of the other model, in the same order.
+        rounds: Resamplings, at least 1.
+        seed: Of a generator of its own.
+
+    Returns:
+        low, high; fractions.
+    """
+    inner = bin_edges(15)[1:-1].contiguous()
+    sides = [(torch.bucketize(conf, inner), conf.double() - correct.double()) for conf, correct in (first, other)]
+    n = len(first[0])
+
+    def difference(rows):
+        a, b = (torch.bincount(index[rows], gap[rows], minlength=15).abs().sum() / n for index, gap in sides)
+        return b - a
+
+    generator = torch.Generator().manual_seed(seed)
+    value = float(difference(torch.arange(n)))
+    drawn = torch.stack([difference(torch.randint(n, (n,), generator=generator)) for _ in range(rounds)])
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return min(value, 2 * value - high), max(value, 2 * value - low)
+
+
+def what_is_left(results: list[Result], args: Namespace) -> list[str]:
     """For each checkpoint beside the first: its difference in ECE from it, before and after scaling."""
     first, lines = results[0], []
     for other in results[1:]:
-        difference = {s: other.reports[s]['ece'] - first.reports[s]['ece'] for s in first.reports if s in other.reports}
-        raw = difference.pop('none')
-        parts = [f'{raw:+.2f} points unscaled']
-        for scaling, value in difference.items():
-            # A share of next to nothing says nothing.
-            share = f' ({100 * value / raw:.0f} % of it)' if abs(raw) >= 0.5 else ''
-            parts.append(f'{value:+.2f} after {scaling} scaling{share}')
-        lines.append(f'ECE of {other.name} less that of {first.name}: {", ".join(parts)}')
+        lines.append(f'ECE of {other.name} less that of {first.name}, in points:')
+        raw = other.reports['none']['ece'] - first.reports['none']['ece']
+        for scaling in first.scaled:
+            if scaling not in other.scaled:
+                continue
+            difference = other.reports[scaling]['ece'] - first.reports[scaling]['ece']
+            text = f'  {difference:+.2f}'
+            if args.bootstrap:
+                sides = [confidence_and_correct(r.scaled[scaling], r.outputs.target) for r in (first, other)]
+                low, high = ece_difference_interval(*sides, args.bootstrap, args.seed)
+                text += f' [{100 * low:+.2f}, {100 * high:+.2f}]'
+            text += ' unscaled' if scaling == 'none' else f' after {scaling} scaling'
+            if scaling != 'none' and abs(raw) >= 0.5:  # a share of next to nothing says nothing
+                text += f', {100 * difference / raw:.0f} % of it'
+            lines.append(text)
     return lines
 
 
@@ -807,14 +867,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def report(
-        results: list[Result],
-        data: Namespace,
-        class_names: list[str] | None,
-        calibration_name: str,
-        args: Namespace,
-) -> None:
-    """Measures, prints the table and writes the files; on the main process."""
+def report_results(results: list[Result], images: Images, args: Namespace) -> None:
+    """Measures, prints the tables and writes the files; on the main process."""
+    data = images.data
+    about = dict(dataset=data.dataset or data.data_dir, split=data.val_split)
     if fits(args):
         choose_calibration_images(results, args)
     for result in results:
@@ -824,21 +880,21 @@ def report(
                 logits, result.outputs.target, bootstrap=args.bootstrap, seed=args.seed,
             )
     ood = [measure_ood(result) for result in results]
-    print(f'{len(results[0].outputs.index)} images of {data.dataset or data.data_dir}, split {data.val_split}'
-          + (f'; scalings fitted on {len(results[0].calibration.index)} images of {calibration_name}'
-             if fits(args) else ''))
-    print(format_table(results))
+    heading = f'{len(results[0].outputs.index)} images of {about["dataset"]} {about["split"]}'
+    if fits(args):
+        number = '/'.join(str(n) for n in OrderedDict.fromkeys(len(r.calibration.index) for r in results))
+        heading += f'; scalings fitted on {number} images of {args.calibration_split or "the labeled training images"}'
+    print(heading + '\n' + format_table(results))
     if args.ood_dataset:
         print(f'\n{format_ood_table(results, ood)}')
     if len(results) > 1:
-        print('\n' + '\n'.join(what_is_left(results)))
+        print('\n' + '\n'.join(what_is_left(results, args)))
 
     folder = Path(args.results_dir)
-    about = dict(dataset=data.dataset or data.data_dir, split=data.val_split)
     try:
         for result, measured in zip(results, ood):
             own = folder / result.name if len(results) > 1 else folder
-            write_result(own, result, about, measured, class_names, args)
+            write_result(own, result, about, measured, images.test.class_names, args)
         write_csv(folder / 'comparison.csv', [
             dict(run=result.name, scaling=scaling, temperature=result.parameters[scaling].get('temperature', ''), **row)
             for result in results for scaling, row in result.reports.items()
@@ -861,12 +917,85 @@ def report(
                 result.checkpoint,
                 temperature=result.parameters['temperature']['temperature'],
                 images=len(result.calibration.index),
-                dataset=data.dataset or data.data_dir,
+                dataset=about['dataset'],
                 split=args.calibration_split or data.train_split,
             )
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
+
+def find_labels(
+        args: Namespace,
+        checkpoint: Path | None,
+        data: Namespace,
+        name: str,
+) -> tuple[Path | None, Path | None]:
+    """The labels file of the images that are evaluated too, if any, and the run's own.
+
+    They are evaluated to fit on them, or to know them in --calibration-split and leave them out.
+    """
+    own = checkpoint.parent / 'labels.json' if data.own else None
+    own = own if own is not None and own.exists() else None
+    if args.calibration_from_labeled is not None:
+        if not args.calibration_from_labeled and own is None:
+            raise UsageError(f'--calibration-from-labeled: {name} has no labels.json of a run on these data; give a '
+                             'FILE')
+        return Path(args.calibration_from_labeled) if args.calibration_from_labeled else own, own
+    if data.own and args.calibration_split and split_names(args.calibration_split) & split_names(data.train_split):
+        if own is None:
+            _logger.warning(f'{name}: no labels.json tells which images it was trained on; they may be among the '
+                            'calibration images, and the fit then takes it for more accurate than it is')
+        return own, own
+    return None, own
+
+
+def evaluate_checkpoint(
+        name: str,
+        checkpoint: Path | None,
+        run: dict,
+        data: Namespace,
+        images: Images,
+        accelerator: Accelerator,
+        args: Namespace,
+) -> Result:
+    """A model's outputs on all sets of images, on every process."""
+    model, config, view = load_model(args, checkpoint, run)
+    given = run.get('num_classes') if args.num_classes is None else args.num_classes
+    check_classes(images.test, model, images.data, given)
+    model.eval().to(accelerator.device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    check_model(model, config, accelerator, name)
+    _logger.info(f'{name}: images {"x".join(map(str, config.input_size))}, mean {config.mean}, std {config.std}, '
+                 f'{accelerator.num_processes} process(es), device {accelerator.device}')
+
+    def evaluate(source, index=None, targets=None):
+        views = {'image': view, 'digest': picture_digest}
+        dataset = ViewDataset(source, views, index, targets, skip_bad=images.data.skip_bad_images)
+        return collect(model, dataset, config, accelerator, args)
+
+    labeled = None
+    labels_file, own_file = find_labels(args, checkpoint, data, name)
+    if labels_file is not None:
+        train = open_source(data, data.train_split)
+        index, targets = read_labels(labels_file, train.targets, model.num_classes)
+        if args.calibration_from_labeled is not None and own_file is not None:
+            trained = read_labels(own_file, train.targets, model.num_classes)[0]
+            known = int(torch.isin(index, trained).sum())
+            if known:
+                _logger.warning(f'{name}: {known} of {len(index)} calibration images are labeled images of its '
+                                'training, where it is right more often than elsewhere: expect too low a temperature')
+        labeled = evaluate(train, index, targets)
+    return Result(
+        name,
+        checkpoint,
+        config,
+        evaluate(images.test),
+        labeled if images.calibration is None else evaluate(images.calibration),
+        labeled,
+        {ood_name: evaluate(source) for ood_name, source in images.ood.items()},
+    )
+
 
 def main(args: Namespace) -> None:
     accelerator = setup_accelerator(Namespace(**{**vars(create_parser().parse_args([])), **vars(args)}))
@@ -874,96 +1003,27 @@ def main(args: Namespace) -> None:
     checkpoints = [Path(path).resolve() for path in args.checkpoint] or [None]
     runs = [read_run(path) if path else {} for path in checkpoints]
     names = name_checkpoints(checkpoints) if args.checkpoint else [args.model.replace('/', '_')]
-
     chosen = [choose_data(args, run) for run in runs]
-    data = chosen[0][0]
-    for name, (other, _) in zip(names, chosen):
-        for key in DATA_KEYS:
-            if key not in ('train_split', 'dataset_download') and getattr(other, key) != getattr(data, key):
-                flag = 'split' if key == 'val_split' else key.replace('_', '-')
-                raise UsageError(f'{names[0]} has --{flag} {getattr(data, key)} and {name} {getattr(other, key)}: '
-                                 'checkpoints are compared on the same images, so give the flag')
-    if not data.dataset and not data.data_dir:
-        raise UsageError(f'{names[0]} comes without a run\'s args.yaml: give --dataset')
-    source = open_source(data, data.val_split)
+    data = agree_on_data(names, chosen)
+    images = Images(
+        data,
+        open_source(data, data.val_split),
+        open_source(data, args.calibration_split) if args.calibration_split else None,
+        {name: open_ood_source(args, name) for name in args.ood_dataset},
+    )
     if data.val_split is None:
-        data.val_split = source.name.rpartition(' ')[2]  # the one that create_source found
-    calibration_source, calibration_name = None, ''
-    if args.calibration_split is not None:
-        calibration_source = open_source(data, args.calibration_split)
-        calibration_name = f'{data.dataset or data.data_dir} {args.calibration_split}'
-    elif args.calibration_from_labeled is not None:
-        calibration_name = args.calibration_from_labeled or 'the labeled images that each run was trained on'
-    ood_sources = {name: open_ood_source(args, name) for name in args.ood_dataset}
+        data.val_split = images.test.name.rpartition(' ')[2]  # the one that create_source found
     if accelerator.is_main_process:
         try:
             Path(args.results_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f'--results-dir {args.results_dir}: cannot be made: {error.strerror}') from error
-
-    results = []
-    for name, checkpoint, run, (own_data, own) in zip(names, checkpoints, runs, chosen):
-        model, config, view = load_model(args, checkpoint, run)
-        check_classes(source, model, data, args.num_classes if args.num_classes is not None else run.get('num_classes'))
-        model.eval().to(accelerator.device)
-        if args.channels_last:
-            model.to(memory_format=torch.channels_last)
-        check_model(model, config, accelerator, name)
-        _logger.info(f'{name}: images {"x".join(map(str, config.input_size))}, mean {config.mean}, std {config.std}, '
-                     f'{accelerator.num_processes} process(es), device {accelerator.device}')
-
-        def evaluate(images, index=None, targets=None, model=model, config=config, view=view):
-            views = {'image': view, 'digest': picture_digest}
-            dataset = ViewDataset(images, views, index, targets, skip_bad=data.skip_bad_images)
-            return collect(model, dataset, config, accelerator, args)
-
-        labels_file, labeled = None, None
-        if args.calibration_from_labeled is not None:
-            labels_file = find_labels(args, checkpoint, own, name)
-        elif calibration_source is not None and own and split_names(args.calibration_split) & split_names(
-                own_data.train_split):
-            labels_file = checkpoint.parent / 'labels.json'
-            if not labels_file.exists():
-                _logger.warning(f'{name}: no labels.json beside it tells which images it was trained on; they may be '
-                                'among the calibration images, which makes the fit too confident')
-                labels_file = None
-        if labels_file is not None:
-            train = open_source(own_data, own_data.train_split)
-            labeled = evaluate(train, *read_labels(labels_file, train.targets, model.num_classes))
-        results.append(Result(
-            name,
-            checkpoint,
-            config,
-            evaluate(source),
-            evaluate(calibration_source) if calibration_source is not None else labeled,
-            labeled,
-            {ood_name: evaluate(ood_source) for ood_name, ood_source in ood_sources.items()},
-        ))
-        del model, evaluate
+    results = [
+        evaluate_checkpoint(*which, images, accelerator, args) for which in zip(names, checkpoints, runs, chosen)
+    ]
     accelerator.end_training()  # the rest needs no other process, and may take longer than they would wait
     if accelerator.is_main_process:
-        report(results, data, source.class_names, calibration_name, args)
-
-
-def find_labels(args: Namespace, checkpoint: Path | None, own: bool, name: str) -> Path:
-    """The file that lists the images of --calibration-from-labeled; warns where the run was trained on them."""
-    run_file = checkpoint.parent / 'labels.json' if own else None
-    if args.calibration_from_labeled:
-        path = Path(args.calibration_from_labeled)
-        if run_file is not None and run_file.exists() and path.exists():
-            try:
-                both = set(json.loads(path.read_text())['index']) & set(json.loads(run_file.read_text())['index'])
-            except (OSError, ValueError, KeyError, TypeError):
-                both = ()  # read_labels tells what is wrong with the file
-            if both:
-                _logger.warning(f'{name}: {len(both)} of the images in {path} are labeled images of its training, on '
-                                'which it is more confident than elsewhere')
-        return path
-    if run_file is None or not run_file.exists():
-        raise UsageError(f'--calibration-from-labeled: {name} has no labels.json of a run on these data; give a FILE')
-    _logger.warning(f'{name}: the scalings are fitted on images that it was trained on, where it is right more often '
-                    'than elsewhere: expect a temperature that is too low')
-    return run_file
+        report_results(results, images, args)
 
 
 if __name__ == '__main__':

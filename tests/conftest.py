@@ -46,11 +46,15 @@ def train(tmp_path):
 
     import train_ssl
 
-    def run(experiment: str, *arguments, output: Path = tmp_path) -> Path:
+    def run(experiment: str, *arguments, output: Path = tmp_path, without: str | None = None) -> Path:
+        tiny = list(TINY)
+        if without is not None:
+            at = tiny.index(without)
+            del tiny[at:at + 2]
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         where = ('--output', output, '--experiment', experiment)
-        train_ssl.main(train_ssl._parse_args([str(a) for a in (*TINY, *where, *arguments)]))
+        train_ssl.main(train_ssl._parse_args([str(a) for a in (*tiny, *where, *arguments)]))
         return Path(output) / experiment
 
     return run

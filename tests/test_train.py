@@ -439,6 +439,22 @@ def test_a_labels_file_gives_the_same_labeled_set_under_another_seed(train, ship
     assert index[0] == index[1]
 
 
+def test_a_second_evaluation_set_is_measured_beside_the_first(train):
+    folder = train('run', '--extra-val', 'digits', '--epochs', 1)
+    metrics = json.loads((folder / 'last/metrics.json').read_text())
+    assert metrics['extra_val'] == {key: metrics[key] for key in metrics['extra_val']} and 'ece' in metrics['extra_val']
+
+
+def test_labels_are_drawn_by_class_or_by_share_too(train):
+    drawn = {}
+    for flag, value in (('--labels-per-class', '3'), ('--label-fraction', '0.05')):
+        folder = train(flag.strip('-'), flag, value, '--epochs', 1, '--train-steps-per-epoch', 1, without='--num-labels')
+        drawn[flag] = torch.bincount(torch.tensor(json.loads((folder / 'labels.json').read_text())['target'])).tolist()
+    assert drawn['--labels-per-class'] == [3] * 10
+    counts = torch.bincount(data.create_source('digits', None, 'train').targets).tolist()
+    assert drawn['--label-fraction'] == [round(0.05 * n) for n in counts]
+
+
 def test_supervised_training_sees_no_unlabeled_image(train):
     folder = train('run', '--algorithm', 'supervised')
     assert float(summary(folder)[-1]['train_loss_unlabeled']) == 0
@@ -577,7 +593,7 @@ def digits_folder(root: Path, broken: bool = False) -> Path:
 
 @pytest.mark.parametrize('flags, message', [
     (('--dataset', 'cifar11'), 'neither a known data set nor'),
-    (('--train-split', 'training'), 'no split training; it has train, test'),
+    (('--train-split', 'training'), 'no split training; it has test, train'),
     (('--val-split', 'dev'), 'no split dev'),
     (('--num-labels', '9'), 'at least one for each of the 10 classes'),
     (('--num-labels', '1290'), 'asks for 129 images of class 0'),

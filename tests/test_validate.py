@@ -1,0 +1,583 @@
+"""The validation program: what it reads, measures, fits, writes and refuses."""
+import csv
+import json
+import runpy
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from conftest import ROOT, run_script
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision import transforms
+
+import metrics
+import validate
+from data import RunError, UsageError, create_source
+
+PICTURES = ('reliability_diagram', 'confidence_histogram', 'risk_coverage_diagram', 'class_diagram')
+
+
+# --- Runs to evaluate -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def run_folder(tmp_path_factory) -> Path:
+    """A short run on digits."""
+    output = tmp_path_factory.mktemp('validate')
+    done = run_script(
+        'train_ssl.py', '--dataset', 'digits', '--num-labels', '20', '--model', 'wide_resnet10_1', '--calibratemix',
+        '-b', '8', '--mu', '2', '--epochs', '2', '--train-steps-per-epoch', '20', '--bn-momentum', '0.1',
+        '--model-ema-warmup', '-j', '0', '--device', 'cpu', '--output', output, '--experiment', 'run',
+    )
+    assert done.returncode == 0, done.stderr
+    return output / 'run'
+
+
+@pytest.fixture(scope='session')
+def sharp_folder(run_folder) -> Path:
+    """The run with its logits times 4: the same predictions, claimed with four times the certainty."""
+    folder = run_folder.parent / 'sharp'
+    shutil.copytree(run_folder, folder)
+    path = folder / 'best' / 'model.safetensors'
+    weights = load_file(path)
+    save_file({key: 4 * value if key.startswith('fc.') else value for key, value in weights.items()}, path)
+    return folder
+
+
+@pytest.fixture
+def run_copy(run_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(run_folder, tmp_path / 'copy'))
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """Runs validate.py in this process, without pictures; returns its results folder."""
+    for name in PICTURES:
+        monkeypatch.setattr(validate, name, lambda *args, **kwargs: None)
+
+    def run(*arguments) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        common = ('--device', 'cpu', '-j', '0', '--bootstrap', '20', '--results-dir', tmp_path / 'results')
+        validate.main(validate._parse_args([str(a) for a in (*common, *arguments)]))
+        return tmp_path / 'results'
+
+    return run
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / 'metrics.json').read_text())
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def logits_of(folder: Path, source, index=None) -> torch.Tensor:
+    """Straight from timm: one image after the other."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    config = timm.data.resolve_data_config({}, model=model)
+    transform = timm.data.create_transform(**config)
+    with torch.no_grad():
+        return torch.cat([model(transform(source.image(i))[None]) for i in (index or range(len(source)))])
+
+
+@pytest.fixture(scope='session')
+def photographs(tmp_path_factory) -> Path:
+    """Twelve pictures of other sizes than the model's, in no class folders."""
+    folder = tmp_path_factory.mktemp('photographs')
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        pixels = generator.integers(0, 256, (10 + i, 30 - i, 3), dtype=np.uint8)
+        (folder / f'part{i % 2}').mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f'part{i % 2}' / f'{i}.png')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def comparison(run_folder, sharp_folder, photographs) -> tuple[Path, str]:
+    """Two checkpoints compared as a user does, in a process of its own: the results folder and what was printed."""
+    folder = run_folder.parent / 'results'
+    done = run_script('validate.py', *report_arguments([run_folder, sharp_folder], photographs, folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def report_arguments(folders, photographs, results) -> tuple:
+    return (
+        '--checkpoint', *(folder / 'best' for folder in folders), '--calibration-split', 'train[:50%]', '--ood-dataset',
+        photographs, '--save-logits', '--device', 'cpu', '-j', '0', '--bootstrap', '50', '--results-dir', results,
+    )
+
+
+# --- The report -------------------------------------------------------------------------------------------------------
+
+def test_a_run_needs_no_flag_repeated_and_its_own_figures_come_out(run_folder, comparison):
+    ours, theirs = report(comparison[0] / 'run'), report(run_folder / 'best')
+    assert (ours['dataset'], ours['split'], ours['count']) == ('digits', 'test', 500)
+    for key in ('error', 'top5', 'ece', 'ece_10', 'mce', 'confidence'):
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-4), key
+    assert ours['bins']['count'] == theirs['bins']['count']
+    assert ours['nll'] == pytest.approx(theirs['nll'], abs=1e-6)
+
+
+def test_predictions_are_those_of_the_model_in_the_order_of_the_images(run_folder, comparison):
+    table = pq.read_table(comparison[0] / 'run' / 'predictions.parquet')
+    assert table.column_names == ['index', 'target', 'predicted', 'confidence', 'logits']
+    source = create_source('digits', None, 'test')
+    assert table['index'].to_pylist() == list(range(500))
+    assert table['target'].to_pylist() == source.targets.tolist()
+    logits = torch.tensor(table['logits'].to_pylist())
+    assert torch.allclose(logits[:40], logits_of(run_folder / 'best', source, range(40)), atol=1e-5)
+    assert table['predicted'].to_pylist() == logits.argmax(1).tolist()
+    assert torch.allclose(torch.tensor(table['confidence'].to_pylist()), logits.softmax(1).amax(1), atol=1e-6)
+    found = report(comparison[0] / 'run')
+    expected = metrics.calibration_report(logits, source.targets, bootstrap=50, seed=0)
+    assert {key: found[key] for key in expected} == pytest.approx(dict(expected))
+
+
+def test_two_processes_give_the_same_digits_as_one(run_folder, photographs, comparison, tmp_path):
+    done = run_script('validate.py', *report_arguments([run_folder], photographs, tmp_path), '-b', '64', processes=2)
+    assert done.returncode == 0, done.stderr
+    assert '2 process(es)' in done.stderr
+    for name in ('metrics.json', 'predictions.parquet'):
+        assert (comparison[0] / 'run' / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_every_picture_is_written(comparison):
+    shared = {'comparison.png', 'comparison_temperature.png', 'comparison_vector.png', 'risk_coverage.png'}
+    own = {'reliability.png', 'reliability_temperature.png', 'reliability_vector.png', 'confidence.png',
+           'risk_coverage.png', 'classes.png'}
+    for folder, names in ((comparison[0], shared), (comparison[0] / 'run', own), (comparison[0] / 'sharp', own)):
+        assert {path.name for path in folder.glob('*.png')} == names
+        for name in names:
+            with Image.open(folder / name) as picture:
+                picture.load()
+                assert min(picture.size) > 400
+
+
+def test_the_table_and_its_file_have_a_row_for_each_checkpoint_and_scaling(comparison):
+    folder, printed = comparison
+    found = rows(folder / 'comparison.csv')
+    assert [(row['run'], row['scaling']) for row in found] == [
+        (run, scaling) for run in ('run', 'sharp') for scaling in ('none', 'temperature', 'vector')
+    ]
+    for row in found:
+        assert float(row['ece_low']) <= float(row['ece']) <= float(row['ece_high'])
+        [line] = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
+        assert f'{float(row["ece"]):.2f} [{float(row["ece_low"]):.2f}, {float(row["ece_high"]):.2f}]' in line
+        assert f'{float(row["nll"]):.4f}' in line
+
+
+def test_temperature_scaling_takes_back_a_factor_of_the_logits(comparison):
+    folder, printed = comparison
+    plain, scaled, _, sharp, sharp_scaled, _ = rows(folder / 'comparison.csv')
+    assert float(sharp_scaled['temperature']) == pytest.approx(4 * float(scaled['temperature']), rel=1e-5)
+    assert abs(float(sharp['ece']) - float(plain['ece'])) > 2
+    for key in ('ece', 'nll', 'brier', 'error'):
+        assert float(sharp_scaled[key]) == pytest.approx(float(scaled[key]), abs=1e-3)
+    left = printed[printed.index('ECE of sharp less that of run'):].splitlines()
+    assert 'unscaled' in left[1] and '0.00 [' in left[2] and left[2].endswith('temperature scaling, 0 % of it')
+
+
+def test_labeled_images_of_the_runs_are_left_out_of_the_fit(run_folder, comparison):
+    labeled = json.loads((run_folder / 'labels.json').read_text())['index']
+    within = sum(i < 648 for i in labeled)
+    assert 0 < within < 20
+    assert report(comparison[0] / 'run')['calibration_images'] == 648 - within
+
+
+def test_out_of_distribution_rows_are_those_of_the_logits(run_folder, photographs, comparison):
+    from sklearn.metrics import roc_auc_score
+
+    inside = torch.tensor(pq.read_table(comparison[0] / 'run' / 'predictions.parquet')['logits'].to_pylist())
+    outside = logits_of(run_folder / 'best', validate.PlainFolder(sorted(map(str, photographs.glob('*/*')))))
+    found = {row['score']: row for row in rows(comparison[0] / 'ood.csv') if row['run'] == 'run'}
+    label = np.r_[np.ones(500), np.zeros(12)]
+    both = torch.cat([inside, outside]).double()
+    top = both.topk(2).values
+    for name, score in (
+            ('msp', both.softmax(1).amax(1)), ('energy', both.logsumexp(1)), ('margin', top[:, 0] - top[:, 1]),
+    ):
+        assert found[name]['count'] == '12'
+        assert float(found[name]['auroc']) == pytest.approx(100 * roc_auc_score(label, score), abs=1e-3)
+
+
+# --- Fits -------------------------------------------------------------------------------------------------------------
+
+def noisy_logits(scale: float, seed: int = 0, n: int = 600, k: int = 5, agree: float = 0.7):
+    """Logits of a given scale, and labels that agree with them in part."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(n, k, generator=generator)
+    target = torch.where(torch.rand(n, generator=generator) < agree, logits.argmax(1),
+                         torch.randint(k, (n,), generator=generator))
+    return logits, target
+
+
+def nll(logits: torch.Tensor, target: torch.Tensor) -> float:
+    return float(F.cross_entropy(logits.double(), target))
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('scale', [0.05, 1., 20., 60.])
+def test_temperature_is_the_minimum_that_a_grid_finds(scale, seed):
+    logits, target = noisy_logits(scale, seed)
+    temperature, at_bound = validate.fit_temperature(logits, target)
+    low, high = np.log(0.01), np.log(100)
+    for _ in range(12):  # finer and finer grids; the likelihood has one maximum
+        grid = np.linspace(low, high, 21)
+        best = int(np.argmin([nll(logits.double() / np.exp(t), target) for t in grid]))
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 20)]
+    assert not at_bound
+    assert temperature == pytest.approx(np.exp((low + high) / 2), rel=1e-5)
+
+
+def test_temperature_is_the_one_that_labels_were_drawn_with():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40_000, 4, generator=generator)
+    target = torch.multinomial((logits / 2.5).softmax(1), 1, generator=generator).squeeze(1)
+    assert validate.fit_temperature(logits, target)[0] == pytest.approx(2.5, rel=0.03)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_temperature_of_half_precision_logits_is_that_of_their_float32_values(dtype):
+    logits, target = noisy_logits(3.)
+    half = logits.to(dtype)
+    assert validate.fit_temperature(half, target) == validate.fit_temperature(half.float(), target)
+
+
+def test_temperature_without_a_maximum_of_the_likelihood_stops_at_a_bound_and_says_so():
+    logits, _ = noisy_logits(2.)
+    right, wrong = logits.argmax(1), logits.argmin(1)
+    assert validate.fit_temperature(logits, right) == (0.01, True)
+    assert validate.fit_temperature(1e6 * logits, right) == (0.01, True)
+    assert validate.fit_temperature(logits, wrong) == (100., True)
+    assert validate.fit_temperature(logits[:1], right[:1]) == (0.01, True)
+    assert validate.fit_temperature(torch.ones(7, 3), torch.zeros(7, dtype=torch.int64)) == (1., False)
+    with pytest.raises(ValueError, match='empty'):
+        validate.fit_temperature(logits[:0], right[:0])
+
+
+def test_vector_scaling_is_stationary_and_beats_temperature_scaling_where_it_was_fitted():
+    logits, target = noisy_logits(2., n=3000)
+    logits = logits * torch.tensor([0.3, 1., 1., 2., 1.]) + torch.tensor([0., 2., 0., -1., 0.])
+    temperature, _ = validate.fit_temperature(logits, target)
+    factor, offset = validate.fit_vector(logits, target, temperature, ridge=0.)
+    factor, offset = factor.requires_grad_(), offset.requires_grad_()
+    loss = F.cross_entropy(logits.double() * factor + offset, target)  # convex: no slope, no better fit
+    for slope in torch.autograd.grad(loss, (factor, offset)):
+        assert slope.abs().max() < 1e-6
+    assert float(loss.detach()) < nll(logits / temperature, target) - 0.01
+    factor, offset = validate.fit_vector(logits, target, temperature)
+    assert nll(logits * factor + offset, target) < float(loss.detach()) + 1e-3  # 3000 images outweigh the prior
+
+
+def test_vector_scaling_becomes_temperature_scaling_when_its_prior_is_strong():
+    logits, target = noisy_logits(2.)
+    factor, offset = validate.fit_vector(logits, target, 1.7, ridge=1e12)
+    assert torch.allclose(factor, torch.full((5,), 1 / 1.7, dtype=torch.float64), rtol=1e-6)
+    assert offset.abs().max() < 1e-6
+
+
+def test_vector_scaling_stays_finite_on_few_images_that_are_all_right():
+    logits = 5 * torch.eye(5)[:3]
+    factor, offset = validate.fit_vector(logits, torch.arange(3), 1.)
+    assert factor.isfinite().all() and offset.isfinite().all() and factor.abs().max() < 10
+    assert (offset[3:] < offset[:3].min()).all()  # classes without an image
+
+
+def test_a_difference_of_ece_has_an_interval_of_paired_images():
+    generator = torch.Generator().manual_seed(0)
+    confidence = 0.5 + 0.5 * torch.rand(2000, generator=generator)
+    correct = torch.rand(2000, generator=generator) < confidence - 0.2
+    same = (confidence, correct)
+    assert validate.ece_difference_interval(same, same, 30, 0) == (0., 0.)
+    low, high = validate.ece_difference_interval((confidence - 0.2, correct), same, 100, 0)
+    assert 0.1 < low < 0.2 < high + 0.02 < 0.25
+    mirrored = validate.ece_difference_interval(same, (confidence - 0.2, correct), 100, 0)
+    assert mirrored == pytest.approx((-high, -low))
+
+
+def test_evaluated_images_are_never_fitted_on(run_folder, evaluate):
+    best = run_folder / 'best'
+    with pytest.raises(UsageError, match=r'none of 500 images is left .*500 are evaluated'):
+        evaluate('--checkpoint', best, '--calibration-split', 'test')
+    found = report(evaluate('--checkpoint', best, '--split', 'test[50%:]', '--calibration-split', 'test[:60%]'))
+    assert (found['count'], found['calibration_images']) == (250, 250)
+
+
+def test_fitting_on_labeled_images_warns_that_the_run_was_trained_on_them(run_folder, evaluate, tmp_path, caplog):
+    found = report(evaluate('--checkpoint', run_folder / 'best', '--calibration-from-labeled'))
+    assert found['calibration_images'] == 20
+    assert '20 of 20 calibration images are labeled images of its training' in caplog.text
+    source = create_source('digits', None, 'train')
+    trained = json.loads((run_folder / 'labels.json').read_text())['index']
+    index = [i for i in range(200) if i not in trained] + trained[-2:]
+    held_out = tmp_path / 'held_out.json'
+    held_out.write_text(json.dumps(dict(index=index, target=source.targets[index].tolist())))
+    caplog.clear()
+    found = report(evaluate('--checkpoint', run_folder / 'best', '--calibration-from-labeled', held_out))
+    assert found['calibration_images'] == len(index)
+    assert f'2 of {len(index)} calibration images are labeled images' in caplog.text
+    logits = logits_of(run_folder / 'best', source, index)
+    expected, _ = validate.fit_temperature(logits, source.targets[index])
+    assert found['scaled']['temperature']['temperature'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_saved_temperature_is_shown_later_and_timm_still_loads_the_folder(run_copy, evaluate, caplog):
+    best, source = run_copy / 'best', create_source('digits', None, 'test')
+    before = logits_of(best, source, range(5))
+    fitted = report(evaluate('--checkpoint', best, '--calibration-split', 'train[:40%]', '--save-temperature'))
+    temperature = json.loads((best / 'config.json').read_text())['calibration']['temperature']
+    assert temperature == fitted['scaled']['temperature']['temperature']
+    assert torch.equal(logits_of(best, source, range(5)), before)
+    later = report(evaluate('--checkpoint', best))
+    assert later['scaled']['saved']['ece'] == fitted['scaled']['temperature']['ece']
+    # The split it was fitted on is no place to show it.
+    assert report(evaluate('--checkpoint', best, '--split', 'train[:10%]'))['scaled'] == {}
+    assert 'fitted on train[:40%]' in caplog.text
+
+
+@pytest.mark.parametrize('content', [{}, {'temperature': -1, 'split': 'train'}, {'temperature': 'warm', 'split': 't'}])
+def test_a_damaged_saved_temperature_is_refused(content, run_copy, evaluate):
+    config = json.loads((run_copy / 'best' / 'config.json').read_text())
+    (run_copy / 'best' / 'config.json').write_text(json.dumps(dict(config, calibration=content)))
+    with pytest.raises(UsageError, match='calibration must hold a temperature above 0'):
+        evaluate('--checkpoint', run_copy / 'best', '--split', 'test[:20]')
+
+
+def test_a_temperature_at_its_bound_is_marked_and_not_saved(run_copy, evaluate, tmp_path, capsys, caplog):
+    source = create_source('digits', None, 'train')
+    logits = logits_of(run_copy / 'best', source, range(100))
+    easy = [i for i in range(100) if logits[i].argmax() == source.targets[i]]
+    file = tmp_path / 'easy.json'
+    file.write_text(json.dumps(dict(index=easy, target=source.targets[easy].tolist())))
+    with pytest.raises(RunError, match='none stored'):
+        evaluate('--checkpoint', run_copy / 'best', '--calibration-from-labeled', file, '--save-temperature')
+    assert 'calibration' not in json.loads((run_copy / 'best' / 'config.json').read_text())
+    assert '0.010*' in capsys.readouterr().out
+    assert f'{len(easy)} of {len(easy)} right' in caplog.text
+
+
+# --- What is evaluated ------------------------------------------------------------------------------------------------
+
+def test_another_data_set_leaves_the_splits_of_the_run_behind(run_folder):
+    args = validate._parse_args(['--checkpoint', 'x', '--dataset', 'other'])
+    run = dict(yaml.safe_load((run_folder / 'args.yaml').read_text()), val_split='mine', input_key='picture')
+    data = validate.choose_data(args, run)
+    assert (data.dataset, data.val_split, data.input_key, data.own) == ('other', None, None, False)
+    args = validate._parse_args(['--checkpoint', 'x', '--data-dir', 'moved', '--split', 'new'])
+    data = validate.choose_data(args, run)
+    assert (data.dataset, data.data_dir, data.val_split, data.input_key) == ('digits', 'moved', 'new', 'picture')
+    assert data.own
+
+
+def test_checkpoints_have_short_and_different_names(tmp_path):
+    for run in ('a', 'b', 'c/a'):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / 'args.yaml').touch()
+    paths = [tmp_path / name for name in ('a/best', 'b/best', 'a/last', 'c/a/best', 'plain')]
+    assert validate.name_checkpoints(paths[:2]) == ['a', 'b']
+    assert validate.name_checkpoints([paths[0], paths[2]]) == ['a-best', 'a-last']
+    assert validate.name_checkpoints([paths[0], paths[3]]) == ['a-best-1', 'a-best-2']
+    assert validate.name_checkpoints([paths[0], paths[4]]) == ['a', 'plain']
+
+
+def save_timm_run(folder: Path, network, **arguments) -> Path:
+    """What timm's own training script leaves: a pickled checkpoint with its arguments, and args.yaml beside it."""
+    folder.mkdir()
+    weights = network.state_dict()
+    averaged = {key: 1.1 * value if value.is_floating_point() else value for key, value in weights.items()}
+    torch.save(dict(epoch=1, arch='x', state_dict=weights, state_dict_ema=averaged, args=Namespace(lr=1.)),
+               folder / 'model_best.pth.tar')
+    (folder / 'args.yaml').write_text(yaml.safe_dump(arguments))
+    return folder / 'model_best.pth.tar'
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'vit_tiny_patch16_224'])
+def test_a_checkpoint_of_timms_own_training_is_evaluated_as_timm_would(name, evaluate, tmp_path):
+    torch.manual_seed(0)
+    size = 32 if name == 'resnet18' else 48
+    model = timm.create_model(name, num_classes=10, **({} if name == 'resnet18' else {'img_size': size})).eval()
+    path = save_timm_run(tmp_path / 'timm', model, model=name, dataset='digits', data_dir=None, val_split='test[:30]',
+                         num_classes=10, img_size=size, crop_pct=0.8, mean=None, std=[0.4, 0.5, 0.6], class_map='',
+                         interpolation='bilinear', model_kwargs={})
+    folder = evaluate('--checkpoint', path, '--save-logits', '--crop-mode', 'squash')
+    logits = torch.tensor(pq.read_table(folder / 'predictions.parquet')['logits'].to_pylist())
+    transform = timm.data.create_transform(
+        size, interpolation='bilinear', crop_pct=0.8, crop_mode='squash', mean=model.pretrained_cfg['mean'],
+        std=(0.4, 0.5, 0.6),
+    )
+    source = create_source('digits', None, 'test[:30]')
+    with torch.no_grad():
+        expected = torch.cat([model(transform(source.image(i))[None]) for i in range(30)])
+    assert torch.allclose(logits, expected, atol=1e-4)
+    averaged = evaluate('--checkpoint', path, '--save-logits', '--crop-mode', 'squash', '--use-ema')
+    logits = torch.tensor(pq.read_table(averaged / 'predictions.parquet')['logits'].to_pylist())
+    assert not torch.allclose(logits, expected, atol=1e-3)
+
+
+def test_the_crop_mode_of_the_config_is_obeyed(run_copy):
+    config = json.loads((run_copy / 'best' / 'config.json').read_text())
+    config['pretrained_cfg']['crop_mode'] = 'squash'
+    (run_copy / 'best' / 'config.json').write_text(json.dumps(config))
+    args = validate._parse_args(['--checkpoint', 'x'])
+    _, data_config, view = validate.load_model(args, run_copy / 'best', {})
+    wide = Image.fromarray((np.arange(8 * 32) % 256).astype(np.uint8).reshape(8, 32)).convert('RGB')
+    squashed = wide.resize((8, 8), Image.Resampling.BICUBIC)
+    assert data_config.interpolation == 'bicubic'
+    assert (view(wide).int() - transforms.functional.pil_to_tensor(squashed).int()).abs().max() <= 1
+
+
+def test_greyscale_models_see_greyscale(evaluate, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('wide_resnet10_1', num_classes=10, in_chans=1).eval()
+    torch.save(model.state_dict(), tmp_path / 'grey.pth')
+    folder = evaluate('--checkpoint', tmp_path / 'grey.pth', '--model', 'wide_resnet10_1', '--num-classes', '10',
+                      '--in-chans', '1', '--img-size', '8', '--mean', '0.5', '--std', '0.25', '--dataset', 'digits',
+                      '--split', 'test[:10]', '--crop-pct', '1', '--save-logits')
+    logits = torch.tensor(pq.read_table(folder / 'predictions.parquet')['logits'].to_pylist())
+    source = create_source('digits', None, 'test[:10]')
+    grey = torch.stack([transforms.functional.to_tensor(source.image(i).convert('L')) for i in range(10)])
+    with torch.no_grad():
+        assert torch.allclose(logits, model((grey - 0.5) / 0.25), atol=1e-4)
+
+
+@pytest.fixture
+def broken_folder(tmp_path) -> Path:
+    """Twelve images of two classes, the fourth cut in half."""
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / 'images' / 'val' / f'class{i // 6}' / f'{i:02}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        if i == 3:
+            path.write_bytes(path.read_bytes()[:200])
+    return tmp_path / 'images'
+
+
+def test_a_broken_image_stops_the_evaluation_or_is_left_out_and_counted(broken_folder, evaluate, tmp_path, caplog):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('wide_resnet10_1', num_classes=2).state_dict(), tmp_path / 'two.pth')
+    arguments = ('--checkpoint', tmp_path / 'two.pth', '--model', 'wide_resnet10_1', '--num-classes', '2',
+                 '--dataset', broken_folder, '-b', '4')
+    with pytest.raises(RunError, match='03.png'):
+        evaluate(*arguments)
+    folder = evaluate(*arguments, '--skip-bad-images')
+    table = pq.read_table(folder / 'predictions.parquet')
+    assert table['index'].to_pylist() == [0, 1, 2, *range(4, 12)]
+    assert table['target'].to_pylist() == [0] * 5 + [1] * 6
+    assert '1 of 12 images cannot be decoded' in caplog.text
+
+
+def test_logits_that_are_not_finite_name_the_image(run_folder, evaluate):
+    with pytest.raises(RunError, match=r'not finite .*row 0 of digits'):
+        evaluate('--checkpoint', run_folder / 'best', '--split', 'test[:5]', '--std', '0')
+
+
+def test_real_photographs_and_tables_are_out_of_distribution_sets(shared_data, run_folder, evaluate):
+    sets = (shared_data / 'ants_bees', shared_data / 'imagenet_samples')
+    folder = evaluate('--checkpoint', run_folder / 'best', '--split', 'test[:50]', '--ood-dataset', *sets)
+    counts = {row['ood_dataset']: int(row['count']) for row in rows(folder / 'ood.csv')}
+    assert counts == {str(sets[0]): 180, str(sets[1]): 195}
+
+
+def test_a_parquet_file_without_labels_is_an_out_of_distribution_set(photographs, run_folder, evaluate, tmp_path):
+    import datasets
+
+    images = [str(path) for path in sorted(photographs.glob('*/*'))]
+    table = datasets.Dataset.from_dict({'image': images}).cast_column('image', datasets.Image())
+    table.to_parquet(tmp_path / 'things.parquet')
+    folder = evaluate('--checkpoint', run_folder / 'best', '--split', 'test[:50]', '--ood-dataset',
+                      tmp_path / 'things.parquet', photographs)
+    table, plain = rows(folder / 'ood.csv')[:3], rows(folder / 'ood.csv')[3:]
+    assert [row['auroc'] for row in table] == [row['auroc'] for row in plain]
+    assert {row['count'] for row in table} == {'12'}
+
+
+# --- Mistakes and faults ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('arguments, told', [
+    ([], 'give --checkpoint'),
+    (['--model', 'resnet18'], 'its weights are random'),
+    (['--checkpoint', 'x', '--batch-size', '0'], 'expected 1 or more'),
+    (['--checkpoint', 'x', '--crop-pct', '1.5'], 'above 0 and up to 1'),
+    (['--checkpoint', 'x', '--calibration-split', 'a', '--calibration-from-labeled'], 'give one of them'),
+    (['--checkpoint', 'x', '--save-temperature'], 'nothing is fitted'),
+    (['--checkpoint', 'x.pth', '--save-temperature', '--calibration-split', 'a'], 'config.json'),
+    (['--checkpoint', 'x', '--checkpoin', 'y'], 'unrecognized arguments'),
+])
+def test_arguments_that_make_no_sense_end_with_status_2(arguments, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        validate._parse_args(arguments)
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments, told', [
+    (['--checkpoint', 'RUN/nowhere'], 'no such file'),
+    (['--checkpoint', 'RUN'], r'give .*run/best or .*run/last'),
+    (['--checkpoint', 'RUN/best/model.safetensors'], 'give its folder'),
+    (['--checkpoint', 'RUN/checkpoint-40.safetensors'], 'a state to resume from'),
+    (['--checkpoint', 'RUN/summary.csv'], 'summary.csv: '),
+    (['--checkpoint', 'RUN/best', '--split', 'dev'], 'no split dev; it has test, train'),
+    (['--checkpoint', 'RUN/best', '--dataset', 'nonsense'], 'neither a known data set nor'),
+    (['--checkpoint', 'RUN/best', '--num-classes', '7'], 'has 10'),
+    (['--checkpoint', 'RUN/best', '--mean', '1', '2'], 'mean must have one value or 3'),
+    (['--checkpoint', 'RUN/best', '--calibration-split', 'dev'], 'no split dev'),
+    (['--checkpoint', 'RUN/best', '--ood-dataset', 'nonsense'], 'neither a known data set nor'),
+    (['--checkpoint', 'RUN/best', '--calibration-from-labeled', 'RUN/nowhere'], 'nowhere'),
+    (['--checkpoint', 'RUN/best', 'EMPTY'], 'no config.json'),
+    (['--model', 'resnet_of_mine', '--pretrained', '--dataset', 'digits'], 'Unknown model'),
+])
+def test_mistakes_are_told_in_one_line(arguments, told, run_folder, evaluate, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    arguments = [a.replace('RUN', str(run_folder)).replace('EMPTY', str(tmp_path / 'empty')) for a in arguments]
+    with pytest.raises(UsageError, match=told) as raised:
+        evaluate(*arguments)
+    assert '\n' not in str(raised.value)
+
+
+def test_other_classes_than_the_models_are_refused(run_folder, broken_folder, evaluate):
+    with pytest.raises(UsageError, match='2 classes and the model 10'):
+        evaluate('--checkpoint', run_folder / 'best', '--dataset', broken_folder)
+
+
+def test_checkpoints_of_different_data_are_compared_only_on_the_same_images(run_folder, run_copy, evaluate):
+    run = yaml.safe_load((run_copy / 'args.yaml').read_text())
+    (run_copy / 'args.yaml').write_text(yaml.safe_dump(dict(run, val_split='train')))
+    both = ('--checkpoint', run_folder / 'best', run_copy / 'best')
+    with pytest.raises(UsageError, match='run has --split None and copy train'):
+        evaluate(*both)
+    folder = evaluate(*both, '--split', 'test[:30]')
+    assert report(folder / 'run')['count'] == report(folder / 'copy')['count'] == 30
+
+
+def test_a_user_sees_one_line_and_a_status_and_no_traceback(run_folder, tmp_path, monkeypatch, capsys):
+    arguments = ['validate.py', '--checkpoint', run_folder / 'best', '--device', 'cpu', '-j', '0', '--results-dir',
+                 tmp_path]
+    done = run_script(*arguments, '--split', 'test[:5]', '--std', '0')
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('validate.py: error: logits are not finite')
+    assert 'Traceback' not in done.stderr
+
+    monkeypatch.setattr('sys.argv', [*map(str, arguments), '--split', 'dev'])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / 'validate.py'), run_name='__main__')
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith('validate.py: error: digits: no split dev')
+
+
+def test_a_results_folder_that_cannot_be_made_is_told_before_the_evaluation(run_folder, evaluate, monkeypatch):
+    monkeypatch.setattr(validate, 'collect', lambda *args: pytest.fail('evaluated'))
+    with pytest.raises(UsageError, match='cannot be made'):
+        evaluate('--checkpoint', run_folder / 'best', '--results-dir', run_folder / 'args.yaml' / 'results')
