@@ -494,17 +494,14 @@ def test_sixteen_bits_are_scaled_to_eight(form):
     assert grey.shape == (1, 4, 3) and (abs(grey[0].astype(int) - [[0], [64], [128], [255]]) <= 1).all()
 
 
-def palette(transparent):
-    image = plain((250, 128, 10)).quantize(4)
-    if transparent:
-        image.info['transparency'] = bytes([0, 255, 255, 255])
-    return encoded(image, **({'transparency': bytes([0, 255, 255, 255])} if transparent else {}))
+def palette(**options):
+    return encoded(plain((250, 128, 10)).quantize(4), **options)
 
 
 @pytest.mark.filterwarnings('error::UserWarning')
 @pytest.mark.parametrize('content, expected', [
-    (palette(False), (250, 128, 10)),
-    (palette(True), (250, 128, 10)),
+    (palette(), (250, 128, 10)),
+    (palette(transparency=bytes([40])), (250, 128, 10)),
     (encoded(Image.new('CMYK', (6, 5), (0, 255, 255, 0)), 'JPEG'), (255, 0, 0)),
     (encoded(Image.new('RGBA', (6, 5), (250, 128, 10, 40))), (250, 128, 10)),
     (encoded(Image.new('LA', (6, 5), (77, 40))), (77, 77, 77)),

@@ -449,7 +449,7 @@ def test_labels_are_drawn_by_class_or_by_share_too(train):
     drawn = {}
     for flag, value in (('--labels-per-class', '3'), ('--label-fraction', '0.05')):
         flags = (flag, value, '--epochs', 1, '--train-steps-per-epoch', 1)
-        labels = json.loads((train(flag, *flags, without='--num-labels') / 'labels.json').read_text())
+        labels = json.loads((train(flag.strip('-'), *flags, without='--num-labels') / 'labels.json').read_text())
         drawn[flag] = torch.bincount(torch.tensor(labels['target'])).tolist()
     assert drawn['--labels-per-class'] == [3] * 10
     counts = torch.bincount(data.create_source('digits', None, 'train').targets).tolist()
