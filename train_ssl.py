@@ -104,7 +104,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
-                       help='evaluation split (default: the first of validation, val, test that exists)')
+                       help='evaluation split (default: the first of validation, val, valid, test that exists)')
     group.add_argument('--unlabeled-split', metavar='NAME', default=None,
                        help='split of the unlabeled images; a+b joins two (default: the training split; stl10: '
                             'train+unlabeled)')
@@ -112,8 +112,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
     group.add_argument('--extra-val-dir', metavar='DIR', default=None, help='as --data-dir, for --extra-val')
-    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hfds/)')
-    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hfds/)')
+    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hub, parquet, arrow)')
+    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hub, parquet, arrow)')
     group.add_argument('--class-map', metavar='FILE', default='', help='timm\'s class map (image folders)')
     group.add_argument('--skip-missing', action=flag, default=False,
                        help='leave out images of WebVision\'s lists that are not there, instead of stopping')
@@ -241,7 +241,8 @@ def create_parser() -> argparse.ArgumentParser:
                             'which saves a third of the arithmetic; they and the rest then have batch-norm statistics '
                             'of their own, and the running ones move twice a step')
     group.add_argument('--hflip', type=float, metavar='P', default=None,
-                       help='probability of mirroring a training image (default: 0.5; 0 for digits)')
+                       help='probability of mirroring a training image (default: 0.5; 0 for svhn and the sets of '
+                            'digits)')
 
     group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
@@ -1436,7 +1437,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
-    train, unlabeled, evaluation = sources = open_sources(args)
+    with accelerator.main_process_first():  # downloads and caches are written once
+        train, unlabeled, evaluation = sources = open_sources(args)
     num_classes = count_classes(args, train, evaluation)
     model = build_model(args, num_classes + (args.algorithm == 'marginmatch'))
     data_config = resolve_data(args, model)
@@ -1489,6 +1491,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             dataset=args.dataset,
             split=args.train_split,
             num_classes=num_classes,
+            num_images=len(train),
             seed=args.seed if args.label_seed is None else args.label_seed,
         ))
 

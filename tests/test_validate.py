@@ -106,17 +106,19 @@ def photographs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def comparison(run_folder, sharp_folder, photographs) -> tuple[Path, str]:
-    """Two checkpoints compared as a user does, in a process of its own: the results folder and what was printed."""
+    """Two checkpoints compared as a user does, on two processes: the results folder and what was printed."""
     folder = run_folder.parent / 'results'
-    done = run_script('validate.py', *report_arguments([run_folder, sharp_folder], photographs, folder))
+    arguments = report_arguments(run_folder, sharp_folder, photographs)
+    done = run_script('validate.py', *arguments, '-b', '64', '--results-dir', folder, processes=2)
     assert done.returncode == 0, done.stderr
+    assert '2 process(es)' in done.stderr
     return folder, done.stdout
 
 
-def report_arguments(folders, photographs, results) -> tuple:
+def report_arguments(run_folder: Path, sharp_folder: Path, photographs: Path) -> tuple:
     return (
-        '--checkpoint', *(folder / 'best' for folder in folders), '--calibration-split', 'train[:649]', '--ood-dataset',
-        photographs, '--save-logits', '--device', 'cpu', '-j', '0', '--bootstrap', '50', '--results-dir', results,
+        '--checkpoint', run_folder / 'best', sharp_folder / 'best', '--calibration-split', 'train[:649]',
+        '--ood-dataset', photographs, '--save-logits', '-j', '0', '--bootstrap', '50',
     )
 
 
@@ -146,12 +148,10 @@ def test_predictions_are_those_of_the_model_in_the_order_of_the_images(run_folde
     assert {key: found[key] for key in expected} == pytest.approx(dict(expected))
 
 
-def test_two_processes_give_the_same_digits_as_one(run_folder, photographs, comparison, tmp_path):
-    done = run_script('validate.py', *report_arguments([run_folder], photographs, tmp_path), '-b', '64', processes=2)
-    assert done.returncode == 0, done.stderr
-    assert '2 process(es)' in done.stderr
-    for name in ('metrics.json', 'predictions.parquet'):
-        assert (comparison[0] / 'run' / name).read_bytes() == (tmp_path / name).read_bytes(), name
+def test_two_processes_give_the_same_digits_as_one(run_folder, sharp_folder, photographs, comparison, evaluate):
+    folder = evaluate(*report_arguments(run_folder, sharp_folder, photographs))
+    for name in ('comparison.csv', 'ood.csv', 'run/metrics.json', 'sharp/metrics.json', 'run/predictions.parquet'):
+        assert (comparison[0] / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_no_batch_is_smaller_than_the_others(run_folder):
