@@ -96,7 +96,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('Checkpoints')
     group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
                        help='folders of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '
-                            'config.json; or weight files of timm\'s train.py. Several are compared')
+                            'config.json; or weight files of timm\'s train.py. Several are compared. best/ was chosen '
+                            'by the score on the run\'s evaluation split: on that split, report last/')
     group.add_argument('-m', '--model', metavar='NAME', default=None,
                        help='timm model of the weight files (default: that of the args.yaml beside them), or with '
                             '--pretrained the model to evaluate')
@@ -112,13 +113,13 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset', metavar='NAME', default=None, help='as train_ssl.py --dataset')
     group.add_argument('--data-dir', metavar='DIR', default=None, help='as train_ssl.py --data-dir')
     group.add_argument('--split', '--val-split', dest='val_split', metavar='NAME', default=None,
-                       help='split to evaluate (default: the run\'s, else the first of validation, val, test that '
-                            'exists)')
+                       help='split to evaluate (default: the run\'s, else the first of validation, val, valid, test '
+                            'that exists)')
     group.add_argument('--train-split', metavar='NAME', default=None,
                        help='training split, to which labels.json refers (default: the run\'s, else train)')
     group.add_argument('--dataset-download', action=flag, default=None, help='let torchvision download (torch/)')
-    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hfds/)')
-    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hfds/)')
+    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hub, parquet, arrow)')
+    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hub, parquet, arrow)')
     group.add_argument('--class-map', metavar='FILE', default=None, help='timm\'s class map (image folders)')
     group.add_argument('--skip-bad-images', action=flag, default=None,
                        help='leave out images that cannot be decoded, and count them, instead of stopping')
@@ -142,16 +143,17 @@ def create_validate_parser() -> argparse.ArgumentParser:
         'on other images than those evaluated: what is found among these, by content, is left out of the fit.',
     )
     group.add_argument('--calibration-split', metavar='NAME', default=None,
-                       help='fit on this split of the same data set, with its labels; hfds/ and digits take slices, as '
-                            'train[:10%%], also of the split evaluated: --split "test[20%%:]" --calibration-split '
-                            '"test[:20%%]". The labeled images of the compared runs are left out. Images that a run '
-                            'saw without their labels are not: their labels are labels that the run did not have')
+                       help='fit on this split of the same data set, with its labels; all but torchvision\'s sets take '
+                            'slices, as train[:10%%], also of the split evaluated: --split "test[20%%:]" '
+                            '--calibration-split "test[:20%%]". The labeled images of the compared runs are left out. Images '
+                            'that a run saw without their labels are not: these are labels that it did not have')
     group.add_argument('--calibration-from-labeled', metavar='FILE', nargs='?', const='', default=None,
                        help='fit on labeled images of the training split: those that FILE lists, a file like a run\'s '
                             'labels.json, or without FILE the run\'s own. On its own labeled images a model is nearly '
                             'always right, and the fit takes this for calibration: expect a temperature that is too '
                             'low, even at its bound. For an honest fit without more labels, train on a part of them '
-                            '(train_ssl.py --labels-file) and give the rest here')
+                            '(train_ssl.py --labels-file) and give the rest here; unless it is taken out of the '
+                            'unlabeled set, the run then still sees it there')
     group.add_argument('--save-temperature', action=flag, default=False,
                        help='store the temperature, by which logits are to be divided, in the config.json of each '
                             'checkpoint folder, as calibration.temperature; a later report without a fit shows it')
@@ -162,7 +164,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
                             'folders of images or .parquet files, of which all are taken unless --ood-split is given')
     group.add_argument('--ood-data-dir', metavar='DIR', default=None, help='as --data-dir, for --ood-dataset')
     group.add_argument('--ood-split', metavar='NAME', default=None,
-                       help='default: the first of validation, val, test that exists')
+                       help='default: the first of validation, val, valid, test that exists')
 
     group = parser.add_argument_group('Device and loading')
     group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],
@@ -284,6 +286,7 @@ def open_source(data: Namespace, split: str | None) -> Source:
         target_key=data.target_key,
         class_map=data.class_map,
         download=data.dataset_download,
+        skip_missing=data.skip_missing,
     )
 
 
@@ -977,7 +980,8 @@ def evaluate_checkpoint(
     labeled = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
     if labels_file is not None:
-        train = open_source(data, data.train_split)
+        with accelerator.main_process_first():
+            train = open_source(data, data.train_split)
         index, targets = read_labels(labels_file, train.targets, model.num_classes)
         if args.calibration_from_labeled is not None and own_file is not None:
             trained = read_labels(own_file, train.targets, model.num_classes)[0]
@@ -1005,12 +1009,13 @@ def main(args: Namespace) -> None:
     names = name_checkpoints(checkpoints) if args.checkpoint else [args.model.replace('/', '_')]
     chosen = [choose_data(args, run) for run in runs]
     data = agree_on_data(names, chosen)
-    images = Images(
-        data,
-        open_source(data, data.val_split),
-        open_source(data, args.calibration_split) if args.calibration_split else None,
-        {name: open_ood_source(args, name) for name in args.ood_dataset},
-    )
+    with accelerator.main_process_first():  # downloads and caches are written once
+        images = Images(
+            data,
+            open_source(data, data.val_split),
+            open_source(data, args.calibration_split) if args.calibration_split else None,
+            {name: open_ood_source(args, name) for name in args.ood_dataset},
+        )
     if data.val_split is None:
         data.val_split = images.test.name.rpartition(' ')[2]  # the one that create_source found
     if accelerator.is_main_process:
