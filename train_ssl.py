@@ -52,6 +52,7 @@ from data import (
     EndlessBatches,
     ImageError,
     RunError,
+    Source,
     UsageError,
     ViewDataset,
     build_views,
@@ -1298,22 +1299,25 @@ def unlabeled_split(args: argparse.Namespace) -> str:
     return args.unlabeled_split or KNOWN.get(args.dataset, {}).get('unlabeled_split', args.train_split)
 
 
-def open_sources(args: argparse.Namespace) -> tuple:
+def open_source(args: argparse.Namespace, split: str | None) -> Source:
+    """A split of --dataset."""
+    return create_source(
+        args.dataset,
+        args.data_dir,
+        split,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        skip_missing=args.skip_missing,
+    )
+
+
+def open_sources(args: argparse.Namespace) -> tuple[Source, Source, Source]:
     """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
-    def source(split):
-        return create_source(
-            args.dataset,
-            args.data_dir,
-            split,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            skip_missing=args.skip_missing,
-        )
-    train = source(args.train_split)
-    unlabeled = train if unlabeled_split(args) == args.train_split else source(unlabeled_split(args))
-    return train, unlabeled, source(args.val_split)
+    train = open_source(args, args.train_split)
+    unlabeled = train if unlabeled_split(args) == args.train_split else open_source(args, unlabeled_split(args))
+    return train, unlabeled, open_source(args, args.val_split)
 
 
 def count_classes(args: argparse.Namespace, train, evaluation) -> int:

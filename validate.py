@@ -71,7 +71,7 @@ from metrics import (
     reliability_diagram,
     risk_coverage_diagram,
 )
-from train_ssl import DataConfig, Feed, create_parser, replace_file, setup_accelerator
+from train_ssl import DataConfig, Feed, create_parser, open_source, replace_file, setup_accelerator
 
 _logger = logging.getLogger('validate')
 
@@ -145,8 +145,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--calibration-split', metavar='NAME', default=None,
                        help='fit on this split of the same data set, with its labels; all but torchvision\'s sets take '
                             'slices, as train[:10%%], also of the split evaluated: --split "test[20%%:]" '
-                            '--calibration-split "test[:20%%]". The labeled images of the compared runs are left out. Images '
-                            'that a run saw without their labels are not: these are labels that it did not have')
+                            '--calibration-split "test[:20%%]". The labeled images of the compared runs are left out. '
+                            'Images that a run saw unlabeled are not: their labels are ones that it did not have')
     group.add_argument('--calibration-from-labeled', metavar='FILE', nargs='?', const='', default=None,
                        help='fit on labeled images of the training split: those that FILE lists, a file like a run\'s '
                             'labels.json, or without FILE the run\'s own. On its own labeled images a model is nearly '
@@ -275,19 +275,6 @@ def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
     if not first.dataset and not first.data_dir:
         raise UsageError(f'{names[0]} comes without a run\'s args.yaml: give --dataset')
     return first
-
-
-def open_source(data: Namespace, split: str | None) -> Source:
-    return create_source(
-        data.dataset,
-        data.data_dir,
-        split,
-        input_key=data.input_key,
-        target_key=data.target_key,
-        class_map=data.class_map,
-        download=data.dataset_download,
-        skip_missing=data.skip_missing,
-    )
 
 
 def split_names(split: str) -> set[str]:
