@@ -96,6 +96,7 @@ TORCHVISION = {
 }
 # Where evaluation looks when no split is named: the first of these that exists.
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
+KEEP_DECODED = 64 * 2 ** 20  # bytes; a worker keeps the decoded images of a set that is smaller
 INDEX_FROM = 50_000  # image files from which on their listing is kept on disk
 
 
@@ -847,16 +848,25 @@ class ViewDataset(torch.utils.data.Dataset):
         self.source, self.views, self.seed, self.stream, self.skip_bad = source, views, seed, stream, skip_bad
         self.index = torch.arange(len(source)) if index is None else index
         self.targets = source.targets[self.index] if targets is None else targets
+        self.decoded = {}
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def _image(self, index: int) -> Image.Image:
+        if index in self.decoded:
+            return self.decoded[index]
+        image = self.source.image(index)
+        if 3 * image.width * image.height * len(self) <= KEEP_DECODED:
+            self.decoded[index] = image
+        return image
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict | ImageError:
         data_pass, i = key if isinstance(key, tuple) else (0, key)
         skipped = -1
         for _ in range(len(self)):
             try:
-                image = self.source.image(int(self.index[i]))
+                image = self._image(int(self.index[i]))
             except ImageError as error:
                 if not self.skip_bad:
                     return error

@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 train() {
     python "$here/train_ssl.py" --dataset digits --train-split 'train[:200]' --num-labels 20 --model wide_resnet10_1 \
         --bn-momentum 0.1 --batch-size 8 --mu 4 --epochs 8 --train-steps-per-epoch 200 --calmix-warmup-epochs 4 \
-        --calmix-weight 0.5 --model-ema-warmup --workers 1 --device cpu --log-interval 200 --val-interval 4 \
+        --calmix-weight 0.5 --model-ema-warmup --workers 2 --device cpu --log-interval 200 --val-interval 4 \
         --output "$output" --resume auto "$@" > /dev/null
 }
 
