@@ -38,7 +38,7 @@ def write_report(runs: list[dict], output: Path) -> str:
     output.mkdir(parents=True, exist_ok=True)
     rows = [{'run': run['run'], **{key: f'{run[key]:.4f}' for key in COLUMNS[1:]}} for run in runs]
     with open(output / 'comparison.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
     panels = []

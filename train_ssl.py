@@ -1087,19 +1087,27 @@ def train_one_epoch(run: Run, epoch: int, labeled_batches, unlabeled_batches, sa
 
 
 @torch.no_grad()
-def validate(model: nn.Module, feed: Feed, accelerator: Accelerator, num_classes: int) -> EvalMeter:
+def validate(
+        model: nn.Module,
+        feed: Feed,
+        accelerator: Accelerator,
+        num_classes: int,
+        batch_size: int,
+) -> EvalMeter:
     """Measures a model on this process's part of the images and joins the processes: every image counts once.
 
+    Short batches are filled up, since the last digits of logits depend on the size of the batch that they are in.
     Every module's mode is put back, and no statistic changes.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     meter = EvalMeter(num_classes, accelerator.device)
     for batch in feed:
-        good = batch['skipped'] < 0
+        good, image = batch['skipped'] < 0, batch['image']
         with accelerator.autocast():
-            logits = model(batch['image'][good])[:, :num_classes]  # without MarginMatch's virtual class
-        meter.update(logits.float(), batch['target'][good])
+            logits = model(F.pad(image, (0, 0) * 3 + (0, batch_size - len(image))))[:len(image)]
+        # Without MarginMatch's virtual class, and without the images that stand in for broken ones.
+        meter.update(logits[good, :num_classes].float(), batch['target'][good])
     for module, mode in modes:
         module.training = mode
     meter.sync(lambda state: accelerator.reduce(state, 'sum'))
@@ -1286,7 +1294,7 @@ def write_summary(path: Path, row: dict) -> None:
 
     def write(part):
         with open(part, 'w', newline='') as file:
-            writer = csv.DictWriter(file, SUMMARY_COLUMNS)
+            writer = csv.DictWriter(file, SUMMARY_COLUMNS, lineterminator='\n')
             writer.writeheader()
             writer.writerows([*rows, row])
 
@@ -1515,9 +1523,11 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         feeds.append(feed(datasets.unlabeled, args.batch_size * args.mu, args.workers, 'unlabeled'))
     labeled_batches, unlabeled_batches = iter(labeled_feed), iter(feeds[-1])
 
+    eval_batch_size = args.validation_batch_size or 4 * args.batch_size
+
     def eval_feed(dataset):
-        batches = evaluation_batches(len(dataset), args.validation_batch_size or 4 * args.batch_size,
-                                     accelerator.process_index, accelerator.num_processes)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batches = evaluation_batches(len(dataset), eval_batch_size, rank, world)
         loader = create_loader(dataset, batches, args.workers, args.pin_mem)
         return Feed(loader, data_config, accelerator.device, args.channels_last)
 
@@ -1547,7 +1557,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         train_metrics = run.monitor.read()
         run.monitor.reset()
         if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-            meters = [validate(run.eval_model, f, accelerator, num_classes) for f in eval_feeds]
+            meters = [validate(run.eval_model, f, accelerator, num_classes, eval_batch_size) for f in eval_feeds]
             metrics = meters[0].compute()
             skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
             train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)

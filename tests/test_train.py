@@ -313,7 +313,7 @@ def test_evaluation_leaves_mode_statistics_and_random_state_alone(train):
     config = train_ssl.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
     dataset = data.ViewDataset(source, {'image': views['eval']}, torch.arange(9))
     feed = train_ssl.Feed(data.create_loader(dataset, data.evaluation_batches(9, 2)), config, accelerator.device, False)
-    assert train_ssl.validate(model, feed, accelerator, 10).compute()['count'] == 9
+    assert train_ssl.validate(model, feed, accelerator, 10, 2).compute()['count'] == 9
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.training and not model.layer1.training and model.layer2.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -336,7 +336,7 @@ for number, batch_size in ((9, 2), (3, 4), (1, 1)):
     dataset = data.ViewDataset(source, {{'image': views['eval']}}, torch.arange(number))
     batches = data.evaluation_batches(number, batch_size, accelerator.process_index, accelerator.num_processes)
     feed = train_ssl.Feed(data.create_loader(dataset, batches), config, accelerator.device, False)
-    results.append(train_ssl.validate(model, feed, accelerator, 10).compute())
+    results.append(train_ssl.validate(model, feed, accelerator, 10, batch_size).compute())
 if accelerator.is_main_process:
     import json
     print(json.dumps([accelerator.num_processes, results]))
