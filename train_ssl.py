@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -954,12 +955,8 @@ class Monitor:
         self.bad = torch.where((self.bad[0] < 0) & ~terms['loss'].isfinite(), note, self.bad)
         self.sums = self.sums + row
 
-    def read(self, since_last: bool = False) -> dict[str, float]:
-        """Means over all processes, of the epoch or since the last reading.
-
-        Raises:
-            RunError: If the loss of a process was not finite.
-        """
+    def check(self) -> None:
+        """Raises RunError, on every process, if the loss of one was not finite."""
         for rank, bad in enumerate(self.accelerator.gather(self.bad[None]).tolist()):
             if bad[0] >= 0:
                 parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.TERMS[1:4], bad[2:5]))
@@ -967,6 +964,10 @@ class Monitor:
                     f'the loss is not finite at update {bad[0]:.0f} on process {rank} ({parts}); nothing was saved '
                     'since. Try a lower --lr, --clip-grad 1, or without --amp'
                 )
+
+    def read(self, since_last: bool = False) -> dict[str, float]:
+        """Means over all processes, of the epoch or since the last reading, after a check."""
+        self.check()
         sums = self.accelerator.reduce(self.sums, 'sum')
         total = (sums - self.seen if since_last else sums).tolist()
         self.seen = sums
@@ -1027,7 +1028,7 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
         labeled = next(labeled_batches)
         last = micro_step == args.grad_accum_steps - 1
         # Gradients are exchanged in the last backward pass only.
-        with accelerator.no_sync(run.model) if not last else torch.enable_grad():
+        with nullcontext() if last else accelerator.no_sync(run.model):
             if args.algorithm == 'supervised':
                 terms = supervised_step(run.model, labeled, args)
             else:
@@ -1157,6 +1158,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
 
     One file, renamed into place: there is no moment at which the newest checkpoint is incomplete.
     """
+    run.monitor.check()
     state = dict(
         model=run.timm_model.state_dict(),
         optimizer=run.optimizer.state_dict(),

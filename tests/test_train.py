@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, TINY, run_script
 from safetensors.torch import load_file
 from torch import nn
@@ -557,6 +558,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over_good_wei
     with pytest.raises(RunError, match=r'not finite at update \d+ on process 0 \(loss_labeled .*--lr'):
         train('run', '--epochs', 2, '--lr', '1e30', '--resume', 'auto')
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_no_checkpoint_is_written_of_weights_after_a_loss_that_is_not_finite(train, tmp_path):
+    with pytest.raises(RunError, match='not finite'):
+        train('run', '--lr', '1e30', '--log-interval', 99, *EVERY_UPDATE)
+    for path in train_ssl.list_checkpoints(tmp_path / 'run'):
+        model = train_ssl.read_checkpoint(path)['model']
+        assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+def test_an_update_that_float16_skipped_moves_neither_schedule_nor_average_and_is_counted(train, monkeypatch):
+    """The third update overflows: nine steps are taken for the eight updates."""
+    steps, averages = [], []
+    step, average = AcceleratedOptimizer.step, timm.utils.ModelEmaV3.update
+
+    def skipping(self, closure=None):
+        steps.append(self)
+        self._is_overflow = len(steps) == 3
+        if not self._is_overflow:
+            step(self, closure)
+
+    def counting(self, model, step=None):
+        averages.append(step)
+        average(self, model, step)
+
+    monkeypatch.setattr(AcceleratedOptimizer, 'step', skipping)
+    monkeypatch.setattr(timm.utils.ModelEmaV3, 'update', counting)
+    rows = summary(train('run', *CALMIX))
+    assert len(steps) == 9 and averages == list(range(1, 9))
+    assert [row['num_updates'] for row in rows] == ['4', '8']
+    assert [row['train_skipped_updates'] for row in rows] == ['1', '1']
+    assert float(rows[-1]['lr']) == pytest.approx(0.005853, abs=1e-6)
 
 
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):
