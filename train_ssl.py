@@ -1256,15 +1256,15 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         setattr(run, key, state[key])
 
 
-def without_virtual_class(model: nn.Module) -> nn.Module:
-    """Copy of a MarginMatch network that has the data set's classes only."""
-    model = copy.deepcopy(model)
-    wide = model.get_classifier()
-    model.reset_classifier(wide.out_features - 1)
-    narrow = model.get_classifier().to(wide.weight.device)
-    with torch.no_grad():
-        narrow.weight.copy_(wide.weight[:-1])
-        narrow.bias.copy_(wide.bias[:-1])
+def exportable(run: Run) -> nn.Module:
+    """Copy of the evaluated network as timm loads it: contiguous weights, without MarginMatch's virtual class."""
+    model = copy.deepcopy(run.eval_model).to('cpu', memory_format=torch.contiguous_format)
+    if isinstance(run.method, MarginMatch):
+        wide = model.get_classifier()
+        model.reset_classifier(run.method.num_classes)
+        with torch.no_grad():
+            for name, parameter in model.get_classifier().named_parameters():
+                parameter.copy_(getattr(wide, name)[:-1])
     return model
 
 
@@ -1274,7 +1274,7 @@ def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict
     scratch = folder / 'part'
     try:
         save_for_hf(
-            without_virtual_class(run.eval_model) if isinstance(run.method, MarginMatch) else run.eval_model,
+            exportable(run),
             scratch,
             safe_serialization=True,
             data_config=dict(vars(data_config)),

@@ -290,6 +290,19 @@ def test_a_compiled_network_trains_like_the_plain_one(train):
     assert all(torch.allclose(weights(plain)[k], weights(compiled)[k], atol=1e-4) for k in weights(plain))
 
 
+@pytest.mark.parametrize('flags', [('--amp',), ('--channels-last',), ('--clip-grad', 1), ('--weak-forward', 'no-grad')])
+def test_precision_layout_clipping_and_the_cheaper_forward_train_and_export(train, flags):
+    folder = train('run', *CALMIX, *flags)
+    assert math.isfinite(float(summary(folder)[-1]['train_loss_mixup']))
+    assert timm.create_model(f'local-dir:{folder / "last"}', pretrained=True).num_classes == 10
+    assert all(tensor.dtype != torch.bfloat16 for tensor in weights(folder).values())
+
+
+def test_every_image_labeled_and_excluded_leaves_nothing_unlabeled(train):
+    with pytest.raises(UsageError, match='no unlabeled image is left'):
+        train('run', '--exclude-labeled', without='--num-labels')
+
+
 def test_tensorboard_receives_every_evaluation(train):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
