@@ -1125,8 +1125,8 @@ def replace_file(path: Path, write) -> None:
         with open(part, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, 'strerror', None) or error
         raise RunError(f'{path} cannot be written: {reason}; what was saved before is intact') from error
     finally:
         part.unlink(missing_ok=True)
@@ -1282,8 +1282,8 @@ def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict
         for name in ('model.safetensors', 'config.json'):
             os.replace(scratch / name, folder / name)
         scratch.rmdir()
-    except OSError as error:
-        raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
+    except (OSError, SafetensorError) as error:
+        raise RunError(f'{folder} cannot be written: {getattr(error, "strerror", None) or error}') from error
     replace_file(folder / 'metrics.json', lambda part: part.write_text(json.dumps(metrics, indent=1) + '\n'))
 
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -610,6 +611,21 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith('train_ssl.py: error: --model resnet500: timm has no such')
     assert 'Traceback' not in result.stderr and result.stdout == ''
+
+
+def test_a_full_disk_stops_a_run_in_one_line_and_leaves_no_half_written_file(tmp_path):
+    """Files may grow to 250 kB, which the weights exceed."""
+    command = [sys.executable, ROOT / 'train_ssl.py', *TINY, '--output', tmp_path, '--experiment', 'run']
+    result = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000)),
+    )
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    assert 'cannot be written' in result.stderr.strip().splitlines()[-1]
+    assert not list((tmp_path / 'run').glob('*.part'))
 
 
 def test_a_corrupt_image_stops_a_run_with_its_name_and_exit_code_1(tmp_path):
