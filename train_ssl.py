@@ -1551,6 +1551,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     first_epoch = run.num_updates // args.train_steps_per_epoch
     if first_epoch >= args.epochs:
         _logger.info(f'{folder} is finished')
+        accelerator.end_training()
         return json.loads((folder / 'last' / 'metrics.json').read_text())
     for epoch in range(first_epoch, args.epochs):
         train_one_epoch(
@@ -1609,14 +1610,22 @@ def record_evaluation(
         write_weights(run, folder / 'best', data_config, content)
 
 
+def exit_with(error: UsageError | RunError) -> None:
+    """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault."""
+    code = 2 if isinstance(error, UsageError) else 1
+    # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
+    if code == 1 or os.environ.get('RANK', '0') == '0':
+        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        os._exit(code)  # others may wait in a collective, on which an orderly exit would hang or abort
+    sys.exit(code)
+
+
 if __name__ == '__main__':
     setup_default_logging()
     try:
         result = main(_parse_args())
     except (UsageError, RunError) as error:
-        # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
-        if isinstance(error, RunError) or os.environ.get('RANK', '0') == '0':
-            print(f'train_ssl.py: error: {error}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        exit_with(error)
     if os.environ.get('RANK', '0') == '0':
         print(f'--result\n{json.dumps(result, indent=4)}')

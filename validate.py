@@ -71,7 +71,7 @@ from metrics import (
     reliability_diagram,
     risk_coverage_diagram,
 )
-from train_ssl import DataConfig, Feed, create_parser, open_source, replace_file, setup_accelerator
+from train_ssl import DataConfig, Feed, create_parser, exit_with, open_source, replace_file, setup_accelerator
 
 _logger = logging.getLogger('validate')
 
@@ -1023,7 +1023,4 @@ if __name__ == '__main__':
     try:
         main(_parse_args())
     except (UsageError, RunError) as error:
-        # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
-        if isinstance(error, RunError) or os.environ.get('RANK', '0') == '0':
-            print(f'validate.py: error: {error}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        exit_with(error)

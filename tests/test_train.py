@@ -354,7 +354,8 @@ for number, batch_size in ((9, 2), (3, 4), (1, 1)):
     results.append(train_ssl.validate(model, feed, accelerator, 10, batch_size).compute())
 if accelerator.is_main_process:
     import json
-    print(json.dumps([accelerator.num_processes, results]))
+    print(json.dumps([accelerator.num_processes, results]), flush=True)
+accelerator.end_training()
 '''
 
 
@@ -611,6 +612,13 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith('train_ssl.py: error: --model resnet500: timm has no such')
     assert 'Traceback' not in result.stderr and result.stdout == ''
+
+
+def test_a_mistake_on_two_processes_is_told_once_and_both_exit_with_2(tmp_path):
+    result = run_script('train_ssl.py', *TINY, '--val-split', 'dev', '--output', tmp_path, processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count('train_ssl.py: error: digits: no split dev') == 1
+    assert 'exitcode  : 2 ' in result.stderr and 'SIGABRT' not in result.stderr
 
 
 def test_a_full_disk_stops_a_run_in_one_line_and_leaves_no_half_written_file(tmp_path):
