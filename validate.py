@@ -21,8 +21,6 @@ import csv
 import hashlib
 import json
 import logging
-import os
-import sys
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
