@@ -648,7 +648,7 @@ class FixMatch(nn.Module):
 
 
 class FlexMatch(nn.Module):
-    """FixMatch with a threshold for each class that grows as the class is learned (arXiv 2110.08263, eq. 5 to 11).
+    """FixMatch with a threshold for each class that grows as the class is learned (arXiv 2110.08263).
 
     The table holds each image's last prediction that passed the fixed threshold, -1 before there is one. The images
     still at -1 count in the denominator, which warms the thresholds up.
@@ -680,7 +680,7 @@ class FlexMatch(nn.Module):
 
 
 class SoftMatch(nn.Module):
-    """Truncated Gaussian of the confidence, with uniform alignment (arXiv 2301.10921, eq. 6 to 9 and 11).
+    """Truncated Gaussian of the confidence, with uniform alignment (arXiv 2301.10921).
 
     1 above the running mean of the confidence; below it falls off with half the running deviation (n_sigma = 2). The
     statistics are those of the plain confidence, as in the paper; the published code takes the aligned one's.
@@ -709,7 +709,7 @@ class SoftMatch(nn.Module):
 
 
 class FreeMatch(nn.Module):
-    """Thresholds from the running confidence, global and by class (arXiv 2205.07246, eq. 5 to 7); a fairness term."""
+    """Thresholds from the running confidence, global and by class (arXiv 2205.07246); a fairness term."""
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__()
@@ -728,7 +728,7 @@ class FreeMatch(nn.Module):
         return (confidence >= thresholds[label]).float()
 
     def fairness(self, strong_logits: torch.Tensor, weight: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-        """Fairness term (eq. 10 to 12), from a process's own strong logits `[U, K]` and weights `[U]`: scalar.
+        """Fairness term, from a process's own strong logits `[U, K]` and weights `[U]`: scalar.
 
         Its batch means are those of all processes. The gradient of a mean flows through the own part of it alone, and
         averaging the gradients over the processes then gives that of the joined batch.
@@ -815,7 +815,7 @@ ALGORITHMS = {
 
 
 def logit_margin_penalty(logits: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean over `[U, K]` of what the top logit exceeds the others by beyond the margin (arXiv 2403.15567, eq. 11)."""
+    """Mean over `[U, K]` of what the top logit exceeds the others by beyond the margin (arXiv 2403.15567)."""
     return F.relu(logits.amax(1, keepdim=True) - logits - margin).mean()
 
 
