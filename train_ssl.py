@@ -543,8 +543,8 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
 
 
 @dataclass
-class Batches:
-    """Loaders of a run, and what the bank must know of them."""
+class Datasets:
+    """Sets of a run with their views, and what the bank must know of them."""
     labeled: ViewDataset
     unlabeled: ViewDataset | None
     evaluation: ViewDataset
@@ -553,7 +553,7 @@ class Batches:
     source_index: torch.Tensor  # [L] int64, the labeled images' positions in the training split
 
 
-def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, data_config: DataConfig) -> Batches:
+def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, data_config: DataConfig) -> Datasets:
     """Draws or reads the labels, and wraps the sources in their views."""
     train, unlabeled, evaluation = sources
     if args.labels_file:
@@ -592,7 +592,7 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
             extra, {'image': views['eval']}, *match_classes(extra, train.class_names, num_classes), **common,
         )
     if args.algorithm == 'supervised':
-        return Batches(labeled_set, None, evaluation_set, extra_set, None, index)
+        return Datasets(labeled_set, None, evaluation_set, extra_set, None, index)
     unlabeled_index = torch.arange(len(unlabeled))
     position = None
     if unlabeled is train or unlabeled_split(args).startswith(args.train_split + '+'):
@@ -604,7 +604,7 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
         raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
     views = {name: views[name] for name in ('weak', 'strong')[:1 if args.algorithm == 'pseudo_label' else 2]}
     unlabeled_set = ViewDataset(unlabeled, views, unlabeled_index, stream='unlabeled', **common)
-    return Batches(labeled_set, unlabeled_set, evaluation_set, extra_set, position, index)
+    return Datasets(labeled_set, unlabeled_set, evaluation_set, extra_set, position, index)
 
 
 class Feed:
@@ -1342,7 +1342,7 @@ def count_classes(args: argparse.Namespace, train, evaluation) -> int:
     return num_classes
 
 
-def build_calmix(args: argparse.Namespace, datasets: Batches, num_classes: int) -> CalibrateMix | None:
+def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int) -> CalibrateMix | None:
     if not args.calibratemix:
         return None
     updates = args.epochs * args.train_steps_per_epoch
