@@ -31,11 +31,9 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps
 from pyarrow import csv
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.data.auto_augment import AugmentOp
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision import datasets as tv_datasets
-from torchvision import transforms
 
 _logger = logging.getLogger(__name__)
 
@@ -97,6 +95,8 @@ TORCHVISION = {
 # Where evaluation looks when no split is named: the first of these that exists.
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 KEEP_DECODED = 64 * 2 ** 20  # bytes; a worker keeps the decoded images of a set that is smaller
+HOLD_DECODED = 2 * 2 ** 30  # bytes; small images of one size are held decoded, once for all workers, up to this
+SMALL = 96  # pixels; a larger side pays little for batched views and much for the memory
 INDEX_FROM = 50_000  # image files from which on their listing is kept on disk
 
 
@@ -879,8 +879,97 @@ class ViewDataset(torch.utils.data.Dataset):
         return ImageError(f'none of the {len(self)} images can be decoded')
 
 
-def collate(items: list) -> dict | ImageError:
+class BatchDataset(ViewDataset):
+    """A set whose images are held decoded; DataLoader takes whole batches of it, by a list of keys.
+
+    Args:
+        dataset: The set, with its seed and stream.
+        pixels: `[n, ...]` uint8, as `decode_all` returns it.
+        shown: `[n]` int64, likewise.
+        views: A `views.BatchViews`, or None: the pixels are the view `image` already.
+        defer: Leaves the views to whoever has the batch on a GPU: it then holds pixels and numbers, their arguments.
+    """
+
+    def __init__(
+            self,
+            dataset: ViewDataset,
+            pixels: torch.Tensor,
+            shown: torch.Tensor,
+            views: Callable | None = None,
+            defer: bool = False,
+    ):
+        super().__init__(
+            dataset.source, dataset.views, dataset.index, dataset.targets, dataset.seed, dataset.stream,
+            dataset.skip_bad,
+        )
+        self.pixels, self.shown, self.batch_views, self.defer = pixels, shown, views, defer
+
+    def __getitems__(self, keys: list[int | tuple[int, int]]) -> dict[str, torch.Tensor]:
+        keys = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        asked = torch.tensor([i for _, i in keys])
+        index = self.shown[asked]
+        batch = dict(
+            target=self.targets[index],
+            index=index,
+            skipped=torch.where(index == asked, -1, self.index[asked]),
+        )
+        pixels = self.pixels[index]
+        if self.batch_views is None:
+            return dict(batch, image=pixels)
+        numbers = torch.tensor([
+            self._numbers(data_pass, i) for (data_pass, _), i in zip(keys, index.tolist())
+        ])
+        if self.defer:
+            return dict(batch, pixels=pixels, numbers=numbers)
+        return dict(batch, **self.batch_views(pixels, numbers))
+
+    def _numbers(self, data_pass: int, i: int) -> list[float]:
+        """An image's random numbers, in [0, 1) as float32 too, which has 24 bits."""
+        generator = random.Random(item_seed(self.seed, self.stream, data_pass, i))
+        return [generator.getrandbits(24) * 2. ** -24 for _ in range(self.batch_views.num_numbers)]
+
+
+def decode_all(dataset: ViewDataset, prepare: Callable) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Decodes a whole set, if its images are small, all of one size, and not too many to hold.
+
+    Args:
+        dataset: The set; its views are not read.
+        prepare: What is done with every image, PIL -> PIL or uint8 tensor, without randomness.
+
+    Returns:
+        Pixels `[n, ...]` uint8 and `[n]` int64, the item that is shown in the place of each: itself, or with skip_bad
+        the next one that can be decoded. None if the images are not such.
+
+    Raises:
+        ImageError: If an image cannot be decoded and bad ones are not skipped, or if none can be.
+    """
+    pixels, good = None, torch.zeros(len(dataset), dtype=torch.bool)
+    for i, at in enumerate(dataset.index.tolist()):
+        try:
+            image = np.asarray(prepare(dataset.source.image(at)))
+        except ImageError:
+            if not dataset.skip_bad:
+                raise
+            continue
+        if pixels is None:
+            if max(image.shape) > SMALL or image.size * len(dataset) > HOLD_DECODED:
+                return None
+            pixels = np.zeros((len(dataset), *image.shape), np.uint8)
+        if image.shape != pixels.shape[1:]:
+            return None
+        pixels[i], good[i] = image, True
+    if pixels is None:
+        raise ImageError(f'none of the {len(dataset)} images can be decoded')
+    places = good.nonzero().squeeze(1)
+    # The first good place from i on, beginning again behind the last one.
+    shown = places[torch.searchsorted(places, torch.arange(len(dataset))) % len(places)]
+    return torch.from_numpy(pixels), shown
+
+
+def collate(items: list | dict) -> dict | ImageError:
     """Batches items. An error travels as a value: raised in a worker, it would arrive as a wall of traceback."""
+    if isinstance(items, dict):  # a BatchDataset's
+        return items
     for item in items:
         if isinstance(item, ImageError):
             return item
@@ -960,135 +1049,3 @@ def evaluation_batches(length: int, batch_size: int, rank: int = 0, num_processe
     """This process's part of a set, in batches: every index exactly once over all processes, without padding."""
     own = range(rank, length, num_processes)
     return [list(own[i:i + batch_size]) for i in range(0, len(own), batch_size)]
-
-
-# --- Views ------------------------------------------------------------------------------------------------------------
-
-class FlipCrop:
-    """Random crop of a square out of an image with a reflected border, and a random mirror image of it.
-
-    torchvision's RandomCrop pads by reflection too, at ten times the cost for a 32-pixel image.
-
-    Args:
-        size: Side of the crop in pixels; the image has at least this height and width.
-        border: Width of the reflected border in pixels, below the image's size.
-        hflip: Probability of mirroring.
-    """
-
-    def __init__(self, size: int, border: int, hflip: float):
-        self.size, self.border, self.hflip = size, border, hflip
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        pixels = np.asarray(image)
-        rows, columns = (self._reflected(length) for length in pixels.shape[:2])
-        if random.random() < self.hflip:
-            columns = columns[::-1]
-        return Image.fromarray(pixels[rows[:, None], columns])
-
-    def _reflected(self, length: int) -> np.ndarray:
-        """Indices of a random window into `length` pixels, mirrored where it leaves them."""
-        start = random.randint(-self.border, length + self.border - self.size)
-        window = np.abs(np.arange(start, start + self.size))
-        return np.where(window < length, window, 2 * (length - 1) - window)
-
-
-# RandAugment's operations as FixMatch uses them (arXiv 2001.07685, appendix), in timm's names.
-STRONG_OPS = (
-    'AutoContrast', 'Brightness', 'Color', 'Contrast', 'Equalize', 'PosterizeOriginal', 'Rotate', 'Sharpness',
-    'ShearX', 'ShearY', 'SolarizeIncreasing', 'TranslateXRel', 'TranslateYRel',
-)
-
-
-def _enhance_factor(level: float, hparams: dict) -> tuple[float]:
-    return 0.05 + 0.09 * level,
-
-
-class StrongAugment:
-    """RandAugment with uniform magnitudes, then Cutout.
-
-    The operations are timm's, their ranges FixMatch's: the enhancements blend with a factor of 0.05 to 0.95 and never
-    exaggerate (timm's reach 1.9). FixMatch's list has the identity as a 14th, which here is each operation's chance of
-    1/14 to do nothing.
-
-    Args:
-        num_ops: Operations an image, drawn with replacement.
-        cutout: Largest side of the blanked square, as a share of the image's; the side is drawn uniformly from zero on,
-            and the square may reach over the edge.
-        fill: Colour of what is blanked or moved in, 8 bits per channel.
-    """
-
-    def __init__(self, num_ops: int, cutout: float, fill: tuple[int, int, int]):
-        hparams = dict(
-            img_mean=fill,
-            translate_pct=0.3,
-            interpolation=Image.Resampling.BILINEAR,
-            magnitude_std=float('inf'),  # timm then draws the magnitude uniformly from 0 to 10, the most
-        )
-        self.ops = [AugmentOp(name, prob=13 / 14, magnitude=10, hparams=hparams) for name in STRONG_OPS]
-        for op in self.ops:
-            if op.name in ('Brightness', 'Color', 'Contrast', 'Sharpness'):
-                op.level_fn = _enhance_factor
-        self.num_ops, self.cutout, self.fill = num_ops, cutout, fill
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        for op in random.choices(self.ops, k=self.num_ops):
-            image = op(image)
-        width, height = image.size
-        side = random.uniform(0, self.cutout) * width
-        x, y = random.uniform(0, width) - side / 2, random.uniform(0, height) - side / 2
-        box = [round(v) for v in (max(x, 0), max(y, 0), min(x + side, width), min(y + side, height))]
-        if box[0] < box[2] and box[1] < box[3]:
-            image.paste(self.fill, box)
-        return image
-
-
-def build_views(
-        img_size: int,
-        mean: Sequence[float],
-        in_chans: int = 3,
-        interpolation: str = 'bilinear',
-        crop_pct: float = 1.0,
-        hflip: float = 0.5,
-        crop_ratio: float = 0.875,
-        num_ops: int = 3,
-        cutout: float = 0.5,
-) -> dict[str, Callable]:
-    """Transforms of METHOD section 5, PIL RGB -> uint8 `[C, S, S]`, by name: weak, strong and eval.
-
-    weak: shorter side to img_size, flip, and a random crop out of a reflected border of `(1 - crop_ratio) * img_size`.
-    strong: the weak one, then RandAugment with uniform magnitudes, then Cutout. eval: timm's.
-
-    Args:
-        img_size: S, pixels.
-        mean: Per channel, of pixels in [0, 1]: the colour of what is blanked.
-        in_chans: 3, or 1 for greyscale.
-        interpolation: timm's name, for resizing.
-        crop_pct: Share of the evaluation image that its centre crop keeps.
-        hflip: Probability of a mirrored training image.
-        crop_ratio: See above; 1 crops nothing.
-        num_ops: Operations a strong view.
-        cutout: Largest side of the blanked square, as a share of img_size; 0 for none.
-
-    Raises:
-        UsageError: If in_chans is neither 1 nor 3, or interpolation unknown.
-    """
-    if in_chans not in (1, 3):
-        raise UsageError(f'--in-chans {in_chans}: expected 1 or 3')
-    modes = [mode.value for mode in transforms.InterpolationMode]
-    if interpolation not in modes:
-        raise UsageError(f'--interpolation {interpolation}: expected one of {", ".join(modes)}')
-    to_tensor = [*([transforms.Grayscale()] if in_chans == 1 else []), transforms.PILToTensor()]
-    geometry = [
-        transforms.Resize(img_size, interpolation=transforms.InterpolationMode(interpolation)),
-        FlipCrop(img_size, int(img_size * (1 - crop_ratio)), hflip),
-    ]
-    fill = tuple(round(255 * m) for m in (mean if len(mean) == 3 else (mean[0],) * 3))
-    # timm's own transform ends in its own PILToTensor, after which there is nothing left to convert.
-    *evaluate, _ = create_transform(
-        img_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False,
-    ).transforms
-    return dict(
-        weak=transforms.Compose([*geometry, *to_tensor]),
-        strong=transforms.Compose([*geometry, StrongAugment(num_ops, cutout, fill), *to_tensor]),
-        eval=transforms.Compose([*evaluate, *to_tensor]),
-    )

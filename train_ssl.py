@@ -50,15 +50,16 @@ import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank
 from data import (
     KNOWN,
+    BatchDataset,
     EndlessBatches,
     ImageError,
     RunError,
     Source,
     UsageError,
     ViewDataset,
-    build_views,
     create_loader,
     create_source,
+    decode_all,
     evaluation_batches,
     item_seed,
     match_classes,
@@ -68,6 +69,7 @@ from data import (
     write_labels,
 )
 from metrics import EvalMeter
+from views import BatchViews, build_views
 
 _logger = logging.getLogger('train')
 
@@ -165,6 +167,10 @@ def create_parser() -> argparse.ArgumentParser:
                             'the first (default: reduce)')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
                        help='loading processes of the unlabeled set, per process (default: 4)')
+    group.add_argument('--aug-device', default='auto', choices=['auto', 'pil', 'cpu', 'cuda'],
+                       help='where views are made: image by image through PIL, or, if the images are small and of one '
+                            'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
+                            'tensors where possible, on the GPU if there is one (default: auto)')
     group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
 
     group = parser.add_argument_group('Optimizer and schedule')
@@ -553,7 +559,13 @@ class Datasets:
     source_index: torch.Tensor  # [L] int64, the labeled images' positions in the training split
 
 
-def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, data_config: DataConfig) -> Datasets:
+def build_datasets(
+        args: argparse.Namespace,
+        sources: tuple,
+        num_classes: int,
+        data_config: DataConfig,
+        views_on_gpu: bool = False,
+) -> Datasets:
     """Draws or reads the labels, and wraps the sources in their views."""
     train, unlabeled, evaluation = sources
     if args.labels_file:
@@ -574,23 +586,32 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
         target = train.targets[index]
         if args.num_labels and args.num_labels % num_classes:
             _logger.info(f'{args.num_labels} labels over {num_classes} classes: some classes get one more than others')
-    views = build_views(
-        data_config.input_size[1],
-        data_config.mean,
+    recipe = dict(
+        img_size=data_config.input_size[1],
+        mean=data_config.mean,
         in_chans=args.in_chans,
-        interpolation=data_config.interpolation,
-        crop_pct=data_config.crop_pct,
         hflip=KNOWN.get(args.dataset, {}).get('hflip', 0.5) if args.hflip is None else args.hflip,
     )
-    common = dict(seed=args.seed, skip_bad=args.skip_bad_images)
-    labeled_set = ViewDataset(train, {'image': views['weak']}, index, target, stream='labeled', **common)
-    evaluation_set = ViewDataset(evaluation, {'image': views['eval']}, **common)
+    views = build_views(interpolation=data_config.interpolation, crop_pct=data_config.crop_pct, **recipe)
+
+    def with_views(kinds, source, index=None, targets=None, stream=''):
+        """A set with views of the named kinds, as batches of tensors where that can be done."""
+        own = {name: views[kind] for name, kind in kinds.items()}
+        dataset = ViewDataset(source, own, index, targets, args.seed, stream, args.skip_bad_images)
+        if args.aug_device == 'pil':
+            return dataset
+        evaluate = 'eval' in kinds.values()
+        decoded = decode_all(dataset, views['eval' if evaluate else 'resize'])
+        if decoded is None:
+            return dataset
+        return BatchDataset(dataset, *decoded, None if evaluate else BatchViews(kinds, **recipe), views_on_gpu)
+
+    labeled_set = with_views({'image': 'weak'}, train, index, target, 'labeled')
+    evaluation_set = with_views({'image': 'eval'}, evaluation)
     extra_set = None
     if args.extra_val:
         extra = create_source(args.extra_val, args.extra_val_dir, None)
-        extra_set = ViewDataset(
-            extra, {'image': views['eval']}, *match_classes(extra, train.class_names, num_classes), **common,
-        )
+        extra_set = with_views({'image': 'eval'}, extra, *match_classes(extra, train.class_names, num_classes))
     if args.algorithm == 'supervised':
         return Datasets(labeled_set, None, evaluation_set, extra_set, None, index)
     unlabeled_index = torch.arange(len(unlabeled))
@@ -602,8 +623,10 @@ def build_datasets(args: argparse.Namespace, sources: tuple, num_classes: int, d
             position = index  # the unlabeled set begins with the whole training split, in its own order
     if not len(unlabeled_index):
         raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
-    views = {name: views[name] for name in ('weak', 'strong')[:1 if args.algorithm == 'pseudo_label' else 2]}
-    unlabeled_set = ViewDataset(unlabeled, views, unlabeled_index, stream='unlabeled', **common)
+    kinds = {'weak': 'weak', 'strong': 'strong'}
+    if args.algorithm == 'pseudo_label':
+        del kinds['strong']
+    unlabeled_set = with_views(kinds, unlabeled, unlabeled_index, stream='unlabeled')
     return Datasets(labeled_set, unlabeled_set, evaluation_set, extra_set, position, index)
 
 
@@ -623,7 +646,10 @@ class Feed:
             if isinstance(batch, ImageError):
                 raise batch
             self.skipped.update(batch['skipped'][batch['skipped'] >= 0].tolist())
+            numbers = batch.pop('numbers', None)
             batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+            if numbers is not None:
+                batch.update(self.loader.dataset.batch_views(batch.pop('pixels'), numbers))
             for key in batch.keys() & {'image', 'weak', 'strong'}:
                 image = batch[key].to(torch.float32, memory_format=self.memory_format)
                 batch[key] = image.sub_(self.mean).div_(self.std)
@@ -1457,7 +1483,10 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     model = build_model(args, num_classes + (args.algorithm == 'marginmatch'))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
-    datasets = build_datasets(args, sources, num_classes, data_config)
+    on_gpu = accelerator.device.type == 'cuda'
+    if args.aug_device == 'cuda' and not on_gpu:
+        raise UsageError(f'--aug-device cuda: the device is {accelerator.device}')
+    datasets = build_datasets(args, sources, num_classes, data_config, on_gpu and args.aug_device in ('auto', 'cuda'))
     method = None
     if args.algorithm != 'supervised':
         method = ALGORITHMS[args.algorithm](len(datasets.unlabeled), num_classes, args)

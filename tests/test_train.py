@@ -24,6 +24,7 @@ import data
 import train_ssl
 from calibratemix import CalibrateMix
 from data import RunError, UsageError
+from views import build_views
 
 CALMIX = ('--calibratemix', '--calmix-warmup-epochs', '1')
 
@@ -324,9 +325,9 @@ def test_evaluation_leaves_mode_statistics_and_random_state_alone(train):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
     source = data.create_source('digits', None, 'test')
-    views = data.build_views(8, (0.5,) * 3)
+    view = build_views(8, (0.5,) * 3)['eval']
     config = train_ssl.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
-    dataset = data.ViewDataset(source, {'image': views['eval']}, torch.arange(9))
+    dataset = data.ViewDataset(source, {'image': view}, torch.arange(9))
     feed = train_ssl.Feed(data.create_loader(dataset, data.evaluation_batches(9, 2)), config, accelerator.device, False)
     assert train_ssl.validate(model, feed, accelerator, 10, 2).compute()['count'] == 9
     assert torch.equal(random_state, torch.get_rng_state())
@@ -338,17 +339,17 @@ COUNTING = '''
 import sys
 import timm, torch
 sys.path.insert(0, {root!r})
-import data, train_ssl
+import data, train_ssl, views
 args = train_ssl._parse_args(['--device', 'cpu'])
 accelerator = train_ssl.setup_accelerator(args)
 torch.manual_seed(0)
 model = timm.create_model('wide_resnet10_1')
-views = data.build_views(8, (0.5,) * 3)
+view = views.build_views(8, (0.5,) * 3)['eval']
 config = train_ssl.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
 results = []
 for number, batch_size in ((9, 2), (3, 4), (1, 1)):
     source = data.create_source('digits', None, 'test')
-    dataset = data.ViewDataset(source, {{'image': views['eval']}}, torch.arange(number))
+    dataset = data.ViewDataset(source, {{'image': view}}, torch.arange(number))
     batches = data.evaluation_batches(number, batch_size, accelerator.process_index, accelerator.num_processes)
     feed = train_ssl.Feed(data.create_loader(dataset, batches), config, accelerator.device, False)
     results.append(train_ssl.validate(model, feed, accelerator, 10, batch_size).compute())
