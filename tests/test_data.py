@@ -1,7 +1,6 @@
 import inspect
 import io
 import json
-import math
 import os
 import pickle
 import random
@@ -15,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform
+from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision import datasets as tv_datasets
 from torchvision import transforms
@@ -41,7 +39,7 @@ from data import (
     select_labeled,
     write_labels,
 )
-from views import FlipCrop, StrongAugment, build_views
+from views import build_views
 
 ROOT = Path(__file__).resolve().parent.parent
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -330,158 +328,6 @@ def test_a_view_set_can_be_sent_to_a_spawned_worker():
     dataset = ViewDataset(create_source('digits', None, 'test'), views, seed=3, stream='unlabeled')
     sent = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(sent[5, 7][name], dataset[5, 7][name]) for name in ('weak', 'strong', 'eval'))
-
-
-# --- Views ------------------------------------------------------------------------------------------------------------
-
-def below(values, low, high):
-    """Largest distance between the distribution of values and the uniform one, in units of its usual size."""
-    values = np.sort((np.asarray(values) - low) / (high - low))
-    assert values[0] >= -1e-9 and values[-1] <= 1 + 1e-9
-    return np.abs(values - np.arange(len(values)) / len(values)).max() * math.sqrt(len(values))
-
-
-@pytest.mark.parametrize('width, height', [(5, 5), (7, 5), (5, 8)])
-def test_flip_crop_equals_padding_by_reflection_at_every_offset(monkeypatch, width, height):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image, crop = Image.fromarray(pixels), FlipCrop(5, 2, hflip=0.5)
-    padded = functional.pad(image, [2, 2, 2, 2], padding_mode='reflect')
-    for top in range(height + 4 - 5 + 1):
-        for left in range(width + 4 - 5 + 1):
-            for flip in (False, True):
-                starts = iter([top - 2, left - 2])
-                monkeypatch.setattr(random, 'randint', lambda low, high, starts=starts: next(starts))
-                monkeypatch.setattr(random, 'random', lambda flip=flip: 0.1 if flip else 0.9)
-                expected = functional.crop(padded, top, left, 5, 5)
-                expected = ImageOps.mirror(expected) if flip else expected
-                assert np.array_equal(crop(image), expected)
-
-
-@pytest.mark.parametrize('hflip', [0.0, 0.5, 1.0])
-def test_weak_views_are_all_crops_of_a_reflected_border_and_flips(hflip):
-    pixels = np.arange(16 * 16, dtype=np.uint8).reshape(16, 16)
-    image = Image.fromarray(np.stack([pixels] * 3, -1))
-    padded = np.pad(pixels, 2, mode='reflect')
-    known = {}
-    for top in range(5):
-        for left in range(5):
-            crop = padded[top:top + 16, left:left + 16]
-            known[crop.tobytes()], known[crop[:, ::-1].tobytes()] = (top, left, False), (top, left, True)
-    weak = build_views(16, (0.5,) * 3, hflip=hflip)['weak']
-    with data.seeded(0):
-        drawn = [known[weak(image)[0].numpy().tobytes()] for _ in range(600)]
-    assert len(set(drawn)) == (50 if hflip == 0.5 else 25)
-    assert abs(np.mean([flip for _, _, flip in drawn]) - hflip) < 0.1
-
-
-def test_weak_views_of_a_photograph_take_its_shorter_side():
-    image = Image.fromarray(noise(1, 64)[0][:32])  # 64 wide, 32 high
-    weak = build_views(16, (0.5,) * 3)['weak']
-    assert weak(image).shape == (3, 16, 16)
-    assert weak(image.transpose(Image.Transpose.ROTATE_90)).shape == (3, 16, 16)
-
-
-# What FixMatch's operations do (arXiv 2001.07685, table 12), as the range of PIL's or timm's argument.
-RANGES = {
-    'AutoContrast': None, 'Equalize': None, 'Brightness': (0.05, 0.95), 'Color': (0.05, 0.95),
-    'Contrast': (0.05, 0.95), 'Sharpness': (0.05, 0.95), 'PosterizeOriginal': (4, 8), 'Rotate': (-30, 30),
-    'ShearX': (-0.3, 0.3), 'ShearY': (-0.3, 0.3), 'SolarizeIncreasing': (0, 256), 'TranslateXRel': (-0.3, 0.3),
-    'TranslateYRel': (-0.3, 0.3),
-}
-
-
-def test_strong_operations_have_equal_shares_and_uniform_magnitudes():
-    strong, image, seen = StrongAugment(1, 0.0, (0, 0, 0)), plain(RED), {name: [] for name in RANGES}
-    for op in strong.ops:
-        op.aug_fn = lambda picture, *level, name=op.name, **_: seen[name].append(level) or picture
-    with data.seeded(0):
-        for _ in range(7000):
-            strong(image)
-    shares = {name: len(levels) for name, levels in seen.items()}
-    shares['Identity'] = 7000 - sum(shares.values())
-    assert len(shares) == 14
-    assert all(abs(number - 500) < 5 * math.sqrt(500) for number in shares.values()), shares
-    for name, levels in seen.items():
-        if RANGES[name] is None:
-            assert set(levels) == {()}
-        elif name == 'PosterizeOriginal':  # whole bits, as in FixMatch: 4 to 7
-            bits = np.bincount([level for level, in levels])
-            assert len(bits) == 8 and (abs(bits[4:] - len(levels) / 4) < 60).all()
-        else:
-            assert below([level for level, in levels], *RANGES[name]) < 2, name
-
-
-def test_strong_views_take_three_operations_on_top_of_a_weak_view(monkeypatch):
-    strong = build_views(16, (0.5,) * 3)['strong'].transforms[2]
-    calls = []
-    for op in strong.ops:
-        monkeypatch.setattr(type(op), '__call__', lambda op, picture: calls.append(op.name) or picture)
-    image = plain(RED, (16, 16))
-    for _ in range(10):
-        strong(image.copy())
-    assert len(calls) == 30
-
-
-def blanked(image):
-    """Width and height of what is white."""
-    box = image.convert('L').point(lambda v: 255 * (v == 255)).getbbox()
-    return (0, 0) if box is None else (box[2] - box[0], box[3] - box[1])
-
-
-def test_cutout_is_a_square_with_a_side_uniform_up_to_half_the_image(monkeypatch):
-    uniform, sides = random.uniform, []
-    monkeypatch.setattr(random, 'uniform', lambda low, high: high / 2 if high == 200 else uniform(low, high))
-    strong = StrongAugment(0, 0.5, (255, 255, 255))
-    with data.seeded(0):
-        for _ in range(400):
-            width, height = blanked(strong(Image.new('RGB', (200, 200))))
-            assert abs(width - height) <= 1
-            sides.append(width / 200)
-    assert below(np.array(sides) - 0.0025, -0.005, 0.5025) < 2
-
-
-@pytest.mark.parametrize('place, expected', [(0.0, 10), (0.5, 20), (1.0, 10)])
-def test_cutout_may_reach_over_the_edge(monkeypatch, place, expected):
-    monkeypatch.setattr(random, 'uniform', lambda low, high: high if high == 0.5 else place * high)
-    assert blanked(StrongAugment(0, 0.5, (255,) * 3)(Image.new('RGB', (40, 40)))) == (expected, expected)
-    assert blanked(StrongAugment(0, 0.0, (255,) * 3)(Image.new('RGB', (40, 40)))) == (0, 0)
-
-
-@pytest.mark.parametrize('crop_pct, interpolation', [(1.0, 'bilinear'), (0.875, 'bicubic'), (0.9, 'lanczos')])
-def test_evaluation_views_are_timms_and_draw_nothing(crop_pct, interpolation):
-    image = Image.fromarray(noise(1, 64)[0][:48])
-    view = build_views(24, (0.5,) * 3, interpolation=interpolation, crop_pct=crop_pct)['eval']
-    timms = create_transform((3, 24, 24), interpolation=interpolation, crop_pct=crop_pct, mean=(0.,) * 3, std=(1.,) * 3)
-    state = random.getstate(), torch.get_rng_state()
-    assert torch.allclose(view(image) / 255, timms(image), atol=1e-6) and torch.equal(view(image), view(image))
-    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
-
-
-def test_views_of_one_channel_are_grey():
-    image = Image.fromarray(noise(1, 16)[0])
-    views = build_views(16, (0.3,), in_chans=1)
-    assert all(view(image).shape == (1, 16, 16) for view in views.values())
-    assert torch.equal(views['eval'](image)[0], functional.pil_to_tensor(image.convert('L'))[0])
-
-
-@pytest.mark.parametrize('options, message', [
-    (dict(in_chans=2), '--in-chans 2'), (dict(interpolation='cubic'), '--interpolation cubic: expected one of'),
-])
-def test_views_that_cannot_be_built_are_an_error(options, message):
-    with pytest.raises(UsageError, match=message):
-        build_views(16, (0.5,) * 3, **options)
-
-
-def test_digits_and_house_numbers_are_not_mirrored():
-    for name in ('digits', 'svhn', 'torch/svhn', 'torch/mnist', 'hfds/ufldl-stanford/svhn:cropped_digits'):
-        assert KNOWN[name]['hflip'] == 0
-    assert 'hflip' not in KNOWN['cifar10']
-
-
-def test_a_weak_and_a_strong_view_of_an_item_are_drawn_apart():
-    views = build_views(16, (0.5,) * 3, num_ops=0, cutout=0.0)
-    dataset = ViewDataset(noise_source(20), dict(weak=views['weak'], strong=views['strong']))
-    assert sum(torch.equal(item['weak'], item['strong']) for item in map(dataset.__getitem__, range(20))) < 5
 
 
 # --- Decoding ---------------------------------------------------------------------------------------------------------
@@ -1044,7 +890,8 @@ def test_classes_of_a_second_evaluation_set_are_matched_by_name_or_number():
 def test_real_photographs_in_folders(shared_data):
     train, val = (create_source('', str(shared_data / 'ants_bees'), split) for split in ('train', 'val'))
     assert train.class_names == val.class_names == ['ants', 'bees'] and len(train) + len(val) == 180
-    dataset = ViewDataset(train, build_views(32, (0.5,) * 3))
+    views = build_views(32, (0.5,) * 3)
+    dataset = ViewDataset(train, {kind: views[kind] for kind in ('weak', 'strong', 'eval')})
     batch = next(iter(create_loader(dataset, EndlessBatches(len(train), 8))))
     assert {batch[name].shape for name in ('weak', 'strong', 'eval')} == {(8, 3, 32, 32)}
 
