@@ -186,28 +186,35 @@ class MarginBank(nn.Module):
         count = self._visits(index)
         if len(index) == 0:
             return
-        visit = m.square().sum(1).isfinite()  # squared: no difference of two margins overflows either
-        m = torch.where(visit[:, None], m, 0)
-
-        # The recursion unrolled, without a loop over repeated indices: row b is the t_b-th visit to its sample, and
-        # what it leaves in the table is faded by the visits of later rows to the same sample.
-        row = torch.arange(len(index), device=index.device, dtype=torch.int32)
-        same = index[:, None] == index  # [B, B], symmetric
-        visits = same & visit
-        t = count + visits.float().tril(-1).sum(1)
-        rate = torch.where(visit, self.smoothing / (1 + t), 0)
-        fade = torch.where(visits & (row[:, None] < row), 1 - rate, 1).prod(1)
-        first = torch.where(same, row, len(index)).amin(1).long()
-        last = torch.where(visits, row, -1).amax(1).long()
+        # A bound far below the largest float32, so that no difference of two margins overflows either. NaN fails it.
+        visit = (m.amin(1) > -1e19) & (m.amax(1) < 1e19)
+        t, fade, visits = count, 1, visit[:, None]
+        # Work for cases that most batches are not is left out where asking is free; a GPU would have to be waited for.
+        if index.is_cuda or not visit.all():
+            m.masked_fill_(~visits, 0)
+        repeated = index.is_cuda or len(index.unique()) < len(index)
+        if repeated:
+            # The recursion unrolled, without a loop over repeated indices: row b is the t_b-th visit to its sample,
+            # and what it leaves in the table is faded by the visits of later rows to the same sample.
+            row = torch.arange(len(index), device=index.device, dtype=torch.int32)
+            same = index[:, None] == index  # [B, B], symmetric
+            visits = same & visit
+            t = count + visits.float().tril(-1).sum(1)
+            fade = torch.where(visits & (row[:, None] < row), 1 - self.smoothing / (1 + t), 1).prod(1)
+            first = torch.where(same, row, len(index)).amin(1).long()
+            last = torch.where(visits, row, -1).amax(1).long()
+            label = label[last.clamp(min=0)]
         old = self.value.index_select(0, index).float().view(m.shape)
         # As a step from the old value: after many visits 1 - rate is too coarse in float32, and its error adds up.
-        step = torch.zeros_like(m).index_add_(0, first, (m - old) * (rate * fade)[:, None]).index_select(0, first)
-        new = (old + step).view(-1, *self.value.shape[1:])
+        step = m.sub_(old).mul_((visit * self.smoothing / (1 + t) * fade)[:, None])
+        if repeated:
+            step = torch.zeros_like(step).index_add_(0, first, step).index_select(0, first)
+        new = old.add_(step).view(-1, *self.value.shape[1:])
         largest = torch.finfo(self.value.dtype).max  # beyond it float16 would store inf, for good
         # Repeated indices write equal values, so the order of writing does not matter.
-        self.value.index_copy_(0, index, new.clamp(-largest, largest).to(self.value.dtype))
+        self.value.index_copy_(0, index, new.clamp_(-largest, largest).to(self.value.dtype))
         self.count.index_copy_(0, index, count + visits.sum(1, dtype=torch.int32))
-        self.label.index_copy_(0, index, torch.where(last >= 0, label[last.clamp(min=0)].int(), self.label[index]))
+        self.label.index_copy_(0, index, torch.where(visits.any(1), label.int(), self.label[index]))
 
     def lookup(self, index: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
         """Current values, `[B]` float32: AUM, or with a table per class the APM of `label` `[B]`. Never seen: -inf."""
