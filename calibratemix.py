@@ -279,12 +279,12 @@ def pair_dissimilar(similarity: torch.Tensor, allowed: torch.Tensor, topk: float
         partner = torch.rand(allowed.shape, device=allowed.device).masked_fill(~allowed, 2).argmin(1)
         return partner, candidates > 0
     # Rounded in Python: topk * n in float32 falls on the wrong side of some halves.
-    k_of = torch.tensor([max(1, round(topk * n)) for n in range(num + 1)])
-    k = k_of.to(candidates.device, non_blocking=True)[candidates]
+    k_of = [max(1, round(topk * n)) for n in range(num + 1)]
+    k = torch.tensor(k_of).to(candidates.device, non_blocking=True)[candidates]
     # Sorted, so that a row's first k columns are its k least similar; no row needs more than k of all columns.
     # torch sorts NaN after inf: features that overflowed would bring in columns that are not allowed.
     similarity = similarity.nan_to_num(nan=torch.finfo(similarity.dtype).max).masked_fill(~allowed, torch.inf)
-    lowest = similarity.topk(int(k_of[-1]), largest=False).indices
+    lowest = similarity.topk(k_of[-1], largest=False).indices
     pick = (torch.rand(len(k), device=k.device) * k).long().minimum(k - 1)
     return lowest.gather(1, pick[:, None]).squeeze(1), candidates > 0
 
@@ -540,7 +540,7 @@ class CalibrateMix(nn.Module):
             return torch.full(easy.shape, float(self.gamma), device=easy.device)
         # torch draws Beta variates from its global generator only; on the CPU, so that the draw does not depend on
         # the device. A copy of this size goes to the device without waiting for it.
-        beta = torch.distributions.Beta(float(self.gamma), float(self.gamma))
+        beta = torch.distributions.Beta(float(self.gamma), float(self.gamma), validate_args=False)
         if self.gamma_dist == 'beta-pair':
             return beta.sample(easy.shape).to(easy.device, non_blocking=True)
         of_hard, of_easy = beta.sample((2,)).to(easy.device, non_blocking=True)

@@ -1,0 +1,430 @@
+#!/usr/bin/env python3
+"""Times of the training step and its parts against their targets, paired in one process.
+
+    python benchmark.py                          # wide_resnet28_2, batch 64, mu 7, 32 px: about half an hour on a CPU
+    python benchmark.py --quick                  # every row on a small network, in a minute
+    python benchmark.py --device cuda --amp --channels-last --model resnet50 --img-size 224
+
+Every figure is the median of repeats in which the compared things take turns, so that a busy machine slows them alike;
+a ratio is formed within each repeat. --results-file writes the table as CSV.
+"""
+import argparse
+import csv
+import itertools
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import train_ssl
+from calibratemix import MarginBank, pair_dissimilar
+from data import seeded
+from views import BatchViews, build_views
+
+NUM_CLASSES = 10
+TARGETS = {  # by row the most that is wanted, or with a minus sign the least
+    'CalibrateMix step / FixMatch step, joint': 1.10,
+    'CalibrateMix step / FixMatch step, no-grad': 1.13,
+    'FixMatch step, no-grad / joint': 0.72,
+    'share of the step that is not the network, %': 3.,
+    'bank update and lookup, 1.28 million x 1000, 448 rows, ms': 2.,
+    'bank update and lookup, 50 thousand x 1000, 448 rows, ms': 2.,
+    'pairing 2 x 32 with 2 x 224, 128 features, ms': 0.5,
+    'peak memory, CalibrateMix / FixMatch, joint': 1.08,
+    'peak memory, CalibrateMix no-grad / FixMatch joint': 0.70,
+    'views of tensors / views through PIL, images a second': -3.,
+    'step of 2 processes on half the batch / of 1 on all': 0.60,
+    'two-pass step / ours, joint': -1.9,
+    'two-pass step / ours, no-grad': -2.6,
+}
+
+
+# --- Timing -----------------------------------------------------------------------------------------------------------
+
+def take_turns(functions: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each function in each of the repeats, in which they take turns, after one round unmeasured."""
+    seconds = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            function()
+            if device.type == 'cuda':
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], above: str, below: str) -> list[float]:
+    return [a / b for a, b in zip(seconds[above], seconds[below])]
+
+
+def peak_memory(function: Callable, held: int, device: torch.device) -> int:
+    """Most bytes of tensors alive at once while a function runs; on the CPU, held and what the function allocates."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    return held + max(itertools.accumulate(changes))
+
+
+# --- Steps ------------------------------------------------------------------------------------------------------------
+
+class Cheap(torch.nn.Module):
+    """Stands for the network where all the rest is timed: features of the right size for next to no arithmetic."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, num_features) / 10)
+        self.head = torch.nn.Linear(num_features, NUM_CLASSES)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = x[:, :, 0, 0] @ self.weight
+        return features, self.head(features)
+
+
+def create_run(
+        options: argparse.Namespace,
+        *flags: str,
+        cheap: bool = False,
+) -> tuple[train_ssl.Run, argparse.Namespace]:
+    """What train_ssl.py trains, without its data."""
+    argv = ['--model', options.model, '-b', str(options.batch_size), '--mu', str(options.mu), *flags]
+    argv += ['--calmix-warmup-epochs', '0', '--device', options.device]
+    argv += [flag for flag, given in (('--amp', options.amp), ('--channels-last', options.channels_last)) if given]
+    argv += ['--torchcompile'] if options.torchcompile else []
+    args = train_ssl._parse_args(argv)
+    accelerator = train_ssl.setup_accelerator(args)
+    torch.manual_seed(0)
+    timm_model = train_ssl.build_model(args, NUM_CLASSES).to(accelerator.device)
+    if args.channels_last:
+        timm_model.to(memory_format=torch.channels_last)
+    model = Cheap(timm_model.num_features) if cheap else train_ssl.FeaturesAndLogits(timm_model)
+    model.to(accelerator.device)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile)
+    trained = model if cheap else timm_model
+    ema = train_ssl.build_ema(trained, args)
+    optimizer = train_ssl.create_optimizer_v2(trained, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = train_ssl.build_scheduler(args, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    method = train_ssl.FixMatch(options.num_images, NUM_CLASSES, args)
+    calmix = None
+    if args.calibratemix:
+        calmix = train_ssl.CalibrateMix(options.num_images, options.num_images, NUM_CLASSES, warmup_steps=0)
+        calmix.to(accelerator.device)
+    monitor = train_ssl.Monitor(accelerator)
+    run = train_ssl.Run(
+        model, trained, optimizer, scheduler, ema, method, calmix, monitor, accelerator, torch.arange(4),
+    )
+    return run, args
+
+
+def create_batches(options: argparse.Namespace, device: torch.device) -> tuple[dict, dict]:
+    """A labeled and an unlabeled batch of random images."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images(number):
+        shape = (number, 3, options.img_size, options.img_size)
+        layout = torch.channels_last if options.channels_last else torch.contiguous_format
+        return torch.randn(shape, generator=generator).to(device, memory_format=layout)
+
+    def integers(high, number):
+        return torch.randint(high, (number,), generator=generator).to(device)
+
+    b, u = options.batch_size, options.batch_size * options.mu
+    labeled = dict(image=images(b), target=integers(NUM_CLASSES, b), index=integers(options.num_images, b))
+    unlabeled = dict(weak=images(u), strong=images(u), target=integers(NUM_CLASSES, u),
+                     index=integers(options.num_images, u))
+    return labeled, unlabeled
+
+
+def our_step(options: argparse.Namespace, labeled: dict, unlabeled: dict, *flags: str, cheap: bool = False) -> Callable:
+    """One update of train_ssl.py, again and again on the same batch."""
+    run, args = create_run(options, *flags, cheap=cheap)
+    batches = itertools.repeat(labeled), itertools.repeat(unlabeled)
+    step = lambda: train_ssl.train_one_update(run, *batches, args)  # noqa: E731
+    step.run = run
+    return step
+
+
+def two_pass_step(options: argparse.Namespace, labeled: dict, unlabeled: dict) -> Callable:
+    """The yardstick: CalibrateMix as METHOD.md section 4 tells of the authors' code. The base losses on one pass over
+    labeled, weak and strong images, then again on a pass over the same and the mixed images; partners are looked up
+    image by image.
+    """
+    run, args = create_run(options, '--calibratemix')
+    x, y, i = labeled['image'], labeled['target'], labeled['index']
+    weak, strong, j = unlabeled['weak'], unlabeled['strong'], unlabeled['index']
+
+    def base_losses(z, z_weak, z_strong):
+        confidence, pseudo_label = z_weak.detach().softmax(1).max(1)
+        loss = (F.cross_entropy(z_strong, pseudo_label, reduction='none') * (confidence >= args.threshold)).mean()
+        return F.cross_entropy(z, y) + loss, pseudo_label
+
+    def partners(of, among):
+        """For each labeled image one of the 15 least similar unlabeled ones, by the cosine of their pixels."""
+        found = []
+        for row in of.tolist():
+            similarity = F.cosine_similarity(x[row].flatten()[None], weak[among].flatten(1))
+            least = similarity.argsort()[:15]
+            found.append(among[least[random.randrange(len(least))].item()].item())
+        return found
+
+    def step():
+        sizes = [len(x), len(weak), len(strong)]
+        z, z_weak, z_strong = run.model(torch.cat([x, weak, strong]))[1].float().split(sizes)
+        loss, pseudo_label = base_losses(z, z_weak, z_strong)
+        run.calmix.update(i, y, z, j, pseudo_label, z_weak, run.num_updates)
+        aum, apm = run.calmix.aum.lookup(i), run.calmix.apm.lookup(j, pseudo_label)
+        images, targets = [], []
+        for easy in (True, False):
+            of = (aum > aum.median() if easy else aum <= aum.median()).nonzero().squeeze(1)
+            among = (apm <= apm.median() if easy else apm > apm.median()).nonzero().squeeze(1)
+            for row, partner in zip(of.tolist(), partners(of, among)):
+                images.append(0.4 * x[row] + 0.6 * weak[partner])
+                target = 0.4 * F.one_hot(y[row], NUM_CLASSES) + 0.6 * F.one_hot(pseudo_label[partner], NUM_CLASSES)
+                targets.append(target)
+        mixed, target = torch.stack(images), torch.stack(targets)
+        z, z_weak, z_strong, z_mixed = run.model(torch.cat([x, weak, strong, mixed]))[1].float().split(
+            [*sizes, len(mixed)],
+        )
+        again, _ = base_losses(z, z_weak, z_strong)
+        total = loss + again + F.binary_cross_entropy_with_logits(z_mixed, target)
+        run.accelerator.backward(total)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.ema.update(run.timm_model, step=run.num_updates)
+
+    return step
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+def step_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    labeled, unlabeled = create_batches(options, device)
+    no_grad, calmix = ('--weak-forward', 'no-grad'), ('--calibratemix',)
+    make = {
+        'fixmatch': lambda: our_step(options, labeled, unlabeled),
+        'calibratemix': lambda: our_step(options, labeled, unlabeled, *calmix),
+        'fixmatch no-grad': lambda: our_step(options, labeled, unlabeled, *no_grad),
+        'calibratemix no-grad': lambda: our_step(options, labeled, unlabeled, *calmix, *no_grad),
+        'two-pass': lambda: two_pass_step(options, labeled, unlabeled),
+        'cheap': lambda: our_step(options, labeled, unlabeled, *calmix, cheap=True),
+    }
+    steps = {name: function() for name, function in make.items()}
+    run = steps['calibratemix'].run
+    steps['ema'] = lambda: run.ema.update(run.timm_model, step=run.num_updates)
+    seconds = take_turns(steps, options.repeats, device)
+    memory = {}
+    for name in ('fixmatch', 'calibratemix', 'calibratemix no-grad'):
+        tensors = [*run.timm_model.state_dict().values(), *labeled.values(), *unlabeled.values()]
+        held = sum(tensor.nbytes for tensor in tensors)
+        held += sum(buffer.nbytes for buffer in steps[name].run.calmix.buffers()) if 'calib' in name else 0
+        memory[name] = peak_memory(steps[name], held, device)
+    images = options.batch_size * (1 + options.mu)
+    rest = zip(seconds['cheap'], seconds['ema'], seconds['calibratemix'])
+    rows = {f'{name} step, s': seconds[name] for name in make if name != 'cheap'}
+    rows.update({f'{name}, images a second': [images / s for s in seconds[name]] for name in list(make)[:4]})
+    rows.update({
+        'CalibrateMix step / FixMatch step, joint': ratios(seconds, 'calibratemix', 'fixmatch'),
+        'CalibrateMix step / FixMatch step, no-grad': ratios(seconds, 'calibratemix no-grad', 'fixmatch no-grad'),
+        'FixMatch step, no-grad / joint': ratios(seconds, 'fixmatch no-grad', 'fixmatch'),
+        'share of the step that is not the network, %': [100 * (cheap + ema) / whole for cheap, ema, whole in rest],
+        'peak memory of a FixMatch step, joint, MB': [memory['fixmatch'] / 1e6],
+        'peak memory, CalibrateMix / FixMatch, joint': [memory['calibratemix'] / memory['fixmatch']],
+        'peak memory, CalibrateMix no-grad / FixMatch joint': [memory['calibratemix no-grad'] / memory['fixmatch']],
+        'two-pass step / ours, joint': ratios(seconds, 'two-pass', 'calibratemix'),
+        'two-pass step / ours, no-grad': ratios(seconds, 'two-pass', 'calibratemix no-grad'),
+    })
+    return rows
+
+
+def bank_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """A table that was visited all over: a first visit would pay for the memory that the system then hands out."""
+    rows = {}
+    for name, number in (('1.28 million', 1_281_167), ('50 thousand', 50_000)):
+        number = number // 50 if options.quick else number
+        bank = MarginBank(number, 1000, smoothing=0.997).to(device)
+        bank.value.normal_()
+        bank.count.fill_(5)
+        logits = torch.randn(448, 1000, device=device)
+        label = logits.argmax(1)
+        order = itertools.cycle(torch.randperm(number, device=device)[:number // 448 * 448].view(-1, 448))
+
+        def update_and_lookup(bank=bank, logits=logits, label=label, order=order):
+            index = next(order)
+            bank.update(index, logits, label)
+            return bank.lookup(index, label)
+
+        seconds = take_turns({'bank': update_and_lookup}, 10 * options.repeats, device)['bank']
+        rows[f'bank update and lookup, {name} x 1000, 448 rows, ms'] = [1e3 * s for s in seconds]
+        del bank, update_and_lookup
+    return rows
+
+
+def pairing_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    calmix = train_ssl.CalibrateMix(64, 448, NUM_CLASSES)
+    features, others = torch.randn(64, 128, device=device), torch.randn(448, 128, device=device)
+    allowed = (torch.arange(64, device=device) % 2)[:, None] != torch.arange(448, device=device) % 2
+
+    def pair():
+        return pair_dissimilar(calmix._similarity(features, others), allowed, calmix.topk)
+
+    seconds = take_turns({'pair': pair}, 20 * options.repeats, device)['pair']
+    return {'pairing 2 x 32 with 2 x 224, 128 features, ms': [1e3 * s for s in seconds]}
+
+
+def view_rows(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Weak and strong views of 32 px images on one core, decoded and in memory for both."""
+    number = 64 if options.quick else 448
+    pixels = np.random.default_rng(0).integers(0, 256, (number, 8, 8, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(p).resize((32, 32), Image.Resampling.BICUBIC) for p in pixels]
+    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    through_pil = build_views(32, (0.5,) * 3)
+    in_batches = BatchViews({'weak': 'weak', 'strong': 'strong'}, 32, (0.5,) * 3)
+
+    def single():
+        with seeded(0):
+            return [(through_pil['weak'](picture), through_pil['strong'](picture)) for picture in pictures]
+
+    def batched():
+        return in_batches(images, torch.rand(number, in_batches.num_numbers))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = take_turns({'pil': single, 'tensors': batched}, 2 * options.repeats, torch.device('cpu'))
+    torch.set_num_threads(threads)
+    return {
+        'views through PIL, images a second and core': [number / s for s in seconds['pil']],
+        'views of tensors, images a second and core': [number / s for s in seconds['tensors']],
+        'views of tensors / views through PIL, images a second': ratios(seconds, 'pil', 'tensors'),
+    }
+
+
+def process_rows(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Steps of two processes on half the batch each, over gloo, and of one on the whole, each with one thread."""
+    seconds = {}
+    for processes in (1, 2):
+        batch_size = options.batch_size // processes
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes),
+                   __file__, '--steps-only', '--model', options.model, '--img-size', str(options.img_size),
+                   '-b', str(batch_size), '--mu', str(options.mu), '--repeats', str(options.repeats)]
+        environment = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true')
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f'benchmark.py: error: {processes} process(es) failed:\n{done.stderr[-2000:]}')
+        seconds[processes] = json.loads(done.stdout.splitlines()[-1])
+    return {'step of 2 processes on half the batch / of 1 on all': ratios(seconds, 2, 1)}
+
+
+# --- Table ------------------------------------------------------------------------------------------------------------
+
+def summarise(rows: dict[str, list[float]]) -> list[dict]:
+    """Rows of the table: median, least and greatest, target and whether the median meets it."""
+    table = []
+    for name, values in rows.items():
+        target = TARGETS.get(name)
+        met = '' if target is None else 'yes' if (median(values) <= target if target > 0 else
+                                                  median(values) >= -target) else 'no'
+        table.append({
+            'row': name, 'value': f'{median(values):.4g}', 'min': f'{min(values):.4g}', 'max': f'{max(values):.4g}',
+            'target': '' if target is None else f'{"at most" if target > 0 else "at least"} {abs(target):g}',
+            'met': met,
+        })
+    return table
+
+
+def describe_machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or platform.machine()
+    cpuinfo = Path('/proc/cpuinfo')
+    if device.type == 'cpu' and cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith('model name')]
+        name = f'{len(lines)} cores of {lines[0].partition(": ")[2]}' if lines else name
+    allocator = ' '.join(f'{key}={value}' for key, value in os.environ.items() if key.startswith('MALLOC_'))
+    return (f'{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, timm {timm.__version__}, '
+            f'python {platform.python_version()}, {allocator or "default allocator"}')
+
+
+def create_parser() -> argparse.ArgumentParser:
+    flag = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description='Times of the training step and its parts.', allow_abbrev=False)
+    parser.add_argument('--model', metavar='NAME', default=None, help='default: wide_resnet28_2')
+    parser.add_argument('--img-size', type=int, metavar='N', default=None, help='pixels (default: 32)')
+    parser.add_argument('-b', '--batch-size', type=int, metavar='N', default=None, help='default: 64')
+    parser.add_argument('--mu', type=int, metavar='N', default=7, help='default: 7')
+    parser.add_argument('--repeats', type=int, metavar='N', default=None, help='measurements of a row (default: 7)')
+    parser.add_argument('--quick', action='store_true',
+                        help='wide_resnet10_1, batch 8, 16 px and smaller banks: shows that each row works')
+    parser.add_argument('--rows', nargs='+', choices=['steps', 'bank', 'pairing', 'views', 'processes'],
+                        default=['steps', 'bank', 'pairing', 'views', 'processes'], help='default: all')
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
+    parser.add_argument('--amp', action=flag, default=False, help='bfloat16')
+    parser.add_argument('--channels-last', action=flag, default=False)
+    parser.add_argument('--torchcompile', action=flag, default=False, help='compile the network')
+    parser.add_argument('--results-file', metavar='FILE', default=None, help='write the table as CSV')
+    parser.add_argument('--steps-only', action='store_true', help=argparse.SUPPRESS)  # a process of process_rows
+    parser.set_defaults(num_images=50_000)
+    return parser
+
+
+def main() -> None:
+    options = create_parser().parse_args()
+    for name, full, quick in (('model', 'wide_resnet28_2', 'wide_resnet10_1'), ('img_size', 32, 16),
+                              ('batch_size', 64, 8), ('repeats', 7, 3)):
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else full)
+    device = torch.device(options.device)
+    if options.steps_only:
+        labeled, unlabeled = create_batches(options, device)
+        step = our_step(options, labeled, unlabeled, '--calibratemix')
+        seconds = take_turns({'step': step}, options.repeats, device)['step']
+        if step.run.accelerator.is_main_process:
+            print(json.dumps(seconds))
+        return
+    rows = {}
+    if 'steps' in options.rows:
+        rows.update(step_rows(options, device))
+    if 'bank' in options.rows:
+        rows.update(bank_rows(options, device))
+    if 'pairing' in options.rows:
+        rows.update(pairing_rows(options, device))
+    if 'views' in options.rows:
+        rows.update(view_rows(options))
+    if 'processes' in options.rows and device.type == 'cpu':
+        rows.update(process_rows(options))
+    table = summarise(rows)
+    print(f'{options.model}, batch {options.batch_size}, mu {options.mu}, {options.img_size} px; '
+          f'{describe_machine(device)}')
+    width = max(len(row['row']) for row in table)
+    print(f'{"":{width}}  {"median":>9}  {"min":>9}  {"max":>9}  target')
+    for row in table:
+        met = {'yes': ', met', 'no': ', MISSED', '': ''}[row['met']]
+        print(f'{row["row"]:{width}}  {row["value"]:>9}  {row["min"]:>9}  {row["max"]:>9}  {row["target"]}{met}')
+    if options.results_file:
+        with open(options.results_file, 'w', newline='') as file:
+            writer = csv.DictWriter(file, table[0], lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(table)
+
+
+if __name__ == '__main__':
+    main()

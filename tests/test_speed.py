@@ -1,0 +1,174 @@
+"""What is promised about speed and can be tested without a clock."""
+import copy
+import csv
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from test_train import Toy, step_args, take_step, toy_batches
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import benchmark
+import train_ssl
+from calibratemix import CalibrateMix
+
+# --- The plain step ---------------------------------------------------------------------------------------------------
+
+def plain_margin(row, label):
+    return (row[label] - max(z for k, z in enumerate(row) if k != label)).item()
+
+
+def halves(scores):
+    """Positions of the easy and of the hard half by rank, the odd one hard, ties by position."""
+    order = sorted(range(len(scores)), key=lambda k: (-scores[k], k))
+    return order[:len(scores) // 2], order[len(scores) // 2:]
+
+
+def plain_step(model, labeled, unlabeled, visits, threshold):
+    """FixMatch and CalibrateMix as METHOD tells them, image by image: total loss, mixup loss and the banks.
+
+    `visits` holds each unlabeled image's margins per class at its earlier visits, each labeled one's of its label.
+    """
+    x, y = labeled['image'], labeled['target'].tolist()
+    features, logits = model(torch.cat([x, unlabeled['weak'], unlabeled['strong']]))
+    b, u = len(x), len(unlabeled['weak'])
+    z, z_weak, z_strong = logits[:b], logits[b:b + u], logits[b + u:]
+    pseudo = [int(row.argmax()) for row in z_weak]
+    loss = sum(-row.log_softmax(0)[k] for row, k in zip(z, y)) / b
+    for weak, strong, k in zip(z_weak, z_strong, pseudo):
+        if weak.softmax(0).max() >= threshold:
+            loss = loss - strong.log_softmax(0)[k] / u
+
+    aum, apm = [], []
+    for i, (row, k) in enumerate(zip(z, y)):
+        visits['labeled'].setdefault(i, []).append(plain_margin(row, k))
+        aum.append(sum(visits['labeled'][i]) / len(visits['labeled'][i]))
+    for j, (row, k) in enumerate(zip(z_weak, pseudo)):
+        table = visits['unlabeled'].setdefault(j, [0.] * len(row))
+        t = visits['times'].get(j, 0)
+        rate = 0.997 / (1 + t)
+        for c in range(len(row)):
+            table[c] = plain_margin(row, c) * rate + table[c] * (1 - rate)
+        visits['times'][j] = t + 1
+        apm.append(table[k])
+
+    (easy, hard), (easy_u, hard_u) = halves(aum), halves(apm)
+    images, targets, groups = [None] * b, [None] * b, [0] * b
+    for group, (of, among) in enumerate([(easy, hard_u), (hard, easy_u)]):
+        for i in of:
+            similarity = [F.cosine_similarity(features[i], features[b + j], dim=0).item() for j in among]
+            j = among[similarity.index(min(similarity))]
+            images[i] = 0.4 * x[i] + 0.6 * unlabeled['weak'][j]
+            targets[i] = 0.4 * F.one_hot(torch.tensor(y[i]), 4) + 0.6 * F.one_hot(torch.tensor(pseudo[j]), 4)
+            groups[i] = group
+    mixed = model(torch.stack(images))[1]
+    losses = [-(target * row.log_softmax(0)).sum() for target, row in zip(targets, mixed)]
+    mixup = sum(sum(loss for loss, g in zip(losses, groups) if g == group) / groups.count(group) for group in (0, 1))
+    return loss + mixup, mixup, aum
+
+
+def test_the_step_equals_a_plain_one_image_by_image_in_losses_bank_and_gradients():
+    torch.manual_seed(0)
+    ours, (labeled, unlabeled) = Toy().train(), toy_batches()
+    plain = copy.deepcopy(ours)
+    calmix = CalibrateMix(6, 12, 4, warmup_steps=0, topk=1e-9)  # the one least similar candidate: nothing is drawn
+    visits = dict(labeled={}, unlabeled={}, times={})
+    args = step_args(threshold=0.74)
+    for step in range(3):
+        for batch, names in ((labeled, ['image']), (unlabeled, ['weak', 'strong'])):
+            for name in names:
+                batch[name] = torch.randn_like(batch[name])
+        terms = take_step(ours, labeled, unlabeled, args, calmix, step)
+        total, mixup, aum = plain_step(plain, labeled, unlabeled, visits, args.threshold)
+        assert step or 0 < terms['mask_rate'] < 1
+        assert torch.allclose(terms['loss'], total, atol=1e-5) and torch.allclose(terms['loss_mixup'], mixup, atol=1e-5)
+        assert torch.allclose(calmix.aum.value, torch.tensor(aum), atol=1e-5)
+        expected = torch.tensor([visits['unlabeled'][j] for j in range(12)])
+        assert torch.allclose(calmix.apm.value, expected, atol=1e-5)
+        for model, loss in ((ours, terms['loss']), (plain, total)):
+            model.zero_grad()
+            loss.backward()
+        for one, other in zip(ours.parameters(), plain.parameters()):
+            assert torch.allclose(one.grad, other.grad, atol=1e-5)
+            with torch.no_grad():
+                one -= 0.1 * one.grad
+                other.copy_(one)
+
+
+# --- No waiting for the device ----------------------------------------------------------------------------------------
+
+def on_fake_gpu(module: nn.Module) -> nn.Module:
+    """Puts tensors without content, which believe to be on a GPU, in the place of a module's own."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            part._parameters[name] = nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device='cuda'))
+        for name, value in part._buffers.items():
+            part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device='cuda')
+    return module
+
+
+@pytest.mark.parametrize('flags', [
+    ['--algorithm', 'fixmatch'],
+    ['--algorithm', 'fixmatch', '--calmix-split', 'bank', '--calmix-gamma-dist', 'beta-pair'],
+    ['--algorithm', 'fixmatch', '--calmix-pairing', 'random', '--weak-forward', 'no-grad'],
+    ['--algorithm', 'fixmatch', '--calmix-preset', 'authors-code', '--calmix-warmup-epochs', '0'],
+    ['--algorithm', 'fixmatch', '--calmix-min-confidence', '0.9', '--calmix-similarity', 'euclidean'],
+    ['--algorithm', 'pseudo_label'], ['--algorithm', 'flexmatch'], ['--algorithm', 'softmatch'],
+    ['--algorithm', 'freematch'], ['--algorithm', 'marginmatch'],
+], ids=' '.join)
+def test_no_step_waits_for_a_gpu(flags):
+    """A tensor without content cannot be read: `.item()`, `bool()` or a boolean index would raise."""
+    args = train_ssl._parse_args(['--calibratemix', '--calmix-warmup-epochs', '0', '--device', 'cpu', *flags])
+    accelerator = Accelerator(cpu=True)
+    model = Toy(4 + (args.algorithm == 'marginmatch'))
+    method = train_ssl.ALGORITHMS[args.algorithm](40, 4, args)
+    datasets = train_ssl.Datasets(range(10), range(40), None, None, torch.arange(10), None)
+    calmix = train_ssl.build_calmix(args, datasets, 4)
+    monitor = train_ssl.Monitor(accelerator)
+    with FakeTensorMode():
+        def images(number):
+            return torch.randn(number, 3, 8, 8, device='cuda')
+
+        def integers(high, number):
+            return torch.randint(high, (number,), device='cuda')
+
+        for module in (model, method, calmix):
+            on_fake_gpu(module)
+        monitor.sums, monitor.bad = torch.zeros(8, device='cuda'), torch.zeros(8, device='cuda')
+        labeled = dict(image=images(6), target=integers(4, 6), index=integers(10, 6))
+        unlabeled = dict(weak=images(12), strong=images(12), target=integers(4, 12), index=integers(40, 12))
+        if args.algorithm == 'pseudo_label':
+            del unlabeled['strong']
+        terms = train_ssl.semi_supervised_step(
+            model, labeled, unlabeled, method, calmix, 5, accelerator, args,
+        )
+        monitor.add(terms, 5)
+        assert terms['loss'].is_cuda and calmix.apm.value.is_cuda and monitor.sums.is_cuda
+        with pytest.raises(DataDependentOutputException):
+            terms['loss'].item()
+
+
+# --- benchmark.py -----------------------------------------------------------------------------------------------------
+
+def test_the_quick_benchmark_measures_every_row_and_writes_them_as_csv(tmp_path, monkeypatch):
+    file = tmp_path / 'rows.csv'
+    rows = ['--rows', 'steps', 'bank', 'pairing', 'views', '--repeats', '1']  # the processes' row takes 20 s
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--quick', *rows, '--results-file', str(file)])
+    benchmark.main()
+    with open(file, newline='') as opened:
+        table = list(csv.DictReader(opened))
+    assert list(table[0]) == ['row', 'value', 'min', 'max', 'target', 'met']
+    assert {row['row'] for row in table} >= benchmark.TARGETS.keys() - {
+        'step of 2 processes on half the batch / of 1 on all'}
+    assert all(float(row['min']) <= float(row['value']) <= float(row['max']) for row in table)
+
+
+def test_targets_are_upper_bounds_or_with_a_minus_sign_lower_ones():
+    rows = {'FixMatch step, no-grad / joint': [.5, .7, .9], 'two-pass step / ours, joint': [1., 1.8, 5.], 'x': [3.]}
+    table = benchmark.summarise(rows)
+    assert [(row['value'], row['min'], row['max'], row['target'], row['met']) for row in table] == [
+        ('0.7', '0.5', '0.9', 'at most 0.72', 'yes'), ('1.8', '1', '5', 'at least 1.9', 'no'), ('3', '3', '3', '', ''),
+    ]
