@@ -1,71 +1,401 @@
 #!/usr/bin/env python3
 """Tables and pictures from finished runs.
 
-    python report.py output/quickstart/fixmatch output/quickstart/fixmatch+calibratemix --output output/quickstart
+    python report.py output/table3_baselines/cpu --output output/table3_baselines/cpu
 
-Reads `last/metrics.json` of each run folder: the weights at the end of training, since best/ was chosen on the very
-images that are reported. Prints the table, and writes comparison.csv (percent but for nll) and reliability.png.
+Reads each run's args.yaml, labels.json, summary.csv and last/metrics.json: the weights at the end of training, since
+best/ was chosen on the very images that are reported. A run that has not reached its last update is left out and named.
+
+Runs that differ by nothing but their seed (or label seed, fold or file) are one cell of the table: mean and standard
+deviation (n - 1 in the denominator) over them; a single run has no deviation, shown as –. So is a cell without runs. A
+mean is in bold if it is the best of its column beyond the spread: best mean + its deviation < every other mean - its
+deviation. Nothing is bold beside a cell of a single run. Rates are in percent.
+
+Writes to --output:
+    table.md, table.tex   the table; the LaTeX needs the package booktabs
+    table.csv             a row per cell: n, means and deviations
+    runs.csv              a row per run
+    comparison.csv        name and metrics of each run, in the order given
+    reliability.png       reliability diagrams side by side, the images of all seeds pooled; a file for each of --rows
+    curves.png            error and ECE against updates, mean and deviation over seeds, the end of warmup marked
 """
 import argparse
 import csv
 import json
+import re
+import statistics
 import sys
+from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
 import torch
+import yaml
 
+from calibratemix import PRESETS
 from data import UsageError
-from metrics import ReliabilityBins, reliability_diagram
+from metrics import GREY, LINES, ReliabilityBins, _figure, reliability_diagram
 
-COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')
+COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
+SHOWN = {'error': 'error %', 'ece': 'ECE %', 'nll': 'NLL'}  # in the table; less is better in all of them
+METRICS = ('error', 'ece', 'ece_10', 'nll', 'brier', 'confidence')
+DIGITS = {'nll': 3, 'brier': 3}
+NAMES = {'supervised': 'Supervised', 'pseudo_label': 'Pseudo-Label', 'fixmatch': 'FixMatch', 'flexmatch': 'FlexMatch',
+         'softmatch': 'SoftMatch', 'freematch': 'FreeMatch', 'marginmatch': 'MarginMatch'}
+FULL_SCHEDULE = 1024 * 1024  # updates in which the presets count their warmups
+MISSING = '–'
+# Arguments that make another run of the same setting, or change no result.
+REPLICATE = ('seed', 'label_seed', 'label_fold', 'labels_file')
+IGNORED = (
+    *REPLICATE, 'data_dir', 'extra_val_dir', 'dataset_download', 'output', 'experiment', 'device', 'workers', 'pin_mem',
+    'log_interval', 'val_interval', 'recovery_interval', 'checkpoint_hist', 'validation_batch_size', 'eval_metric',
+    'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_margins',
+)
+# Arguments that dataset, labels, algorithm and variant stand for.
+NAMED = ('dataset', 'num_labels', 'labels_per_class', 'label_fraction', 'algorithm', 'calibratemix', 'calmix_preset',
+         'calmix_pairing', 'label_smoothing', 'logit_margin_penalty')
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+def find_runs(paths: list[Path]) -> list[Path]:
+    """The run folders among the paths and, in natural order, those below the others."""
+    def natural(path):
+        return [float(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+(?:\.\d+)?)', str(path)))]
+
+    found = []
+    for path in paths:
+        inside = [path]
+        if not (path / 'args.yaml').is_file():
+            inside = sorted((file.parent for file in path.rglob('args.yaml')), key=natural) or [path]
+        found += [folder for folder in inside if folder not in found]
+    return found
 
 
 def read_run(folder: Path) -> dict:
-    """Metrics of a run's last weights, with its name.
+    """Arguments, metrics, learning curve and number of labels of a finished run, with its name.
 
     Raises:
-        UsageError: If the folder holds no finished evaluation.
+        UsageError: If the folder holds no run, or one that is not finished.
     """
     path = folder / 'last' / 'metrics.json'
     try:
-        return dict(json.loads(path.read_text()), run=folder.name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f'{folder}: no run with an evaluation ({path}: {error})') from error
+        metrics = json.loads(path.read_text())
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        labels = json.loads((folder / 'labels.json').read_text())['num_labels']
+        with open(folder / 'summary.csv', newline='') as file:
+            curve = [{key: float(row[key]) for key in ('num_updates', 'eval_error', 'eval_ece')}
+                     for row in csv.DictReader(file)]
+        done, updates = metrics['num_updates'], args['epochs'] * args['train_steps_per_epoch']
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise UsageError(f'{folder}: no run with an evaluation ({path}: {" ".join(str(error).split())})') from error
+    if done < updates:
+        raise UsageError(f'{folder}: not finished, at update {done} of {updates}')
+    return dict(run=folder.name, folder=folder, args=args, labels=labels, metrics=metrics, curve=curve)
 
 
-def write_report(runs: list[dict], output: Path) -> str:
-    """Writes comparison.csv and reliability.png; returns the table as text."""
-    output.mkdir(parents=True, exist_ok=True)
-    rows = [{'run': run['run'], **{key: f'{run[key]:.4f}' for key in COLUMNS[1:]}} for run in runs]
-    with open(output / 'comparison.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+def variant(args: dict) -> str:
+    """What is added to the base method."""
+    parts = []
+    if args['calibratemix']:
+        preset = '' if args['calmix_preset'] == 'paper' else f' ({args["calmix_preset"]})'
+        parts.append(('random mixup' if args['calmix_pairing'] == 'random' else 'CalibrateMix') + preset)
+    if args['label_smoothing']:
+        parts.append(f'label smoothing {args["label_smoothing"]:g}')
+    if args['logit_margin_penalty']:
+        parts.append(f'logit margin penalty {args["logit_margin_penalty"]:g}')
+    return ' + '.join(parts) or 'alone'
+
+
+def warmup_updates(args: dict) -> int | None:
+    """Updates of the base method alone, as train_ssl.py counts them."""
+    if not args['calibratemix']:
+        return None
+    if args['calmix_warmup_epochs'] is not None:
+        return round(args['calmix_warmup_epochs'] * args['train_steps_per_epoch'])
+    share = PRESETS[args['calmix_preset']]['warmup_steps'] / FULL_SCHEDULE
+    return round(share * args['epochs'] * args['train_steps_per_epoch'])
+
+
+def add_settings(runs: list[dict]) -> list[str]:
+    """Gives each run its settings, by which runs are grouped; returns their names.
+
+    dataset, labels, algorithm and variant, and every other argument that differs among runs of one data set and number
+    of labels. CalibrateMix's own are compared only among the runs that have it, and are None (–) in the others.
+    """
+    differ = []
+    for run in runs:
+        args = run['args']
+        dataset = args['dataset'] or Path(args['data_dir'] or '').name
+        run['settings'] = dict(dataset=dataset, labels=run['labels'], algorithm=args['algorithm'],
+                               variant=variant(args))
+    for key in {key: None for run in runs for key in run['args'] if key not in IGNORED + NAMED}:
+        values = {}
+        for run in runs:
+            if run['args']['calibratemix'] or not key.startswith('calmix_'):
+                block = values.setdefault((run['settings']['dataset'], run['labels']), set())
+                block.add(json.dumps(run['args'].get(key)))
+        if any(len(block) > 1 for block in values.values()):
+            differ.append(key)
+    for run in runs:
+        for key in differ:
+            has = run['args']['calibratemix'] or not key.startswith('calmix_')
+            value = run['args'].get(key) if has else None
+            run['settings'][key] = value if isinstance(value, (int, float, str, type(None))) else json.dumps(value)
+    return ['dataset', 'labels', 'algorithm', 'variant', *differ]
+
+
+def group(runs: list[dict], keys: list[str]) -> dict[tuple, list[dict]]:
+    """Runs by their values of these settings, in the order of the first of each."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run['settings'][key] for key in keys), []).append(run)
+    return groups
+
+
+def check_replicates(groups: dict[tuple, list[dict]]) -> None:
+    """Raises UsageError where a run stands twice in a group: the deviation would be too small."""
+    for runs in groups.values():
+        seen = {}
+        for run in runs:
+            replicate = tuple(run['args'].get(key) for key in REPLICATE)
+            if replicate in seen:
+                raise UsageError(f'{seen[replicate]} and {run["folder"]} have the same settings and seed; give one')
+            seen[replicate] = run['folder']
+
+
+# --- Table ------------------------------------------------------------------------------------------------------------
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, which a single value does not have."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def best(cells: list[tuple[float, float | None] | None]) -> int | None:
+    """Which of the means and deviations is the smallest beyond the spread, None for none; a None is an empty cell."""
+    filled = [i for i, cell in enumerate(cells) if cell is not None]
+    if len(filled) < 2 or any(cells[i][1] is None for i in filled):
+        return None
+    first = min(filled, key=lambda i: cells[i][0])
+    reach = sum(cells[first])
+    return first if all(reach < cells[i][0] - cells[i][1] for i in filled if i != first) else None
+
+
+def text(value) -> str:
+    if value is None:
+        return MISSING
+    return f'{value:g}' if isinstance(value, float) else NAMES.get(value, str(value))
+
+
+def build_table(
+        runs: list[dict],
+        keys: list[str],
+        columns: list[str],
+) -> tuple[str, list[str], list[list[tuple[str, bool]]]]:
+    """Caption, header and lines of cells (text, bold): settings first, then the metrics of each block of columns."""
+    line_keys = [key for key in keys if key not in columns]
+    blocks, lines = list(group(runs, columns)), list(group(runs, line_keys))
+    cells = group(runs, columns + line_keys)
+    sizes = Counter(len(found) for found in cells.values())
+    usual = max(sizes, key=lambda n: (sizes[n], n))
+    names = [', '.join(f'{text(value)} {key}' if key == 'labels' else text(value) for key, value in zip(columns, block))
+             for block in blocks]
+    header, rows = line_keys.copy(), [[(text(value), False) for value in line] for line in lines]
+    for block, name in zip(blocks, names):
+        found = [cells.get(block + line, []) for line in lines]
+        for metric, title in SHOWN.items():
+            header.append(title if len(blocks) == 1 else f'{title} ({name})')
+            values = [mean_and_deviation([run['metrics'][metric] for run in cell]) if cell else None for cell in found]
+            bold, digits = best(values), DIGITS.get(metric, 2)
+            for i, (row, cell, value) in enumerate(zip(rows, found, values)):
+                shown = MISSING
+                if value is not None:
+                    shown = f'{value[0]:.{digits}f} ± ' + (MISSING if value[1] is None else f'{value[1]:.{digits}f}')
+                    shown += '' if len(cell) == usual else f' (n={len(cell)})'
+                row.append((shown, i == bold))
+    caption = (f'{names[0]}: ' if len(blocks) == 1 else '') + 'mean ± standard deviation, '
+    caption += f'n = {usual} seed{"s" if usual > 1 else ""}' + (' unless stated' if len(sizes) > 1 else '')
+    return caption, [name.replace('_', '-') for name in header], rows
+
+
+def as_markdown(caption: str, header: list[str], rows: list[list[tuple[str, bool]]]) -> str:
+    lines = [header, *([f'**{cell}**' if bold else cell for cell, bold in row] for row in rows)]
+    width = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ['-' * w for w in width])
+    body = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(line, width)) + ' |' for line in lines]
+    return '\n'.join([caption, '', *body])
+
+
+def as_latex(caption: str, header: list[str], rows: list[list[tuple[str, bool]]]) -> str:
+    def escape(value):
+        value = re.sub(r'([\\{}_%&#$^~])', lambda m: {'\\': r'\textbackslash{}', '^': r'\^{}', '~': r'\~{}'}.get(
+            m[1], '\\' + m[1]), value)
+        return value.replace('±', r'$\pm$').replace(MISSING, '--')
+
+    def line(cells):
+        return ' & '.join(cells) + r' \\'
+
+    body = [line([rf'\textbf{{{escape(cell)}}}' if bold else escape(cell) for cell, bold in row]) for row in rows]
+    return '\n'.join([
+        f'% {caption}', rf'\begin{{tabular}}{{{"l" * len(header)}}}', r'\toprule', line(map(escape, header)),
+        r'\midrule', *body, r'\bottomrule', r'\end{tabular}',
+    ])
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-    panels = []
-    for run in runs:
-        bins = ReliabilityBins(**{key: torch.tensor(value) for key, value in run['bins'].items()})
-        panels.append((run['run'], bins))
-    reliability_diagram(panels, output / 'reliability.png')
 
-    width = max(len(run['run']) for run in runs)
-    lines = [f'{"run":{width}}  error %  ECE %    NLL  confidence %']
-    for run in runs:
-        lines.append(f'{run["run"]:{width}}  {run["error"]:7.2f}  {run["ece"]:5.2f}  {run["nll"]:5.3f}  '
-                     f'{run["confidence"]:12.2f}')
-    return '\n'.join(lines)
+
+def run_row(run: dict) -> dict:
+    settings = dict(run['settings'])
+    first = {key: settings.pop(key) for key in ('dataset', 'algorithm', 'variant', 'labels')}
+    metrics = {key: f'{run["metrics"][key]:.4f}' for key in METRICS}
+    return dict(first, seed=run['args']['seed'], **metrics, updates=run['metrics']['num_updates'],
+                warmup_updates=warmup_updates(run['args']), **settings, run=run['run'])
+
+
+def cell_row(keys: list[str], values: tuple, runs: list[dict]) -> dict:
+    row = dict(zip(keys, values), n=len(runs))
+    for metric in METRICS:
+        mean, deviation = mean_and_deviation([run['metrics'][metric] for run in runs])
+        row[f'{metric}_mean'] = f'{mean:.4f}'
+        row[f'{metric}_sd'] = '' if deviation is None else f'{deviation:.4f}'
+    return row
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+def pool(runs: list[dict]) -> ReliabilityBins:
+    """Bins of the images of all runs together."""
+    bins = [ReliabilityBins(**{key: torch.tensor(value) for key, value in run['metrics']['bins'].items()})
+            for run in runs]
+    count = sum(b.count for b in bins)
+    accuracy, confidence = (sum(b.count * getattr(b, key) for b in bins) / count.clamp(min=1)
+                            for key in ('accuracy', 'confidence'))
+    return ReliabilityBins(count, accuracy, confidence, bins[0].edges)
+
+
+def title(keys: list[str], values: tuple, runs: list[dict]) -> str:
+    """Names of a group's settings, in one line."""
+    found = dict(zip(keys, values))
+    head = [text(found.pop(key)) for key in ('algorithm', 'variant') if key in found]
+    head = ' + '.join(part for part in head if part != 'alone' or len(head) == 1)
+    rest = [f'{text(value)} labels' if key == 'labels' else
+            text(value) if key == 'dataset' else f'{key.removeprefix("calmix_").replace("_", " ")} {text(value)}'
+            for key, value in found.items() if value is not None]
+    return ', '.join([head] * bool(head) + rest)
+
+
+def draw_reliability(runs: list[dict], keys: list[str], rows: list[str], folder: Path) -> list[Path]:
+    """One picture for each combination of the `rows` settings."""
+    paths, panel_keys = [], [key for key in keys if key not in rows or key == 'algorithm']
+    for values, found in group(runs, rows).items():
+        panels = []
+        for panel, same in group(found, panel_keys).items():
+            pooled = f'\n{len(same)} seeds pooled' if len(same) > 1 else ''
+            panels.append((title(panel_keys, panel, same) + pooled, pool(same)))
+        name = re.sub(r'[^\w.+-]+', '-', '-'.join(map(str, values)))
+        paths.append(folder / (f'reliability-{name}.png' if len(group(runs, rows)) > 1 else 'reliability.png'))
+        reliability_diagram(panels, str(paths[-1]))
+    return paths
+
+
+def draw_curves(runs: list[dict], keys: list[str], rows: list[str], path: Path) -> None:
+    """Error and ECE side by side, a line of pictures for each combination of the `rows` settings."""
+    from matplotlib.lines import Line2D
+
+    groups, line_keys = group(runs, rows), [key for key in keys if key not in rows or key == 'algorithm']
+    figure, axes = _figure(13, 4.2 * len(groups), len(groups), 2)
+    for (values, found), pair in zip(groups.items(), axes):
+        lines = group(found, line_keys)
+        ends = {warmup_updates(run['args']) for run in found} - {None}
+        for (line, same), (color, style) in zip(lines.items(), cycle(LINES)):
+            updates = sorted(set.intersection(*({row['num_updates'] for row in run['curve']} for run in same)))
+            for axis, metric in zip(pair, ('eval_error', 'eval_ece')):
+                curves = [{row['num_updates']: row[metric] for row in run['curve']} for run in same]
+                points = [mean_and_deviation([curve[update] for curve in curves]) for update in updates]
+                mean = [point[0] for point in points]
+                axis.plot(updates, mean, color=color, linestyle=style, label=title(line_keys, line, same),
+                          marker='o' if len(updates) < 20 else None, markersize=4)
+                if len(same) > 1:
+                    axis.fill_between(updates, [m - d for m, d in points], [m + d for m, d in points], color=color,
+                                      alpha=0.15, linewidth=0)
+                end = warmup_updates(same[0]['args'])
+                if end is not None and len(ends) > 1:
+                    axis.axvline(end, color=color, linestyle=style, linewidth=1)
+        for axis, name in zip(pair, ('error %', 'ECE %')):
+            if len(ends) == 1:
+                axis.axvline(*ends, color=GREY, linestyle=(0, (1, 2)), linewidth=1.5)
+            axis.set(xlabel='updates', ylabel=name)
+            axis.set_ylim(bottom=0)
+            axis.set_title(title([key for key in rows if key != 'algorithm'], tuple(
+                value for key, value in zip(rows, values) if key != 'algorithm'), found), fontsize=12)
+        handles = pair[1].get_legend_handles_labels()[0]
+        if ends:
+            handles.append(Line2D([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=1.5,
+                                  label='end of warmup' + (', in the colour of the run' if len(ends) > 1 else '')))
+        pair[1].legend(handles=handles, loc='center left', bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=10)
+    figure.savefig(path)
+
+
+def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[str]) -> tuple[str, list[Path]]:
+    """Writes all files; returns the table as Markdown, and their paths.
+
+    Raises:
+        UsageError: If a run stands twice, or rows or columns name no setting.
+    """
+    keys = add_settings(runs)
+    for key in {*rows, *columns} - {*keys}:
+        raise UsageError(f'--rows, --columns: {key} is not among what tells these runs apart: {", ".join(keys)}')
+    cells = group(runs, keys)
+    check_replicates(cells)
+    output.mkdir(parents=True, exist_ok=True)
+    table = build_table(runs, keys, columns)
+    (output / 'table.md').write_text(as_markdown(*table) + '\n')
+    (output / 'table.tex').write_text(as_latex(*table) + '\n')
+    write_csv(output / 'table.csv', [cell_row(keys, values, found) for values, found in cells.items()])
+    write_csv(output / 'runs.csv', [run_row(run) for run in runs])
+    write_csv(output / 'comparison.csv', [
+        {'run': run['run'], **{key: f'{run["metrics"][key]:.4f}' for key in COLUMNS[1:]}} for run in runs
+    ])
+    pictures = draw_reliability(runs, keys, rows, output)
+    draw_curves(runs, keys, rows, output / 'curves.png')
+    names = ('table.md', 'table.tex', 'table.csv', 'runs.csv', 'comparison.csv')
+    return as_markdown(*table), [*(output / name for name in names), *pictures, output / 'curves.png']
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Table and reliability diagrams of finished runs.', allow_abbrev=False)
-    parser.add_argument('runs', metavar='RUN', nargs='+', type=Path, help='run folders, in the order of the table')
+    parser = argparse.ArgumentParser(description='Tables and pictures of finished runs.', allow_abbrev=False)
+    parser.add_argument('runs', metavar='RUN_OR_FOLDER', nargs='+', type=Path,
+                        help='run folders, or folders with runs in them, in the order of the table')
     parser.add_argument('--output', metavar='DIR', type=Path, required=True, help='where the files go')
+    parser.add_argument('--rows', metavar='SETTING', nargs='*', default=['dataset', 'labels', 'algorithm'],
+                        help='settings of which each combination has pictures of its own: dataset, labels, algorithm, '
+                             'variant or an argument that differs (default: dataset labels algorithm)')
+    parser.add_argument('--columns', metavar='SETTING', nargs='*', default=['dataset', 'labels'],
+                        help='settings of which each combination has columns of its own in the table; all others make '
+                             'its lines (default: dataset labels)')
     args = parser.parse_args()
+    rows, columns = ([name.lstrip('-').replace('-', '_') for name in names] for names in (args.rows, args.columns))
+    runs, left_out = [], []
+    for folder in find_runs(args.runs):
+        try:
+            runs.append(read_run(folder))
+        except UsageError as error:
+            left_out.append(error)
     try:
-        print(write_report([read_run(folder) for folder in args.runs], args.output))
+        if not runs:
+            raise left_out[0]
+        for reason in left_out:
+            print(f'report.py: left out: {reason}', file=sys.stderr)
+        table, paths = write_report(runs, args.output, rows, columns)
     except UsageError as error:
         print(f'report.py: error: {error}', file=sys.stderr)
         sys.exit(2)
-    print(f'{args.output / "comparison.csv"}\n{args.output / "reliability.png"}')
+    print(f'{table}\n\n' + '\n'.join(map(str, paths)))
 
 
 if __name__ == '__main__':
