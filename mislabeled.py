@@ -273,9 +273,9 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
     figure = Figure(figsize=(SHEET_COLUMNS * CELL[0], 2 * (lines * CELL[1] + 0.6)), dpi=150, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
 
-    def name(label):
-        text = source.class_names[label] if source.class_names else str(label)
-        return textwrap.fill(text, 15, max_lines=2, placeholder='…', break_on_hyphens=False)
+    def caption(before, label):
+        name = source.class_names[label].replace('_', ' ') if source.class_names else str(label)
+        return textwrap.fill(before + name, 14, max_lines=2, placeholder='…')
 
     for panel, (title, rows) in zip(figure.subfigures(2, 1), parts):
         if ranking.flipped is not None:
@@ -294,9 +294,9 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
             axis.set_axis_on()
             axis.set(xticks=[], yticks=[])
             wrong = ranking.flipped is not None and ranking.flipped[row]
-            caption = name(ranking.label[row]) + (f'\ntrue: {name(ranking.true_label[row])}' if wrong else '')
-            axis.set_title(caption, fontsize=9, color=ORANGE if wrong else 'black',
-                           fontweight='bold' if wrong else 'normal')
+            text = [caption('', ranking.label[row])] + ([caption('true: ', ranking.true_label[row])] if wrong else [])
+            style = dict(color=ORANGE, fontweight='bold') if wrong else {}
+            axis.set_title('\n'.join(text), fontsize=8.5, **style)
             note = ' flagged' if ranking.flagged is not None and ranking.flagged[row] else ''
             axis.set_xlabel(f'{ranking.aum[row]:.2f}{note}', fontsize=8, color=GREY)
             axis.spines[:].set(color=ORANGE if wrong else '0.8', linewidth=3 if wrong else 0.8)

@@ -924,7 +924,7 @@ def semi_supervised_step(
         labeled: image `[B, C, S, S]`, target `[B]`, index `[B]`.
         unlabeled: weak and strong `[U, C, S, S]`, target `[U]` (for monitoring only; -1: unknown), index `[U]`.
         method: One of ALGORITHMS.
-        calmix: Mixes with --calibratemix, else just keeps the margins; None for the base method alone.
+        calmix: None for the base method alone.
         num_updates: Updates done so far.
 
     Returns:
@@ -958,7 +958,7 @@ def semi_supervised_step(
         pseudo_label_all = z_weak_all[:, :num_classes].argmax(1)
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
         calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
-        if args.calibratemix and num_updates >= calmix.warmup_steps:
+        if num_updates >= calmix.warmup_steps:
             mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence)
             loss_mixup = calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
             loss = loss + calmix.weight * loss_mixup
@@ -1040,7 +1040,7 @@ class Run:
     scheduler: Scheduler
     ema: ModelEmaV3 | None
     method: nn.Module | None
-    calmix: CalibrateMix | None  # with --save-margins alone it keeps the margins and mixes nothing
+    calmix: CalibrateMix | None
     monitor: Monitor
     accelerator: Accelerator
     labels: torch.Tensor  # [2, L] int64, the labeled images' positions in the training split and their targets
@@ -1443,11 +1443,16 @@ def count_classes(args: argparse.Namespace, train, evaluation) -> int:
 
 
 def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int) -> CalibrateMix | None:
-    """The banks, for mixing or just for margins.parquet. The class of threshold samples is one as any other here."""
+    """CalibrateMix; with --save-margins alone one in an endless warmup, which keeps the margins and mixes nothing.
+
+    The class of threshold samples is one as any other to it.
+    """
     if not (args.calibratemix or args.save_margins):
         return None
     updates = args.epochs * args.train_steps_per_epoch
-    if args.calmix_warmup_epochs is not None:
+    if not args.calibratemix:
+        warmup_steps = math.inf
+    elif args.calmix_warmup_epochs is not None:
         warmup_steps = round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
     else:
         warmup_steps = round(PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE * updates)
@@ -1468,7 +1473,7 @@ def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int)
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
             warmup_steps=warmup_steps,
-            apm_in_warmup=args.calmix_apm_in_warmup,
+            apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
             bank_dtype=getattr(torch, args.calmix_bank_dtype),
             labeled_to_unlabeled=datasets.labeled_to_unlabeled,
         )
