@@ -133,7 +133,7 @@ def create_run(
         calmix.to(accelerator.device)
     monitor = train_ssl.Monitor(accelerator)
     run = train_ssl.Run(
-        model, trained, optimizer, scheduler, ema, method, calmix, monitor, accelerator, torch.arange(4),
+        model, trained, optimizer, scheduler, ema, method, calmix, monitor, accelerator, torch.arange(4), NUM_CLASSES,
     )
     return run, args
 

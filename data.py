@@ -762,14 +762,50 @@ def match_classes(
     return index, targets[index]
 
 
-def write_labels(path: Path, index: torch.Tensor, target: torch.Tensor, **about) -> None:
-    """Writes the labeled draw as JSON: index and target lists, and what they belong to."""
+def flip_labels(target: torch.Tensor, share: float, num_classes: int, seed: int) -> torch.Tensor:
+    """Gives this share of the labels `[L]`, rounded, another class, drawn uniformly among the others."""
+    generator = np.random.default_rng(item_seed(seed, 'label noise'))
+    rows = generator.permutation(len(target))[:int(share * len(target) + 0.5)]
+    flipped = target.clone()
+    flipped[rows] = (target[rows] + torch.from_numpy(generator.integers(1, num_classes, len(rows)))) % num_classes
+    return flipped
+
+
+def draw_threshold_samples(num_labels: int, num_classes: int, seed: int, which: int) -> torch.Tensor:
+    """Rows `[n]` int64 of the labeled set to be trained as an extra class (Pleiss et al. 2020, arXiv 2001.10528).
+
+    One in K+1, so that the extra class is as large as an average other one; the draws 1 and 2 of a seed are disjoint.
+
+    Raises:
+        UsageError: If there are too few labels for one such row.
+    """
+    number = num_labels // (num_classes + 1)
+    if not number:
+        raise UsageError(f'--aum-threshold-samples: needs {num_classes + 1} labeled images or more, not {num_labels}')
+    order = np.random.default_rng(item_seed(seed, 'threshold samples')).permutation(num_labels)
+    return torch.from_numpy(np.sort(order[(which - 1) * number:which * number]))
+
+
+def write_labels(
+        path: Path,
+        index: torch.Tensor,
+        target: torch.Tensor,
+        original: torch.Tensor | None = None,
+        **about,
+) -> None:
+    """Writes the labeled draw as JSON: lists of index, target and (if labels were flipped) original, and about them."""
     content = dict(about, num_labels=len(index), index=index.tolist(), target=target.tolist())
+    if original is not None:
+        content.update(num_flipped=int((target != original).sum()), original=original.tolist())
     path.write_text(json.dumps(content, indent=1) + '\n')
 
 
-def read_labels(path: str | Path, targets: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads a labels file back: indices `[L]` int64 and their labels `[L]` int64.
+def read_labels(
+        path: str | Path,
+        targets: torch.Tensor,
+        num_classes: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Reads a labels file back: indices `[L]`, their labels `[L]`, and the labels before flipping `[L]` or None; int64.
 
     The labels may differ from the set's own, as they do in studies of label noise.
 
@@ -779,6 +815,7 @@ def read_labels(path: str | Path, targets: torch.Tensor, num_classes: int) -> tu
     try:
         content = json.loads(Path(path).read_text())
         index, target = (torch.tensor(content[key]) for key in ('index', 'target'))
+        original = torch.tensor(content['original']) if 'original' in content else None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = f'{type(error).__name__} {error}'
         raise UsageError(f'--labels-file {path}: {reason}; expected index and target lists') from error
@@ -786,6 +823,8 @@ def read_labels(path: str | Path, targets: torch.Tensor, num_classes: int) -> tu
         raise UsageError(f'--labels-file {path}: index and target must be lists of one length, and not empty')
     if not index.dtype == target.dtype == torch.int64:
         raise UsageError(f'--labels-file {path}: index and target must be whole numbers')
+    if original is not None and (original.shape != target.shape or original.dtype != torch.int64):
+        raise UsageError(f'--labels-file {path}: original must be a list of whole numbers, as long as target')
     for key, here in (('num_images', len(targets)), ('num_classes', num_classes)):
         if content.get(key, here) != here:
             raise UsageError(f'--labels-file {path}: made for another set: its {key} is {content[key]}, here {here}')
@@ -793,9 +832,10 @@ def read_labels(path: str | Path, targets: torch.Tensor, num_classes: int) -> tu
         raise UsageError(f'--labels-file {path}: an index stands there twice')
     if index.min() < 0 or index.max() >= len(targets):
         raise UsageError(f'--labels-file {path}: an index is outside of the {len(targets)} images of this split')
-    if target.min() < 0 or target.max() >= num_classes:
-        raise UsageError(f'--labels-file {path}: a label is outside of the {num_classes} classes')
-    return index, target
+    for labels in (target, original):
+        if labels is not None and (labels.min() < 0 or labels.max() >= num_classes):
+            raise UsageError(f'--labels-file {path}: a label is outside of the {num_classes} classes')
+    return index, target, original
 
 
 # --- Items and batches ------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
     accelerate launch train_ssl.py --dataset torch/cifar10 --data-dir DIR --num-labels 250 --model wide_resnet28_2
 
 A run writes `<output>/<experiment>/`: args.yaml (replay it with --config), labels.json, summary.csv (a row per
-evaluation), best/ and last/ (averaged weights as safetensors with timm's config.json, and metrics.json) and
-checkpoint-<updates>.safetensors (everything that --resume needs).
+evaluation), best/ and last/ (averaged weights as safetensors with timm's config.json, and metrics.json),
+checkpoint-<updates>.safetensors (everything that --resume needs) and with --save-margins margins.parquet.
 
 Every random number is a function of the seed and a position: the order of the data of (seed, pass), a view of
 (seed, pass, index), the random numbers of a step of (seed, process, step). So a resume needs no random state, and
@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import timm
 import torch
 import torch.nn.functional as F
@@ -47,7 +49,7 @@ from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, setup_defaul
 from torch import nn
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank
+from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank, split_easy_hard
 from data import (
     KNOWN,
     BatchDataset,
@@ -60,7 +62,9 @@ from data import (
     create_loader,
     create_source,
     decode_all,
+    draw_threshold_samples,
     evaluation_batches,
+    flip_labels,
     item_seed,
     match_classes,
     read_fold,
@@ -216,6 +220,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help='take the labeled images from a run\'s labels.json instead of drawing them')
     group.add_argument('--label-seed', type=int, metavar='N', default=None,
                        help='seed of the draw of the labeled images (default: --seed)')
+    group.add_argument('--label-noise', type=float, metavar='SHARE', default=0.,
+                       help='flip this share of the labels to another class; labels.json keeps the original ones too '
+                            '(default: 0)')
     group.add_argument('--exclude-labeled', action=flag, default=False,
                        help='leave the labeled images out of the unlabeled set; the published protocol keeps them in')
     group.add_argument('--mu', type=int, metavar='N', default=7,
@@ -285,6 +292,15 @@ def create_parser() -> argparse.ArgumentParser:
                        help='unlabeled margins count from the first step on (paper: yes, authors-code: no)')
     group.add_argument('--calmix-bank-dtype', default='float32', choices=['float32', 'float16'],
                        help='storage of the unlabeled margins, images x classes numbers (default: float32)')
+
+    group = parser.add_argument_group('Margins')
+    group.add_argument('--save-margins', action=flag, default=False,
+                       help='keep the margins (AUM, APM), also without --calibratemix, and write margins.parquet at '
+                            'each evaluation; mislabeled.py finds wrong labels in it')
+    group.add_argument('--aum-threshold-samples', type=int, choices=[1, 2], default=None,
+                       help='train one in K+1 of the labeled images as an extra class, whose AUM tells mislabeled.py '
+                            'below which a label is wrong (arXiv 2001.10528, section 3.2). 1 and 2 are disjoint '
+                            'draws: a run with each, and all other arguments alike, judge all images')
 
     group = parser.add_argument_group('Weight averaging')
     group.add_argument('--model-ema', action=flag, default=True,
@@ -381,7 +397,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
-    for name in ('lambda_u_warmup', 'stat_momentum'):
+    for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
     if args.lambda_u_warmup is None:
@@ -390,6 +406,13 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
     if args.calibratemix and args.algorithm == 'supervised':
         parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
+    if args.label_noise and args.labels_file:
+        parser.error(f'--label-noise {args.label_noise} would flip the labels of --labels-file, which may be flipped '
+                     'already: give --label-noise 0')
+    if args.aum_threshold_samples is not None and not args.save_margins:
+        parser.error('--aum-threshold-samples: their margins go to margins.parquet; add --save-margins')
+    if args.aum_threshold_samples is not None and args.algorithm == 'marginmatch':
+        parser.error('--aum-threshold-samples: marginmatch has an extra class of its own; choose another --algorithm')
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
         parser.error(f'--calmix-warmup-epochs {args.calmix_warmup_epochs:g}: not below --epochs {args.epochs}, so that '
                      'CalibrateMix would never run')
@@ -455,6 +478,11 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def has_extra_class(args: argparse.Namespace) -> bool:
+    """Whether the network has an extra, virtual class K, which is no pseudo-label, and neither evaluated nor saved."""
+    return args.algorithm == 'marginmatch' or args.aum_threshold_samples is not None
+
+
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """timm model; one of a fixed image size is built for --img-size."""
     if ':' not in args.model and not timm.is_model(args.model):
@@ -497,8 +525,9 @@ def check_head(model: nn.Module, args: argparse.Namespace, input_size: tuple[int
         reason = ' '.join(str(error).split())
         raise UsageError(f'--model {args.model} does not take {input_size[1]} px images, or has no '
                          f'forward_features and forward_head(pre_logits=True): {reason}') from error
-    if args.algorithm == 'marginmatch' and not isinstance(model.get_classifier(), nn.Linear):
-        raise UsageError(f'--model {args.model}: marginmatch needs a linear classifier')
+    if has_extra_class(args) and not isinstance(model.get_classifier(), nn.Linear):
+        raise UsageError(f'--model {args.model}: an extra class (marginmatch, --aum-threshold-samples) needs a linear '
+                         'classifier')
     if not same or features.ndim != 2:
         raise UsageError(f'--model {args.model}: its classifier is not a layer on top of its pre-logits features')
     if args.drop:  # a few heads drop out behind the pre-logits, which the split head would leave out without a word
@@ -557,6 +586,12 @@ class Datasets:
     extra: ViewDataset | None  # second evaluation set
     labeled_to_unlabeled: torch.Tensor | None
     source_index: torch.Tensor  # [L] int64, the labeled images' positions in the training split
+    label: torch.Tensor  # [L] int64, their labels; labeled.targets has K in place of those of threshold samples
+    original: torch.Tensor | None  # [L] int64, their labels before --label-noise
+
+
+def label_seed(args: argparse.Namespace) -> int:
+    return args.seed if args.label_seed is None else args.label_seed
 
 
 def build_datasets(
@@ -568,8 +603,9 @@ def build_datasets(
 ) -> Datasets:
     """Draws or reads the labels, and wraps the sources in their views."""
     train, unlabeled, evaluation = sources
+    original = None
     if args.labels_file:
-        index, target = read_labels(args.labels_file, train.targets, num_classes)
+        index, target, original = read_labels(args.labels_file, train.targets, num_classes)
         if args.num_labels not in (None, len(index)):
             raise UsageError(f'--num-labels {args.num_labels}: --labels-file {args.labels_file} has {len(index)}')
     elif args.label_fold is not None:
@@ -579,13 +615,18 @@ def build_datasets(
         index = (train.targets >= 0).nonzero().squeeze(1)
         target = train.targets[index]
     else:
-        seed = args.seed if args.label_seed is None else args.label_seed
         index = select_labeled(
-            train.targets, args.num_labels, num_classes, seed, args.labels_per_class, args.label_fraction,
+            train.targets, args.num_labels, num_classes, label_seed(args), args.labels_per_class, args.label_fraction,
         )
         target = train.targets[index]
         if args.num_labels and args.num_labels % num_classes:
             _logger.info(f'{args.num_labels} labels over {num_classes} classes: some classes get one more than others')
+    if args.label_noise:
+        original, target = target, flip_labels(target, args.label_noise, num_classes, label_seed(args))
+    trained = target
+    if args.aum_threshold_samples is not None:
+        rows = draw_threshold_samples(len(target), num_classes, label_seed(args), args.aum_threshold_samples)
+        trained = target.index_fill(0, rows, num_classes)
     recipe = dict(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
@@ -606,14 +647,14 @@ def build_datasets(
             return dataset
         return BatchDataset(dataset, *decoded, None if evaluate else BatchViews(kinds, **recipe), views_on_gpu)
 
-    labeled_set = with_views({'image': 'weak'}, train, index, target, 'labeled')
+    labeled_set = with_views({'image': 'weak'}, train, index, trained, 'labeled')
     evaluation_set = with_views({'image': 'eval'}, evaluation)
     extra_set = None
     if args.extra_val:
         extra = create_source(args.extra_val, args.extra_val_dir, None)
         extra_set = with_views({'image': 'eval'}, extra, *match_classes(extra, train.class_names, num_classes))
     if args.algorithm == 'supervised':
-        return Datasets(labeled_set, None, evaluation_set, extra_set, None, index)
+        return Datasets(labeled_set, None, evaluation_set, extra_set, None, index, target, original)
     unlabeled_index = torch.arange(len(unlabeled))
     position = None
     if unlabeled is train or unlabeled_split(args).startswith(args.train_split + '+'):
@@ -627,7 +668,7 @@ def build_datasets(
     if args.algorithm == 'pseudo_label':
         del kinds['strong']
     unlabeled_set = with_views(kinds, unlabeled, unlabeled_index, stream='unlabeled')
-    return Datasets(labeled_set, unlabeled_set, evaluation_set, extra_set, position, index)
+    return Datasets(labeled_set, unlabeled_set, evaluation_set, extra_set, position, index, target, original)
 
 
 class Feed:
@@ -845,10 +886,18 @@ def logit_margin_penalty(logits: torch.Tensor, margin: float) -> torch.Tensor:
     return F.relu(logits.amax(1, keepdim=True) - logits - margin).mean()
 
 
-def supervised_step(model: nn.Module, labeled: dict, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def supervised_step(
+        model: nn.Module,
+        labeled: dict,
+        calmix: CalibrateMix | None,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+) -> dict[str, torch.Tensor]:
     """Cross-entropy on the labeled images alone."""
-    _, logits = model(labeled['image'])
-    loss = F.cross_entropy(logits.float(), labeled['target'], label_smoothing=args.label_smoothing)
+    logits = model(labeled['image'])[1].float()
+    if calmix is not None:
+        calmix.aum.update(*accelerator.gather((labeled['index'], logits.detach(), labeled['target'])))
+    loss = F.cross_entropy(logits, labeled['target'], label_smoothing=args.label_smoothing)
     return dict(loss=loss, loss_labeled=loss)
 
 
@@ -914,25 +963,27 @@ def semi_supervised_step(
     # What a method or the bank keeps is kept of the joined batch, on every process alike.
     j_all, z_weak_all = accelerator.gather((j, z_weak))
     first = accelerator.process_index * len(j)
-    weight = method(z_weak_all, j_all, num_updates)[first:first + len(j)]
+    num_classes = z.shape[1] - has_extra_class(args)  # the extra class is a target of some images, and else left out
+    z_method = z_weak_all if args.algorithm == 'marginmatch' else z_weak_all[:, :num_classes]
+    weight = method(z_method, j_all, num_updates)[first:first + len(j)]
     loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
-    if args.algorithm == 'marginmatch':  # its virtual class is a target of some images, and else left out
-        z, z_weak, z_weak_all = (logits[:, :method.num_classes] for logits in (z, z_weak, z_weak_all))
-    confidence, pseudo_label = z_weak.softmax(1).max(1)
+    confidence, pseudo_label = z_weak[:, :num_classes].softmax(1).max(1)
     target = pseudo_label
     if args.algorithm == 'marginmatch':
-        target = torch.where(method.is_wrong(j), method.num_classes, pseudo_label)
+        target = torch.where(method.is_wrong(j), num_classes, pseudo_label)
     loss_unlabeled = (F.cross_entropy(z_strong, target, reduction='none') * weight).mean()
     loss = loss_labeled + lambda_u(num_updates, args) * loss_unlabeled
     if args.algorithm == 'freematch':
-        loss = loss + args.freematch_fairness * method.fairness(z_strong, weight, accelerator)
+        loss = loss + args.freematch_fairness * method.fairness(z_strong[:, :num_classes], weight, accelerator)
     if args.logit_margin_penalty:
         loss = loss + args.logit_margin_penalty * logit_margin_penalty(z_strong, args.logit_margin)
 
     loss_mixup = torch.zeros_like(loss)
     if calmix is not None:
         i_all, y_all, z_all = accelerator.gather((i, y, z.detach()))
-        calmix.update(i_all, y_all, z_all, j_all, z_weak_all.argmax(1), z_weak_all, num_updates)
+        pseudo_label_all = z_weak_all[:, :num_classes].argmax(1)
+        z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
+        calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
             mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence)
             loss_mixup = calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
@@ -1018,7 +1069,8 @@ class Run:
     calmix: CalibrateMix | None
     monitor: Monitor
     accelerator: Accelerator
-    labels: torch.Tensor
+    labels: torch.Tensor  # [2, L] int64, the labeled images' positions in the training split and their targets
+    num_classes: int  # K, without an extra class
     num_updates: int = 0
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
@@ -1056,7 +1108,7 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
         # Gradients are exchanged in the last backward pass only.
         with nullcontext() if last else accelerator.no_sync(run.model):
             if args.algorithm == 'supervised':
-                terms = supervised_step(run.model, labeled, args)
+                terms = supervised_step(run.model, labeled, run.calmix, accelerator, args)
             else:
                 terms = semi_supervised_step(
                     run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
@@ -1234,9 +1286,9 @@ def read_checkpoint(path: Path) -> dict:
 
 # Differences that would attach a margin or a table to another image or class.
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
-              'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype')
+              'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
-             'num_labels', 'label_seed')
+             'num_labels', 'label_seed', 'label_noise')
 
 
 def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
@@ -1251,8 +1303,10 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     if changed.keys() & set(FIXED_ARGS):
         raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
     if not torch.equal(state['labels'], run.labels):
-        raise UsageError(f'--resume {path}: the checkpoint was made with other labeled images; give its labels.json as '
-                         '--labels-file')
+        raise UsageError(f'--resume {path}: the checkpoint was made with other labeled images or labels; give its '
+                         'labels.json as --labels-file')
+    if run.calmix is not None and state['calmix'] is None:
+        raise UsageError(f'--resume {path}: the checkpoint holds no margins; --save-margins keeps them from the start')
     if told:
         _logger.warning(f'Resuming with changed arguments: {told}')
     if state['num_processes'] != run.accelerator.num_processes:
@@ -1283,11 +1337,11 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
 
 
 def exportable(run: Run) -> nn.Module:
-    """Copy of the evaluated network as timm loads it: contiguous weights, without MarginMatch's virtual class."""
+    """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class."""
     model = copy.deepcopy(run.eval_model).to('cpu', memory_format=torch.contiguous_format)
-    if isinstance(run.method, MarginMatch):
+    if model.num_classes > run.num_classes:
         wide = model.get_classifier()
-        model.reset_classifier(run.method.num_classes)
+        model.reset_classifier(run.num_classes)
         with torch.no_grad():
             for name, parameter in model.get_classifier().named_parameters():
                 parameter.copy_(getattr(wide, name)[:-1])
@@ -1327,6 +1381,52 @@ def write_summary(path: Path, row: dict) -> None:
             writer.writerows([*rows, row])
 
     replace_file(path, write)
+
+
+def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Namespace) -> None:
+    """Writes a table of all labeled, then all unlabeled images.
+
+    Columns: set (labeled, unlabeled); index (position in the training or the unlabeled split); label (that of a labeled
+    image, else the last pseudo-label, -1 if never seen); margin (its AUM or APM, of a threshold sample that of the
+    extra class, null if never seen); visits; easy (of the upper half of its set, by rank; null if never seen); and of
+    labeled images threshold_sample, and where labels were flipped on purpose flipped and true_label.
+    """
+    def rows(name: str, bank: MarginBank, index: torch.Tensor, label: torch.Tensor, **known: torch.Tensor) -> pa.Table:
+        last = bank.label.long().clamp(min=0)
+        value = bank.lookup(torch.arange(len(last), device=last.device), last).cpu()
+        seen = bank.count.cpu() > 0
+        easy = torch.zeros_like(seen).masked_scatter(seen, split_easy_hard(value[seen]))
+        return pa.table(dict(
+            set=pa.array([name] * len(index)),
+            index=index.numpy(),
+            label=label.cpu().long().numpy(),
+            margin=pa.array(value.numpy(), mask=~seen.numpy()),
+            visits=bank.count.cpu().numpy(),
+            easy=pa.array(easy.numpy(), mask=~seen.numpy()),
+            **{key: column.numpy() for key, column in known.items()},
+        ))
+
+    known, noise = dict(threshold_sample=datasets.labeled.targets == run.num_classes), 0.
+    if datasets.original is not None:
+        known.update(flipped=datasets.label != datasets.original, true_label=datasets.original)
+        noise = float(known['flipped'].double().mean())
+    parts = [rows('labeled', run.calmix.aum, datasets.source_index, datasets.label, **known)]
+    if datasets.unlabeled is not None:
+        parts.append(rows('unlabeled', run.calmix.apm, datasets.unlabeled.index, run.calmix.apm.label))
+    schema = pa.schema(dict(
+        set=pa.string(), index=pa.int64(), label=pa.int64(), margin=pa.float32(), visits=pa.int32(), easy=pa.bool_(),
+        threshold_sample=pa.bool_(), flipped=pa.bool_(), true_label=pa.int64(),
+    ), metadata=dict(
+        dataset=args.dataset or args.data_dir,
+        split=args.train_split,
+        unlabeled_split=unlabeled_split(args),
+        label_noise=str(noise),
+        label_seed=str(label_seed(args)),
+        seed=str(args.seed),
+        num_updates=str(run.num_updates),
+    ))
+    table = pa.concat_tables([schema.empty_table(), *parts], promote_options='default')
+    replace_file(path, lambda part: pq.write_table(table, part))
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -1369,18 +1469,24 @@ def count_classes(args: argparse.Namespace, train, evaluation) -> int:
 
 
 def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int) -> CalibrateMix | None:
-    if not args.calibratemix:
+    """CalibrateMix; with --save-margins alone one in an endless warmup, which keeps the margins and mixes nothing.
+
+    The class of threshold samples is one as any other to it.
+    """
+    if not (args.calibratemix or args.save_margins):
         return None
     updates = args.epochs * args.train_steps_per_epoch
-    if args.calmix_warmup_epochs is not None:
+    if not args.calibratemix:
+        warmup_steps = math.inf
+    elif args.calmix_warmup_epochs is not None:
         warmup_steps = round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
     else:
         warmup_steps = round(PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE * updates)
     try:
         return CalibrateMix(
             len(datasets.labeled),
-            len(datasets.unlabeled),
-            num_classes,
+            len(datasets.unlabeled) if datasets.unlabeled is not None else 0,
+            num_classes + (args.aum_threshold_samples is not None),
             preset=args.calmix_preset,
             gamma=args.calmix_gamma,
             gamma_dist=args.calmix_gamma_dist,
@@ -1393,7 +1499,7 @@ def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int)
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
             warmup_steps=warmup_steps,
-            apm_in_warmup=args.calmix_apm_in_warmup,
+            apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
             bank_dtype=getattr(torch, args.calmix_bank_dtype),
             labeled_to_unlabeled=datasets.labeled_to_unlabeled,
         )
@@ -1480,7 +1586,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     with accelerator.main_process_first():  # downloads and caches are written once
         train, unlabeled, evaluation = sources = open_sources(args)
     num_classes = count_classes(args, train, evaluation)
-    model = build_model(args, num_classes + (args.algorithm == 'marginmatch'))
+    model = build_model(args, num_classes + has_extra_class(args))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
     on_gpu = accelerator.device.type == 'cuda'
@@ -1517,8 +1623,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if method is not None:
         method.to(accelerator.device)
     monitor = Monitor(accelerator)
+    labels = torch.stack([datasets.source_index, datasets.labeled.targets])
     run = Run(
-        model, timm_model, optimizer, scheduler, ema, method, calmix, monitor, accelerator, datasets.source_index,
+        model, timm_model, optimizer, scheduler, ema, method, calmix, monitor, accelerator, labels, num_classes,
     )
     if checkpoint is not None:
         resume(run, read_checkpoint(checkpoint), checkpoint, args)
@@ -1530,12 +1637,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         replace_file(folder / 'labels.json', lambda part: write_labels(
             part,
             datasets.source_index,
-            datasets.labeled.targets,
+            datasets.label,
+            datasets.original,
             dataset=args.dataset,
             split=args.train_split,
             num_classes=num_classes,
             num_images=len(train),
-            seed=args.seed if args.label_seed is None else args.label_seed,
+            seed=label_seed(args),
         ))
 
     if args.log_tensorboard or args.log_wandb:
@@ -1574,7 +1682,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         f'{args.batch_size * args.grad_accum_steps * accelerator.num_processes} labeled on '
         f'{accelerator.num_processes} process(es), device {accelerator.device}'
     )
-    if calmix is not None:
+    if args.calibratemix:
         _logger.info(f'{calmix}')
 
     first_epoch = run.num_updates // args.train_steps_per_epoch
@@ -1594,6 +1702,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
             skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
             train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
             record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
+            if args.save_margins and accelerator.is_main_process:
+                write_margins(run, folder / 'margins.parquet', datasets, args)
         save_checkpoint(run, folder, args)
     accelerator.end_training()
     return metrics

@@ -228,8 +228,11 @@ def read_run(checkpoint: Path) -> dict:
     if checkpoint.is_file() and checkpoint.suffix == '.safetensors' and checkpoint.name.startswith('checkpoint-'):
         raise UsageError(f'--checkpoint {checkpoint}: this is a state to resume from; weights are in best/ and last/')
     path = checkpoint.parent / 'args.yaml'
-    if not path.exists():
-        return {}
+    return read_args(path) if path.exists() else {}
+
+
+def read_args(path: Path) -> dict:
+    """A run's args.yaml; raises UsageError if it cannot be read or is no mapping."""
     try:
         run = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -967,7 +970,7 @@ def evaluate_checkpoint(
     if labels_file is not None:
         with accelerator.main_process_first():
             train = open_source(data, data.train_split)
-        index, targets = read_labels(labels_file, train.targets, model.num_classes)
+        index, targets, _ = read_labels(labels_file, train.targets, model.num_classes)
         if args.calibration_from_labeled is not None and own_file is not None:
             trained = read_labels(own_file, train.targets, model.num_classes)[0]
             known = int(torch.isin(index, trained).sum())

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,22 +40,24 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture
-def train(tmp_path):
+def train_in_process(experiment: str, *arguments, output: Path, without: str | None = None) -> Path:
     """Runs train_ssl.py in this process, TINY unless told otherwise; returns the run folder."""
     from accelerate.state import AcceleratorState, GradientState
 
     import train_ssl
 
-    def run(experiment: str, *arguments, output: Path = tmp_path, without: str | None = None) -> Path:
-        tiny = list(TINY)
-        if without is not None:
-            at = tiny.index(without)
-            del tiny[at:at + 2]
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        where = ('--output', output, '--experiment', experiment)
-        train_ssl.main(train_ssl._parse_args([str(a) for a in (*tiny, *where, *arguments)]))
-        return Path(output) / experiment
+    tiny = list(TINY)
+    if without is not None:
+        at = tiny.index(without)
+        del tiny[at:at + 2]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    where = ('--output', output, '--experiment', experiment)
+    train_ssl.main(train_ssl._parse_args([str(a) for a in (*tiny, *where, *arguments)]))
+    return Path(output) / experiment
 
-    return run
+
+@pytest.fixture
+def train(tmp_path):
+    """`train_in_process`, by default into a new folder."""
+    return partial(train_in_process, output=tmp_path)

@@ -172,8 +172,10 @@ def test_labels_file_round_trip(tmp_path):
     index = select_labeled(TARGETS, 40, 10, 1)
     flipped = (TARGETS[index] + 1) % 10  # labels of its own, as in a study of label noise
     write_labels(tmp_path / 'labels.json', index, flipped, dataset='toy', num_classes=10, num_images=400)
-    read_index, read_target = read_labels(tmp_path / 'labels.json', TARGETS, 10)
-    assert torch.equal(read_index, index) and torch.equal(read_target, flipped)
+    read_index, read_target, original = read_labels(tmp_path / 'labels.json', TARGETS, 10)
+    assert torch.equal(read_index, index) and torch.equal(read_target, flipped) and original is None
+    write_labels(tmp_path / 'labels.json', index, flipped, TARGETS[index], num_classes=10, num_images=400)
+    assert torch.equal(read_labels(tmp_path / 'labels.json', TARGETS, 10)[2], TARGETS[index])
 
 
 @pytest.mark.parametrize('content, message', [
@@ -192,6 +194,9 @@ def test_labels_file_round_trip(tmp_path):
     ('{"index": [400], "target": [1]}', 'outside of the 400 images'),
     ('{"index": [-1], "target": [1]}', 'outside of the 400 images'),
     ('{"index": [1], "target": [10]}', 'outside of the 10 classes'),
+    ('{"index": [1], "target": [1], "original": [10]}', 'outside of the 10 classes'),
+    ('{"index": [1], "target": [1], "original": [1, 2]}', 'original must be'),
+    ('{"index": [1], "target": [1], "original": [1.5]}', 'original must be'),
     ('{"index": [1], "target": [1], "num_images": 500}', 'num_images is 500, here 400'),
     ('{"index": [1], "target": [1], "num_classes": 100}', 'num_classes is 100, here 10'),
 ])

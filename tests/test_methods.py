@@ -300,5 +300,5 @@ def test_label_smoothing_applies_to_the_labeled_loss():
             return torch.zeros(3, 2), logits.requires_grad_()
 
     args = options(label_smoothing=0.2)
-    loss = train_ssl.supervised_step(Fixed(), dict(image=torch.zeros(3, 1), target=target), args)['loss']
+    loss = train_ssl.supervised_step(Fixed(), dict(image=torch.zeros(3, 1), target=target), None, None, args)['loss']
     assert loss.item() == pytest.approx(F.cross_entropy(logits, target, label_smoothing=0.2).item())

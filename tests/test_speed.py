@@ -125,7 +125,7 @@ def test_no_step_waits_for_a_gpu(flags):
     accelerator = Accelerator(cpu=True)
     model = Toy(4 + (args.algorithm == 'marginmatch'))
     method = train_ssl.ALGORITHMS[args.algorithm](40, 4, args)
-    datasets = train_ssl.Datasets(range(10), range(40), None, None, torch.arange(10), None)
+    datasets = train_ssl.Datasets(range(10), range(40), None, None, torch.arange(10), None, None, None)
     calmix = train_ssl.build_calmix(args, datasets, 4)
     monitor = train_ssl.Monitor(accelerator)
     with FakeTensorMode():
