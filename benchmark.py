@@ -3,6 +3,7 @@
 
     python benchmark.py                          # wide_resnet28_2, batch 64, mu 7, 32 px: about half an hour on a CPU
     python benchmark.py --quick                  # every row on a small network, in a minute
+    python benchmark.py --rows complexity --picture complexity.png    # how CalibrateMix's own cost grows
     python benchmark.py --device cuda --amp --channels-last --model resnet50 --img-size 224
 
 Every figure is the median of repeats in which the compared things take turns, so that a busy machine slows them alike;
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import matplotlib
 import numpy as np
 import timm
 import torch
@@ -30,10 +32,11 @@ from PIL import Image
 
 import train_ssl
 from calibratemix import MarginBank, pair_dissimilar
-from data import seeded
+from data import SMALL, ArraySource, BatchDataset, EndlessBatches, ViewDataset, create_loader, seeded
 from views import BatchViews, build_views
 
 NUM_CLASSES = 10
+ROWS = ('steps', 'bank', 'pairing', 'views', 'loader', 'processes')
 TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'CalibrateMix step / FixMatch step, joint': 1.10,
     'CalibrateMix step / FixMatch step, no-grad': 1.13,
@@ -320,6 +323,35 @@ def view_rows(options: argparse.Namespace) -> dict[str, list[float]]:
     }
 
 
+def loader_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """What a step takes longer with batches from the loader than with one that is there already: the wait for it."""
+    labeled, unlabeled = create_batches(options, device)
+    size, number = options.img_size, min(options.num_images, 2 ** 28 // options.img_size ** 2)
+    pixels = np.random.default_rng(0).integers(0, 256, (number, size, size, 3), dtype=np.uint8)
+    views, kinds = build_views(size, (0.5,) * 3), {'weak': 'weak', 'strong': 'strong'}
+    dataset = ViewDataset(ArraySource(pixels, np.zeros(number), None, 'noise'), {kind: views[kind] for kind in kinds})
+    if size <= SMALL:
+        batch_views = BatchViews(kinds, size, (0.5,) * 3)
+        on_gpu = device.type == 'cuda'
+        dataset = BatchDataset(dataset, torch.from_numpy(pixels), torch.arange(number), batch_views, on_gpu)
+    config = train_ssl.DataConfig((3, size, size), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
+    loader = create_loader(dataset, EndlessBatches(number, options.batch_size * options.mu), options.workers,
+                           pin_memory=device.type == 'cuda')
+    batches = iter(train_ssl.Feed(loader, config, device, options.channels_last))
+    run, args = create_run(options, '--calibratemix')
+
+    def step(unlabeled_batches):
+        # Several updates, so that a GPU's queue can hide the loader as it does in training.
+        for _ in range(1 if device.type == 'cpu' else 20):
+            train_ssl.train_one_update(run, itertools.repeat(labeled), unlabeled_batches, args)
+
+    seconds = take_turns({
+        'ready': lambda: step(itertools.repeat(unlabeled)), 'loaded': lambda: step(batches),
+    }, options.repeats, device)
+    waits = [100 * (1 - ready / loaded) for ready, loaded in zip(seconds['ready'], seconds['loaded'])]
+    return {f'wait for the loader with {options.workers} workers, % of the step': waits}
+
+
 def process_rows(options: argparse.Namespace) -> dict[str, list[float]]:
     """Steps of two processes on half the batch each, over gloo, and of one on the whole, each with one thread."""
     seconds = {}
@@ -336,13 +368,63 @@ def process_rows(options: argparse.Namespace) -> dict[str, list[float]]:
     return {'step of 2 processes on half the batch / of 1 on all': ratios(seconds, 2, 1)}
 
 
+def complexity_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """CalibrateMix's own work in a step (banks, split, pairs, mixing, loss) as one size at a time grows."""
+    usual = dict(classes=10, ratio=7, rows=50_000, batch=64)
+    grids = dict(classes=(10, 100, 1000), ratio=(1, 3, 7, 15), rows=(10 ** 4, 10 ** 5, 10 ** 6, 10 ** 7),
+                 batch=(16, 64, 256))
+    if options.quick:
+        grids['rows'] = grids['rows'][:2]
+    rows = {}
+    for size, values in grids.items():
+        for value in values:
+            at = dict(usual, **{size: value})
+            b, u, classes = at['batch'], at['batch'] * at['ratio'], at['classes']
+            calmix = train_ssl.CalibrateMix(at['rows'], at['rows'], classes, warmup_steps=0).to(device)
+            calmix.apm.value.normal_()  # its memory is the system's to hand out at the first touch
+            x, weak = (torch.randn(n, 3, 32, 32, device=device) for n in (b, u))
+            f, f_weak = torch.randn(b, 128, device=device), torch.randn(u, 128, device=device)
+            z, z_weak = torch.randn(b, classes, device=device), torch.randn(u, classes, device=device)
+            y, pseudo_label = z.argmax(1), z_weak.argmax(1)
+
+            def step():
+                i, j = (torch.randint(at['rows'], (n,), device=device) for n in (b, u))  # noqa: B023
+                calmix.update(i, y, z, j, pseudo_label, z_weak, 0)  # noqa: B023
+                mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak)  # noqa: B023
+                return calmix.loss(z, mixed)  # noqa: B023
+
+            seconds = take_turns({'step': step}, 5 * options.repeats, device)['step']
+            rows[f'CalibrateMix alone, {size} {value}, ms'] = [1e3 * s for s in seconds]
+    return rows
+
+
+def draw_complexity(rows: dict[str, list[float]], path: str) -> None:
+    matplotlib.use('agg')
+    from matplotlib import pyplot as plt
+    titles = dict(classes='classes', ratio='unlabeled images per labeled one', rows='images in the set',
+                  batch='labeled images in the batch')
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3), sharey=True, layout='constrained')
+    for axis, (size, title) in zip(axes, titles.items()):
+        found = {int(name.split()[3].rstrip(',')): values for name, values in rows.items() if f', {size} ' in name}
+        middle = [median(values) for values in found.values()]
+        quartiles = [np.percentile(values, (25, 75)) for values in found.values()]
+        axis.errorbar(list(found), middle, abs(np.transpose(quartiles) - middle), marker='o', capsize=3)
+        axis.set(xscale='log', xlabel=title, ylim=(0, None))
+        axis.set_xticks(list(found), [f'{value:,}' for value in found])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel('ms a step')
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 # --- Table ------------------------------------------------------------------------------------------------------------
 
-def summarise(rows: dict[str, list[float]]) -> list[dict]:
+def summarise(rows: dict[str, list[float]], targets: dict[str, float]) -> list[dict]:
     """Rows of the table: median, least and greatest, target and whether the median meets it."""
     table = []
     for name, values in rows.items():
-        target = TARGETS.get(name)
+        target = targets.get(name)
         met = '' if target is None else 'yes' if (median(values) <= target if target > 0 else
                                                   median(values) >= -target) else 'no'
         table.append({
@@ -374,8 +456,10 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--repeats', type=int, metavar='N', default=None, help='measurements of a row (default: 7)')
     parser.add_argument('--quick', action='store_true',
                         help='wide_resnet10_1, batch 8, 16 px and smaller banks: shows that each row works')
-    parser.add_argument('--rows', nargs='+', choices=['steps', 'bank', 'pairing', 'views', 'processes'],
-                        default=['steps', 'bank', 'pairing', 'views', 'processes'], help='default: all')
+    parser.add_argument('--rows', nargs='+', choices=[*ROWS, 'complexity'], default=ROWS,
+                        help='default: all but complexity, which has no targets')
+    parser.add_argument('-j', '--workers', type=int, metavar='N', default=2, help='loading processes (default: 2)')
+    parser.add_argument('--picture', metavar='FILE', default='complexity.png', help='of --rows complexity')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
     parser.add_argument('--amp', action=flag, default=False, help='bfloat16')
     parser.add_argument('--channels-last', action=flag, default=False)
@@ -409,9 +493,15 @@ def main() -> None:
         rows.update(pairing_rows(options, device))
     if 'views' in options.rows:
         rows.update(view_rows(options))
+    if 'loader' in options.rows:
+        rows.update(loader_rows(options, device))
+    if 'complexity' in options.rows:
+        grown = complexity_rows(options, device)
+        draw_complexity(grown, options.picture)
+        rows.update(grown)
     if 'processes' in options.rows and device.type == 'cpu':
         rows.update(process_rows(options))
-    table = summarise(rows)
+    table = summarise(rows, {} if options.quick else TARGETS)  # which are for the full sizes
     print(f'{options.model}, batch {options.batch_size}, mu {options.mu}, {options.img_size} px; '
           f'{describe_machine(device)}')
     width = max(len(row['row']) for row in table)
