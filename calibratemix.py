@@ -128,6 +128,8 @@ class MarginBank(nn.Module):
         dtype: Storage, torch.float32 or torch.float16; arithmetic is float32. A float16 entry has 11 bits: it stops
             following its mean when a visit moves it by less than about 1/2000 of itself, so after some thousand
             visits to a sample. It saturates at 65504.
+        part: `(r, n)`: this bank is the r-th of n, on as many processes, and holds every n-th sample, from r on. It
+            takes the same updates as the whole would; its values in `lookup` are to be summed over the parts.
 
     Raises:
         ValueError: If an argument is outside of what is named above.
@@ -139,6 +141,7 @@ class MarginBank(nn.Module):
             num_classes: int | None = None,
             smoothing: float = 1.0,
             dtype: torch.dtype = torch.float32,
+            part: tuple[int, int] = (0, 1),
     ):
         super().__init__()
         if num_samples < 0:
@@ -149,19 +152,26 @@ class MarginBank(nn.Module):
             raise ValueError(f'smoothing: expected a number in (0, 1], got {smoothing}')
         if dtype not in (torch.float32, torch.float16):
             raise ValueError(f'dtype: expected torch.float32 or torch.float16, got {dtype}')
-        self.smoothing = smoothing
-        shape = (num_samples,) if num_classes is None else (num_samples, num_classes)
-        self.register_buffer('value', torch.zeros(shape, dtype=dtype))
-        self.register_buffer('count', torch.zeros(num_samples, dtype=torch.int32))
-        self.register_buffer('label', torch.full((num_samples,), -1, dtype=torch.int32))
+        if not 0 <= part[0] < part[1] or (part[1] > 1 and num_samples < part[1]):
+            raise ValueError(f'part: expected (r, n) with r < n and n <= {num_samples} samples, got {part}')
+        self.num_samples, self.smoothing, self.part = num_samples, smoothing, part
+        rows = len(range(part[0], num_samples, part[1]))
+        self.register_buffer('value', torch.zeros((rows,) if num_classes is None else (rows, num_classes), dtype=dtype))
+        self.register_buffer('count', torch.zeros(rows, dtype=torch.int32))
+        self.register_buffer('label', torch.full((rows,), -1, dtype=torch.int32))
 
-    def _visits(self, index: torch.Tensor) -> torch.Tensor:
-        """Visits so far, `[B]`; the one place where an index is checked, -1 included."""
+    def _check(self, index: torch.Tensor) -> None:
+        """The one place where an index is checked, -1 included; a GPU does it by itself."""
         if not index.is_cuda:
-            bad = index[(index < 0) | (index >= len(self.count))]
+            bad = index[(index < 0) | (index >= self.num_samples)]
             if len(bad):
-                raise IndexError(f'index {int(bad[0])} is outside of the bank of {len(self.count)} samples')
-        return self.count.gather(0, index)
+                raise IndexError(f'index {int(bad[0])} is outside of the bank of {self.num_samples} samples')
+
+    def _own(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row of each index in this part's tables, `[B]`, and whether it is of this part, `[B]` (else the row is 0)."""
+        rank, parts = self.part
+        own = index % parts == rank
+        return torch.where(own, index // parts, 0), own
 
     @torch.no_grad()
     def update(self, index: torch.Tensor, logits: torch.Tensor, label: torch.Tensor) -> None:
@@ -183,9 +193,16 @@ class MarginBank(nn.Module):
         m = margins(logits) if self.value.ndim == 2 else margin(logits, label)[:, None]
         if self.value.ndim == 2 and m.shape[1] != self.value.shape[1]:
             raise ValueError(f'logits: expected {self.value.shape[1]} classes, got {m.shape[1]}')
-        count = self._visits(index)
+        self._check(index)
+        if self.part[1] > 1:
+            index, own = self._own(index)
+            if index.is_cuda:  # shapes must not depend on values there; what is not finite is no visit
+                m = m.masked_fill(~own[:, None], torch.nan)
+            else:
+                index, m, label = index[own], m[own], label[own]
         if len(index) == 0:
             return
+        count = self.count.gather(0, index)
         # A bound far below the largest float32, so that no difference of two margins overflows either. NaN fails it.
         visit = (m.amin(1) > -1e19) & (m.amax(1) < 1e19)
         t, fade, visits = count, 1, visit[:, None]
@@ -217,13 +234,26 @@ class MarginBank(nn.Module):
         self.label.index_copy_(0, index, torch.where(visits.any(1), label.int(), self.label[index]))
 
     def lookup(self, index: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        """Current values, `[B]` float32: AUM, or with a table per class the APM of `label` `[B]`. Never seen: -inf."""
-        count = self._visits(index)
+        """Current values, `[B]` float32: AUM, or with a table per class the APM of `label` `[B]`. Never seen: -inf.
+
+        One of several parts has 0 for the samples of the others.
+        """
+        self._check(index)
+        own = None
+        if self.part[1] > 1:
+            index, own = self._own(index)
         value = self.value[index] if self.value.ndim == 1 else self.value[index, label]
-        return torch.where(count > 0, value.float(), -torch.inf)
+        value = torch.where(self.count.gather(0, index) > 0, value.float(), -torch.inf)
+        return value if own is None else torch.where(own, value, 0)
 
     def median(self) -> torch.Tensor:
-        """Median over the samples seen so far, each at its last label: scalar float32, NaN when none was seen. O(N)."""
+        """Median over the samples seen so far, each at its last label: scalar float32, NaN when none was seen. O(N).
+
+        Raises:
+            ValueError: If this is one of several parts.
+        """
+        if self.part[1] > 1:
+            raise ValueError(f'part: the median needs the whole bank, and this is part {self.part}')
         if self.value.ndim == 1:
             value = self.value
         else:

@@ -295,6 +295,38 @@ def test_an_update_leaves_its_arguments_and_no_graph():
     assert not margins(logits).requires_grad
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 3), st.integers(3, 12), st.integers(1, 3), st.integers(0, 2 ** 31), st.booleans())
+def test_a_bank_in_parts_is_the_whole_bank(parts, num_samples, steps, seed, half):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.float16 if half else torch.float32
+    whole = MarginBank(num_samples, 4, 0.997, dtype)
+    banks = [MarginBank(num_samples, 4, 0.997, dtype, part=(r, parts)) for r in range(parts)]
+    assert sum(bank.value.numel() for bank in banks) == whole.value.numel()
+    for _ in range(steps):
+        index = torch.randint(num_samples, (9,), generator=generator)
+        logits = torch.randn(9, 4, generator=generator)
+        logits[0, 0] = torch.nan
+        for bank in (whole, *banks):
+            bank.update(index, logits, logits.nan_to_num().argmax(1))
+    for name in ('value', 'count', 'label'):
+        for r, bank in enumerate(banks):
+            assert torch.equal(getattr(bank, name), getattr(whole, name)[r::parts])
+    index, label = torch.arange(num_samples).repeat(2), torch.randint(4, (2 * num_samples,), generator=generator)
+    assert torch.equal(sum(bank.lookup(index, label) for bank in banks), whole.lookup(index, label))
+
+
+def test_a_part_of_a_bank_checks_its_arguments():
+    for part in ((2, 2), (-1, 2), (0, 11)):
+        with pytest.raises(ValueError, match='part: expected'):
+            MarginBank(10, part=part)
+    bank = MarginBank(10, part=(1, 2))
+    with pytest.raises(IndexError, match='index 10 is outside of the bank of 10 samples'):
+        bank.update(torch.tensor([3, 10]), torch.zeros(2, 4), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match='whole bank'):
+        bank.median()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Split
 
