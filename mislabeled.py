@@ -218,12 +218,12 @@ def tell(ranking: Ranking, num_runs: int, where: str, percentile: float) -> str:
                      f'percentile {percentile:g} of the threshold samples')
     if ranking.flipped is None:
         return '\n'.join(lines)
-    figures = {name: '    -' if math.isnan(value) else f'{100 * value:5.1f}'
-               for name, value in find_figures(ranking).items()}
+    figures = find_figures(ranking)
+    figures = {name: '-' if math.isnan(value) else f'{100 * value:.2f}' for name, value in figures.items()}
     number = int(ranking.flipped[~np.isnan(ranking.aum)].sum())
     at = figures['precision_at_flipped']
     lines += [
-        f'AUROC {figures["auroc"].strip()} %, average precision {figures["average_precision"].strip()} %',
+        f'AUROC {figures["auroc"]} %, average precision {figures["average_precision"]} %',
         f'{"":24}images  precision %  recall %',
         f'{"the first by rank":24}{number:6}  {at:>11}  {at:>8}',
     ]
@@ -275,7 +275,7 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
 
     def caption(before, label):
         name = source.class_names[label].replace('_', ' ') if source.class_names else str(label)
-        return textwrap.fill(before + name, 14, max_lines=2, placeholder='…')
+        return textwrap.fill(before + name, 16, max_lines=2, placeholder='…')
 
     for panel, (title, rows) in zip(figure.subfigures(2, 1), parts):
         if ranking.flipped is not None:
@@ -296,7 +296,7 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
             wrong = ranking.flipped is not None and ranking.flipped[row]
             text = [caption('', ranking.label[row])] + ([caption('true: ', ranking.true_label[row])] if wrong else [])
             style = dict(color=ORANGE, fontweight='bold') if wrong else {}
-            axis.set_title('\n'.join(text), fontsize=8.5, **style)
+            axis.set_title('\n'.join(text), fontsize=8, **style)
             note = ' flagged' if ranking.flagged is not None and ranking.flagged[row] else ''
             axis.set_xlabel(f'{ranking.aum[row]:.2f}{note}', fontsize=8, color=GREY)
             axis.spines[:].set(color=ORANGE if wrong else '0.8', linewidth=3 if wrong else 0.8)

@@ -81,9 +81,9 @@ def test_flipped_labels_are_found_and_all_figures_equal_an_independent_recomputa
     first = sum(row['flipped'] == '1' for row in rows[:60])
     assert auroc > 0.95 and first > 48 and hits > 48 and hits / len(flagged) > 0.8  # by chance: 0.5, 12, and a fifth
     lines = [line.split() for line in told.splitlines()]
-    assert ['AUROC', f'{100 * auroc:.1f}', '%,', 'average', 'precision', f'{100 * precision:.1f}', '%'] in lines
-    assert ['the', 'first', 'by', 'rank', '60', *[f'{100 * first / 60:.1f}'] * 2] in lines
-    figures = [f'{100 * hits / len(flagged):.1f}', f'{100 * hits / 60:.1f}']
+    assert ['AUROC', f'{100 * auroc:.2f}', '%,', 'average', 'precision', f'{100 * precision:.2f}', '%'] in lines
+    assert ['the', 'first', 'by', 'rank', '60', *[f'{100 * first / 60:.2f}'] * 2] in lines
+    figures = [f'{100 * hits / len(flagged):.2f}', f'{100 * hits / 60:.2f}']
     assert ['below', 'the', 'threshold', f'{len(flagged)}', *figures] in lines
 
 
