@@ -8,6 +8,10 @@ A run writes `<output>/<experiment>/`: args.yaml (replay it with --config), labe
 evaluation), best/ and last/ (averaged weights as safetensors with timm's config.json, and metrics.json) and
 checkpoint-<updates>.safetensors (everything that --resume needs).
 
+Exit status: 0 when finished, 2 for a mistake in the arguments, 1 for a fault, 75 when SIGTERM, SIGINT or SIGUSR1 asked
+to stop: the update is finished and a checkpoint saved, from which --resume auto goes on to the very same end. A second
+signal ends the run at once.
+
 Every random number is a function of the seed and a position: the order of the data of (seed, pass), a view of
 (seed, pass, index), the random numbers of a step of (seed, process, step). So a resume needs no random state, and
 neither workers nor the number of processes change the data.
@@ -21,7 +25,9 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -72,6 +78,8 @@ from metrics import EvalMeter
 _logger = logging.getLogger('train')
 
 FULL_SCHEDULE = 1024 * 1024  # updates of the published recipe, which the presets' warmups are counted in
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: not done, go on later
 MAX_SKIPPED_UPDATES = 100  # float16 overflows in a row after which a run is given up
 LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
 TRAIN_COLUMNS = (
@@ -90,6 +98,9 @@ def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(
         description='Semi-supervised training of any timm classifier, with CalibrateMix.',
+        epilog=f'Exit status: 0 finished, 2 a mistake in the arguments, 1 a fault, {STOPPED} stopped by SIGTERM, '
+               'SIGINT or SIGUSR1 after the update at hand, with a checkpoint that --resume auto goes on from. A '
+               'second signal ends the run at once.',
         allow_abbrev=False,
     )
     parser.add_argument('-c', '--config', metavar='FILE', default=None,
@@ -930,6 +941,76 @@ def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
     return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
 
 
+# --- Stopping ---------------------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """A signal asked this run to stop; `signal` is its number."""
+
+    def __init__(self, number: int):
+        super().__init__(f'stopped by {signal.Signals(number).name}')
+        self.signal = number
+
+
+caught = []  # the first of STOP_SIGNALS that came; a list of the module, as handlers are the whole process's
+
+
+def catch_signals() -> None:
+    """Notes a signal of STOP_SIGNALS in `caught`; a second one ends the process, with status 128 + its number.
+
+    A thread reads them, since a handler in Python waits for the main thread, which may hang in a collective or in a
+    file system. Within a second they count as one: a launcher and a terminal or scheduler may both pass on the same.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+    def listen():
+        first = math.inf
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in STOP_SIGNALS:  # torch handles SIGCHLD, to see its data workers end
+                continue
+            if not caught:
+                first = time.monotonic()
+                caught.append(number)
+            elif time.monotonic() > first + 1:
+                os._exit(128 + number)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+class StopRequest:
+    """Whether to stop after the update at hand: `ask` before it, `check` after it.
+
+    A single process just looks. Several have to stop after the same update, whichever of them the signal reached. Their
+    answer is a maximum over a group of gloo's, in main memory, that travels while the update is computed: the device is
+    never waited for, as it would be for a flag in one of the step's own collectives, and stopping takes an update more
+    at the most. A process that died is also noticed here at once, where NCCL would wait for its timeout.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.group = torch.distributed.new_group(backend='gloo') if accelerator.num_processes > 1 else None
+
+    def ask(self) -> None:
+        if self.group is not None:
+            self.flag = torch.tensor([caught[0] if caught else 0])
+            self.answer = torch.distributed.all_reduce(
+                self.flag, torch.distributed.ReduceOp.MAX, self.group, async_op=True,
+            )
+
+    def check(self) -> None:
+        """Raises Stopped, on all processes alike, if one of them was asked to stop."""
+        if self.group is not None:
+            self.answer.wait()
+            number = int(self.flag)
+        else:
+            number = caught[0] if caught else 0
+        if number:
+            raise Stopped(number)
+
+
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 class Monitor:
@@ -996,6 +1077,7 @@ class Run:
     num_updates: int = 0
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
+    recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
 
     @property
@@ -1054,7 +1136,15 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
     return True
 
 
-def train_one_epoch(run: Run, epoch: int, labeled_batches, unlabeled_batches, save, args: argparse.Namespace) -> None:
+def train_one_epoch(
+        run: Run,
+        epoch: int,
+        labeled_batches,
+        unlabeled_batches,
+        save,
+        stop: StopRequest,
+        args: argparse.Namespace,
+) -> None:
     """Goes on to the end of the epoch, from wherever in it the run stands."""
     end = (epoch + 1) * args.train_steps_per_epoch
     total = args.epochs * args.train_steps_per_epoch
@@ -1062,8 +1152,11 @@ def train_one_epoch(run: Run, epoch: int, labeled_batches, unlabeled_batches, sa
     images *= 1 if args.algorithm == 'supervised' else 1 + args.mu
     started, first, in_a_row = time.perf_counter(), run.num_updates, 0
     while run.num_updates < end:
-        if not train_one_update(run, labeled_batches, unlabeled_batches, args):
-            run.skipped_updates += 1
+        stop.ask()
+        updated = train_one_update(run, labeled_batches, unlabeled_batches, args)
+        run.skipped_updates += not updated
+        stop.check()
+        if not updated:
             in_a_row += 1
             if in_a_row == MAX_SKIPPED_UPDATES:
                 raise RunError(f'{in_a_row} updates in a row overflowed in float16 at update {run.num_updates}; use '
@@ -1094,6 +1187,7 @@ def validate(
         accelerator: Accelerator,
         num_classes: int,
         batch_size: int,
+        stop: StopRequest | None = None,
 ) -> EvalMeter:
     """Measures a model on this process's part of the images and joins the processes: every image counts once.
 
@@ -1103,12 +1197,18 @@ def validate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     meter = EvalMeter(num_classes, accelerator.device)
-    for batch in feed:
+    # All processes have to ask as often, and one may have a batch more than another.
+    asked = -(-(len(feed.loader.dataset) // accelerator.num_processes) // batch_size) if stop is not None else 0
+    for number, batch in enumerate(feed):
+        if number < asked:
+            stop.ask()
         good, image = batch['skipped'] < 0, batch['image']
         with accelerator.autocast():
             logits = model(F.pad(image, (0, 0) * 3 + (0, batch_size - len(image))))[:len(image)]
         # Without MarginMatch's virtual class, and without the images that stand in for broken ones.
         meter.update(logits[good, :num_classes].float(), batch['target'][good])
+        if number < asked:
+            stop.check()
     for module, mode in modes:
         module.training = mode
     meter.sync(lambda state: accelerator.reduce(state, 'sum'))
@@ -1171,6 +1271,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         num_updates=run.num_updates,
         num_draws=run.num_draws,
         skipped_updates=run.skipped_updates,
+        recorded=run.recorded,
         best_metric=run.best_metric,
         num_processes=run.accelerator.num_processes,
         args=vars(args),
@@ -1244,6 +1345,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
             run.method.load_state_dict(state['method'])
         if run.calmix is not None:
             run.calmix.load_state_dict(state['calmix'])
+        for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
+            setattr(run, key, state[key])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
     if run.accelerator.scaler is not None and state['scaler']:
@@ -1252,8 +1355,6 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     if len(sums) != run.accelerator.num_processes:  # the first process takes them all
         sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))
     run.monitor.sums, run.monitor.seen = sums[run.accelerator.process_index].clone(), sums.sum(0)
-    for key in ('num_updates', 'num_draws', 'skipped_updates', 'best_metric'):
-        setattr(run, key, state[key])
 
 
 def exportable(run: Run) -> nn.Module:
@@ -1495,7 +1596,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         resume(run, read_checkpoint(checkpoint), checkpoint, args)
         _logger.info(f'Resuming from {checkpoint} at update {run.num_updates}')
     if args.start_epoch is not None:
-        run.num_updates = args.start_epoch * args.train_steps_per_epoch
+        run.num_updates = run.recorded = args.start_epoch * args.train_steps_per_epoch
     step_scheduler(run, args)
     if accelerator.is_main_process:
         replace_file(folder / 'labels.json', lambda part: write_labels(
@@ -1548,24 +1649,39 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if calmix is not None:
         _logger.info(f'{calmix}')
 
-    first_epoch = run.num_updates // args.train_steps_per_epoch
+    # Stopped between an epoch's last update and the end of its evaluation, a run goes on with the evaluation.
+    due = run.num_updates % args.train_steps_per_epoch == 0 and run.num_updates != run.recorded
+    first_epoch = run.num_updates // args.train_steps_per_epoch - due
     if first_epoch >= args.epochs:
         _logger.info(f'{folder} is finished')
         accelerator.end_training()
         return json.loads((folder / 'last' / 'metrics.json').read_text())
-    for epoch in range(first_epoch, args.epochs):
-        train_one_epoch(
-            run, epoch, labeled_batches, unlabeled_batches, lambda: save_checkpoint(run, folder, args), args,
-        )
-        train_metrics = run.monitor.read()
-        run.monitor.reset()
-        if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-            meters = [validate(run.eval_model, f, accelerator, num_classes, eval_batch_size) for f in eval_feeds]
-            metrics = meters[0].compute()
-            skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
-            train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
-            record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
+    stop = StopRequest(accelerator)
+
+    def save():
         save_checkpoint(run, folder, args)
+
+    try:
+        for epoch in range(first_epoch, args.epochs):
+            train_one_epoch(run, epoch, labeled_batches, unlabeled_batches, save, stop, args)
+            train_metrics = run.monitor.read()
+            if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
+                meters = [
+                    validate(run.eval_model, f, accelerator, num_classes, eval_batch_size, stop) for f in eval_feeds
+                ]
+                metrics = meters[0].compute()
+                skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
+                train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
+                record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
+            run.monitor.reset()
+            run.recorded = run.num_updates
+            save()
+    except Stopped:
+        _logger.info(f'Stopping at update {run.num_updates}')
+        save()
+        accelerator.wait_for_everyone()  # a launcher ends the others as soon as the first one has ended
+        accelerator.end_training()
+        raise
     accelerator.end_training()
     return metrics
 
@@ -1610,12 +1726,17 @@ def record_evaluation(
         write_weights(run, folder / 'best', data_config, content)
 
 
-def exit_with(error: UsageError | RunError) -> None:
-    """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault."""
+def exit_with(error: UsageError | RunError | Stopped) -> None:
+    """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault, 75 when stopped."""
     code = 2 if isinstance(error, UsageError) else 1
+    line = f'error: {error}'
+    if isinstance(error, Stopped):
+        code, line = STOPPED, f'{error}; --resume auto goes on from there'
+        for number in STOP_SIGNALS:  # nothing is left to interrupt, and the status shall be this one
+            signal.signal(number, signal.SIG_IGN)
     # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
     if code == 1 or os.environ.get('RANK', '0') == '0':
-        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         os._exit(code)  # others may wait in a collective, on which an orderly exit would hang or abort
     sys.exit(code)
@@ -1623,9 +1744,10 @@ def exit_with(error: UsageError | RunError) -> None:
 
 if __name__ == '__main__':
     setup_default_logging()
+    catch_signals()
     try:
         result = main(_parse_args())
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, Stopped) as error:
         exit_with(error)
     if os.environ.get('RANK', '0') == '0':
         print(f'--result\n{json.dumps(result, indent=4)}')
