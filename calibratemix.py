@@ -80,7 +80,7 @@ CHOICES = {
     'similarity': ('cosine', 'euclidean', 'dot'),
     'space': ('feature', 'pixel'),
     'loss': ('ce', 'bce'),
-    'split': ('batch', 'bank'),
+    'split': ('batch', 'joined', 'bank'),
     'pairing': ('targeted', 'random'),
 }
 
@@ -310,7 +310,8 @@ class CalibrateMix(nn.Module):
         space: 'feature' (penultimate features) or 'pixel' compares the images.
         loss: 'ce', cross-entropy with soft targets; 'bce', binary cross-entropy averaged over the classes.
         weight: w, the factor of the mixup loss in the total; kept here for the training loop, not applied by `loss`.
-        split: Median of the 'batch' or of the whole 'bank' (O(N) a step).
+        split: Median of the 'batch' or of the whole 'bank' (O(N) a step). 'joined' is 'batch' for a caller on several
+            processes who gives `mix` the split of their joined batch.
         pairing: 'targeted', or 'random' split and partners: the paper's random-mixup baseline through the same code.
         min_confidence: Unlabeled images with less confidence are no candidates; 0 takes all, as the paper does.
         warmup_steps: Steps in which the base method runs alone; kept here for the training loop.
@@ -438,6 +439,7 @@ class CalibrateMix(nn.Module):
             unlabeled_images: torch.Tensor,
             unlabeled_features: torch.Tensor,
             confidence: torch.Tensor | None = None,
+            easy: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Mixed:
         """Mixes easy labeled with hard unlabeled and hard labeled with easy unlabeled images.
 
@@ -453,6 +455,8 @@ class CalibrateMix(nn.Module):
             unlabeled_images: `[U, C, H, W]`, the weak view.
             unlabeled_features: `[U, D]`.
             confidence: `[U]`, needed only with min_confidence.
+            easy: `[B]` and `[U]` bool, this batch's rows of what `find_easy` gave for a larger one. Default: the batch
+                is split by itself.
 
         Returns:
             The mixed batch, B rows, or none if the unlabeled batch is empty. The inputs are left as they are.
@@ -464,7 +468,8 @@ class CalibrateMix(nn.Module):
             raise ValueError(f'images: expected floating dtypes, got {images.dtype} and {unlabeled_images.dtype}')
         if len(unlabeled_index) == 0:
             index, label, images = index[:0], label[:0], images[:0]
-        easy, unlabeled_easy = self._split(index, unlabeled_index, pseudo_label)
+        easy, unlabeled_easy = easy or self.find_easy(index, unlabeled_index, pseudo_label)
+        easy = easy[:len(index)]
         allowed = easy[:, None] != unlabeled_easy
         allowed &= self.labeled_to_unlabeled[index][:, None] != unlabeled_index
         if self.min_confidence > 0:
@@ -487,6 +492,21 @@ class CalibrateMix(nn.Module):
         weight = (group / group.sum(1, keepdim=True).clamp(min=1)).sum(0)
         return Mixed(mixed, target, gamma, partner, paired, easy, weight)
 
+    def find_easy(
+            self,
+            index: torch.Tensor,
+            unlabeled_index: torch.Tensor,
+            pseudo_label: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Splits labeled images `[B]` and unlabeled ones `[U]` into easy (True) and hard: `[B]` and `[U]` bool."""
+        if self.pairing == 'random':
+            aum, apm = (torch.rand(len(i), device=i.device) for i in (index, unlabeled_index))
+            return split_easy_hard(aum), split_easy_hard(apm)
+        aum, apm = self.aum.lookup(index), self.apm.lookup(unlabeled_index, pseudo_label)
+        if self.split == 'bank':
+            return split_easy_hard(aum, self.aum.median()), split_easy_hard(apm, self.apm.median())
+        return split_easy_hard(aum), split_easy_hard(apm)
+
     def loss(self, logits: torch.Tensor, mixed: Mixed) -> torch.Tensor:
         """Sum of the two groups' mean losses, without the factor `weight`.
 
@@ -503,19 +523,6 @@ class CalibrateMix(nn.Module):
         else:
             loss = F.binary_cross_entropy_with_logits(logits, mixed.target, reduction='none').mean(1)
         return (loss * mixed.weight).sum()
-
-    def _split(
-            self,
-            index: torch.Tensor,
-            unlabeled_index: torch.Tensor,
-            pseudo_label: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.pairing == 'random':
-            return (split_easy_hard(torch.rand(len(i), device=i.device)) for i in (index, unlabeled_index))
-        aum, apm = self.aum.lookup(index), self.apm.lookup(unlabeled_index, pseudo_label)
-        if self.split == 'batch':
-            return split_easy_hard(aum), split_easy_hard(apm)
-        return split_easy_hard(aum, self.aum.median()), split_easy_hard(apm, self.apm.median())
 
     def _similarity(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`[P, ...]` and `[Q, ...]` to `[P, Q]` float32."""

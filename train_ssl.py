@@ -20,28 +20,33 @@ import argparse
 import copy
 import csv
 import difflib
+import fcntl
 import importlib.util
 import json
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TextIO
 
 import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
@@ -51,9 +56,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank
+from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank, Mixed
 from data import (
     KNOWN,
     EndlessBatches,
@@ -174,6 +181,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dist-bn', default='reduce', choices=['broadcast', 'reduce'],
                        help='running batch-norm statistics after each update: the mean over the processes, or those of '
                             'the first (default: reduce)')
+    group.add_argument('--dist-timeout', type=float, metavar='SECONDS', default=1800.,
+                       help='how long to wait for a process that does not answer, or does not start (default: 1800); '
+                            'one that died is noticed at once')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
                        help='loading processes of the unlabeled set, per process (default: 4)')
     group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
@@ -199,8 +209,12 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--epochs', type=int, metavar='N', default=1024, help='default: 1024')
     group.add_argument('--train-steps-per-epoch', type=int, metavar='N', default=1024,
                        help='updates an epoch, an epoch being no pass over the data (default: 1024)')
-    group.add_argument('-b', '--batch-size', type=int, metavar='N', default=64,
+    batch = group.add_mutually_exclusive_group()
+    batch.add_argument('-b', '--batch-size', type=int, metavar='N', default=None,
                        help='labeled images a step and process (default: 64)')
+    batch.add_argument('--global-batch-size', type=int, metavar='N', default=None,
+                       help='labeled images an update over all processes: sets --batch-size to N / (processes x '
+                            '--grad-accum-steps), so that another number of processes keeps the recipe')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', default=None,
                        help='per process (default: 4 times --batch-size)')
     group.add_argument('--grad-accum-steps', type=int, metavar='N', default=1, help='steps an update (default: 1)')
@@ -278,7 +292,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
                        help='factor of the mixup loss (presets: 1)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
-                       help='easy and hard by the median of the batch or of the whole bank (presets: batch)')
+                       help='easy and hard by the median of the batch of a process, of the joined batch of all '
+                            'processes, or of the whole bank (presets: batch)')
     group.add_argument('--calmix-pairing', default=None, choices=CHOICES['pairing'],
                        help='random: split and partners drawn at random, the random-mixup baseline (presets: targeted)')
     group.add_argument('--calmix-min-confidence', type=float, metavar='P', default=None,
@@ -369,9 +384,11 @@ def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Ranges that argparse does not check; exits with status 2."""
-    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'grad_accum_steps', 'mu', 'log_interval',
-                 'val_interval', 'checkpoint_hist'):
-        if getattr(args, name) < 1:
+    if args.batch_size is None and args.global_batch_size is None:
+        args.batch_size = 64
+    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'grad_accum_steps', 'mu',
+                 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
@@ -453,11 +470,24 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
         cpu=args.device == 'cpu',
         # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
         # first one's graph needs; share_batch_norm does it after the update.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.dist_timeout)),
+        ],
     )
     if args.device and accelerator.device.type != args.device:
         raise UsageError(f'--device {args.device}: not available here; Accelerate found {accelerator.device.type}')
     return accelerator
+
+
+def share_batch(args: argparse.Namespace, num_processes: int) -> None:
+    """Sets --batch-size where --global-batch-size is given."""
+    if args.global_batch_size is not None:
+        parts = num_processes * args.grad_accum_steps
+        if args.global_batch_size % parts:
+            raise UsageError(f'--global-batch-size {args.global_batch_size}: not divisible by {num_processes} '
+                             f'process(es) x --grad-accum-steps {args.grad_accum_steps}')
+        args.batch_size = args.global_batch_size // parts
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -919,7 +949,13 @@ def semi_supervised_step(
         i_all, y_all, z_all = accelerator.gather((i, y, z.detach()))
         calmix.update(i_all, y_all, z_all, j_all, z_weak_all.argmax(1), z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
-            mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence)
+            easy = None
+            if calmix.split == 'joined':
+                masks = calmix.find_easy(i_all, j_all, z_weak_all.argmax(1))
+                easy = [mask[accelerator.process_index * len(own):][:len(own)] for mask, own in zip(masks, (i, j))]
+            mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence, easy)
+            if calmix.split == 'joined':
+                mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
             loss_mixup = calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
             loss = loss + calmix.weight * loss_mixup
 
@@ -933,6 +969,16 @@ def semi_supervised_step(
         pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
         pseudo_label_known=known.float().mean(),
     )
+
+
+def joined_weight(mixed: Mixed, accelerator: Accelerator) -> torch.Tensor:
+    """Weights `[P]` of the mixed images for means over the joined batch, whose gradients are averaged over processes.
+
+    A process's own groups may then differ in size, and its weights need not add up to 1.
+    """
+    group = torch.stack([mixed.easy & mixed.paired, ~mixed.easy & mixed.paired]).float()
+    size = accelerator.reduce(group.sum(1, keepdim=True), 'sum').clamp(min=1)
+    return accelerator.num_processes * (group / size).sum(0)
 
 
 def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
@@ -990,8 +1036,10 @@ class StopRequest:
     at the most. A process that died is also noticed here at once, where NCCL would wait for its timeout.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.group = torch.distributed.new_group(backend='gloo') if accelerator.num_processes > 1 else None
+    def __init__(self, accelerator: Accelerator, timeout: float):
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
 
     def ask(self) -> None:
         if self.group is not None:
@@ -1136,6 +1184,16 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
     return True
 
 
+@contextmanager
+def progress_bar(total: int, done: int, visible: bool):
+    """Bar of the updates, below the log; where it is not visible it is there all the same, and `disable` is True."""
+    with (
+        tqdm(total=total, initial=done, unit='update', dynamic_ncols=True, disable=not visible) as bar,
+        logging_redirect_tqdm() if visible else nullcontext(),
+    ):
+        yield bar
+
+
 def train_one_epoch(
         run: Run,
         epoch: int,
@@ -1143,6 +1201,7 @@ def train_one_epoch(
         unlabeled_batches,
         save,
         stop: StopRequest,
+        bar: tqdm,
         args: argparse.Namespace,
 ) -> None:
     """Goes on to the end of the epoch, from wherever in it the run stands."""
@@ -1163,19 +1222,23 @@ def train_one_epoch(
                                '--amp-dtype bfloat16 or a lower --lr')
             continue
         in_a_row = 0
+        bar.update()
         if run.num_updates % args.log_interval == 0 or run.num_updates == end:
             means = run.monitor.read(since_last=True)
             rate = (run.num_updates - first) / (time.perf_counter() - started)
             left = round((total - run.num_updates) / rate)
-            _logger.info(
-                f'epoch {epoch} update {run.num_updates}/{total}  loss {means["loss"]:.4f} '
-                f'(labeled {means["loss_labeled"]:.4f} unlabeled {means["loss_unlabeled"]:.4f} '
-                f'mixup {means["loss_mixup"]:.4f})  mask {means["mask_rate"]:.3f}  '
-                f'pseudo-labels right {means["pseudo_label_accuracy"]:.3f}  '
-                f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
-                f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}'
-                + (f'  skipped updates {run.skipped_updates}' if run.skipped_updates else '')
-            )
+            skipped = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
+            if bar.disable:
+                _logger.info(
+                    f'epoch {epoch} update {run.num_updates}/{total}  loss {means["loss"]:.4f} '
+                    f'(labeled {means["loss_labeled"]:.4f} unlabeled {means["loss_unlabeled"]:.4f} '
+                    f'mixup {means["loss_mixup"]:.4f})  mask {means["mask_rate"]:.3f}  '
+                    f'pseudo-labels right {means["pseudo_label_accuracy"]:.3f}  '
+                    f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
+                    f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{skipped}'
+                )
+            else:
+                bar.set_postfix_str(f'loss {means["loss"]:.3f}  mask {means["mask_rate"]:.3f}{skipped}', refresh=False)
         if args.recovery_interval and run.num_updates % args.recovery_interval == 0 and run.num_updates < end:
             save()
 
@@ -1229,7 +1292,8 @@ def replace_file(path: Path, write) -> None:
         reason = getattr(error, 'strerror', None) or error
         raise RunError(f'{path} cannot be written: {reason}; what was saved before is intact') from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that went read-only refuses this too, and the first error is the one to tell
+            part.unlink(missing_ok=True)
 
 
 def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
@@ -1311,7 +1375,7 @@ def read_checkpoint(path: Path) -> dict:
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
               'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype')
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
-             'num_labels', 'label_seed')
+             'num_labels', 'label_seed', 'dist_timeout')
 
 
 def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
@@ -1322,6 +1386,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     """
     changed = {key: (old, getattr(args, key)) for key, old in state['args'].items()
                if key not in FREE_ARGS and hasattr(args, key) and getattr(args, key) != old}
+    if args.global_batch_size is not None:
+        changed.pop('batch_size', None)  # follows from the other, and from the number of processes
     told = ', '.join(f'--{key.replace("_", "-")} {old} -> {new}' for key, (old, new) in changed.items())
     if changed.keys() & set(FIXED_ARGS):
         raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
@@ -1330,10 +1396,14 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
                          '--labels-file')
     if told:
         _logger.warning(f'Resuming with changed arguments: {told}')
-    if state['num_processes'] != run.accelerator.num_processes:
+    world, old_world = run.accelerator.num_processes, state['num_processes']
+    step, old_step = args.batch_size * world, state['args']['batch_size'] * old_world  # labeled images a step
+    if world != old_world:
+        joined, old_joined = step * args.grad_accum_steps, old_step * state['args']['grad_accum_steps']
+        kept = f'stays {joined}' if joined == old_joined else f'changes from {old_joined} to {joined}'
         _logger.warning(
-            f'Resuming on {run.accelerator.num_processes} instead of {state["num_processes"]} processes: the joined '
-            'batch changes unless --batch-size is changed too, and random partners are drawn anew'
+            f'Resuming on {world} instead of {old_world} process(es): the joined batch {kept} labeled images, and '
+            'random partners are drawn anew'
         )
     try:
         run.timm_model.load_state_dict(state['model'])
@@ -1347,6 +1417,7 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
             run.calmix.load_state_dict(state['calmix'])
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
+        run.num_draws = -(-run.num_draws * old_step // step)  # the same place in the data, in batches of the new size
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
     if run.accelerator.scaler is not None and state['scaler']:
@@ -1371,9 +1442,9 @@ def exportable(run: Run) -> nn.Module:
 
 def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
     """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes."""
-    folder.mkdir(exist_ok=True)
     scratch = folder / 'part'
     try:
+        folder.mkdir(exist_ok=True)
         save_for_hf(
             exportable(run),
             scratch,
@@ -1507,33 +1578,68 @@ def step_scheduler(run: 'Run', args: argparse.Namespace) -> None:
     run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
 
 
-def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size: int) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from."""
-    name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, str(img_size)])
-    folder = Path(args.output) / name.replace('/', '_')
-    checkpoint = None
-    if args.resume == 'auto':
-        for path in list_checkpoints(folder):
-            try:
-                read_checkpoint(path)
-            except UsageError as error:
-                _logger.warning(f'{error}; trying an older one')
-                continue
-            checkpoint = path
-            break
-    elif args.resume:
-        checkpoint = Path(args.resume)
-    elif (folder / 'args.yaml').exists():
-        raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another --experiment')
-    accelerator.wait_for_everyone()
+def lock_folder(folder: Path) -> TextIO:
+    """Keeps other runs out of a folder while this process lives; returns the open file, which the caller has to keep.
+
+    The kernel releases the lock however the process ends. It is a POSIX record lock, which data workers do not inherit:
+    a killed run's orphans, alive for some more seconds, cannot keep its resume out. Over NFS it holds between hosts.
+    Where a file system has no locks (Lustre mounted without `flock`), nothing but a warning keeps two runs apart.
+
+    Raises:
+        UsageError: If another process holds the lock.
+    """
+    file = open(folder / '.lock', 'a+')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UsageError(f'{folder} is in use by {file.read() or "another process"}: wait for it, or choose another '
+                         '--experiment') from error
+    except OSError as error:
+        _logger.warning(f'{folder} cannot be locked ({error.strerror}): see that no other run uses it')
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
+
+
+def newest_intact(folder: Path) -> Path | None:
+    for path in list_checkpoints(folder):
+        try:
+            read_checkpoint(path)
+            return path
+        except UsageError as error:
+            _logger.warning(f'{error}; trying an older one')
+    return None
+
+
+def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size: int) -> tuple:
+    """The run folder, the checkpoint to go on from, and on the main process the lock to keep while the run goes on."""
+    found, lock = [None], None
     if accelerator.is_main_process:
+        name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, str(img_size)])
+        folder = Path(args.output) / name.replace('/', '_')
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
+            if not args.resume and (folder / 'args.yaml').exists():
+                raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
+                                 '--experiment')
+            checkpoint = newest_intact(folder) if args.resume == 'auto' else Path(args.resume) if args.resume else None
+            replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
+            if args.global_batch_size is not None:
+                replayable['batch_size'] = None
+            text = yaml.safe_dump(replayable, sort_keys=False)
+            replace_file(folder / 'args.yaml', lambda part: part.write_text(text))
+            found = [(folder, checkpoint)]
         except OSError as error:
-            raise UsageError(f'--output {args.output}: {folder} cannot be made: {error.strerror}') from error
-        replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
-        replace_file(folder / 'args.yaml', lambda part: part.write_text(yaml.safe_dump(replayable, sort_keys=False)))
-    return folder, checkpoint
+            found = [UsageError(f'--output {args.output}: {folder} cannot be written: {error.strerror}')]
+        except (UsageError, RunError) as error:
+            found = [error]
+    broadcast_object_list(found)  # what the first process found, also that it cannot go on
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return *found[0], lock
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> None:
@@ -1550,6 +1656,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Trains; returns the last evaluation's metrics."""
     accelerator = setup_accelerator(args)
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    share_batch(args, accelerator.num_processes)
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
     with accelerator.main_process_first():  # downloads and caches are written once
@@ -1563,7 +1670,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.algorithm != 'supervised':
         method = ALGORITHMS[args.algorithm](len(datasets.unlabeled), num_classes, args)
     calmix = build_calmix(args, datasets, num_classes)
-    folder, checkpoint = open_run_folder(args, accelerator, data_config.input_size[1])
+    # The lock lasts as long as its file is open.
+    folder, checkpoint, lock = open_run_folder(args, accelerator, data_config.input_size[1])
 
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1656,26 +1764,29 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         _logger.info(f'{folder} is finished')
         accelerator.end_training()
         return json.loads((folder / 'last' / 'metrics.json').read_text())
-    stop = StopRequest(accelerator)
+    stop = StopRequest(accelerator, args.dist_timeout)
 
     def save():
         save_checkpoint(run, folder, args)
 
+    total = args.epochs * args.train_steps_per_epoch
+    visible = accelerator.is_main_process and sys.stderr.isatty()
     try:
-        for epoch in range(first_epoch, args.epochs):
-            train_one_epoch(run, epoch, labeled_batches, unlabeled_batches, save, stop, args)
-            train_metrics = run.monitor.read()
-            if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-                meters = [
-                    validate(run.eval_model, f, accelerator, num_classes, eval_batch_size, stop) for f in eval_feeds
-                ]
-                metrics = meters[0].compute()
-                skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
-                train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
-                record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
-            run.monitor.reset()
-            run.recorded = run.num_updates
-            save()
+        with progress_bar(total, run.num_updates, visible) as bar:
+            for epoch in range(first_epoch, args.epochs):
+                train_one_epoch(run, epoch, labeled_batches, unlabeled_batches, save, stop, bar, args)
+                train_metrics = run.monitor.read()
+                if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
+                    meters = [
+                        validate(run.eval_model, f, accelerator, num_classes, eval_batch_size, stop) for f in eval_feeds
+                    ]
+                    metrics = meters[0].compute()
+                    skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
+                    train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
+                    record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
+                run.monitor.reset()
+                run.recorded = run.num_updates
+                save()
     except Stopped:
         _logger.info(f'Stopping at update {run.num_updates}')
         save()
@@ -1726,6 +1837,27 @@ def record_evaluation(
         write_weights(run, folder / 'best', data_config, content)
 
 
+def explain(error: Exception) -> RunError | None:
+    """What an error of a library or the system says about the run, in one line; None if it is no known fault."""
+    text = ' '.join(str(error).split())
+    resume = '--resume auto goes on from the last checkpoint'
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunError(f'the device is out of memory; a smaller --batch-size with more --grad-accum-steps, --amp or '
+                        f'--grad-checkpointing needs less ({text})')
+    if isinstance(error, MemoryError):
+        return RunError(f'out of memory, in this process or in a data worker; fewer --workers need less. {resume}')
+    if text.startswith('DataLoader worker'):
+        return RunError(f'a data worker died: {text.rstrip(".")}. If the system was out of memory, fewer --workers '
+                        f'need less. {resume}')
+    if isinstance(error, OSError) and error.errno is not None:
+        return RunError(f'{error.filename or "the system"}: {error.strerror}. {resume}')
+    distributed = isinstance(error, torch.distributed.DistError) or re.search('gloo|nccl', text, re.IGNORECASE)
+    if distributed and re.search('connect|timed? ?out|broken pipe|reset by peer|remote process', text, re.IGNORECASE):
+        reason = re.sub(r'^\[[^]]*\] ', '', text)
+        return RunError(f'another process ended, as it will say itself, or does not answer ({reason}). {resume}')
+    return None
+
+
 def exit_with(error: UsageError | RunError | Stopped) -> None:
     """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault, 75 when stopped."""
     code = 2 if isinstance(error, UsageError) else 1
@@ -1749,5 +1881,11 @@ if __name__ == '__main__':
         result = main(_parse_args())
     except (UsageError, RunError, Stopped) as error:
         exit_with(error)
+    except Exception as error:
+        fault = explain(error)
+        if fault is None:
+            traceback.print_exc()
+            fault = RunError('the traceback above is no known fault; please report it')
+        exit_with(fault)
     if os.environ.get('RANK', '0') == '0':
         print(f'--result\n{json.dumps(result, indent=4)}')
