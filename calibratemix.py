@@ -80,7 +80,7 @@ CHOICES = {
     'similarity': ('cosine', 'euclidean', 'dot'),
     'space': ('feature', 'pixel'),
     'loss': ('ce', 'bce'),
-    'split': ('batch', 'bank'),
+    'split': ('batch', 'joined', 'bank'),
     'pairing': ('targeted', 'random'),
 }
 
@@ -347,13 +347,15 @@ class CalibrateMix(nn.Module):
         space: 'feature' (penultimate features) or 'pixel' compares the images.
         loss: 'ce', cross-entropy with soft targets; 'bce', binary cross-entropy averaged over the classes.
         weight: w, the factor of the mixup loss in the total; kept here for the training loop, not applied by `loss`.
-        split: Median of the 'batch' or of the whole 'bank' (O(N) a step).
+        split: Median of the 'batch' or of the whole 'bank' (O(N) a step). 'joined' is 'batch' for a caller on several
+            processes who gives `mix` the split of their joined batch.
         pairing: 'targeted', or 'random' split and partners: the paper's random-mixup baseline through the same code.
         min_confidence: Unlabeled images with less confidence are no candidates; 0 takes all, as the paper does.
         warmup_steps: Steps in which the base method runs alone; kept here for the training loop.
         apm_in_warmup: Margins of unlabeled images count from the first step on, not only after warmup.
         apm_smoothing: d of the APM.
         bank_dtype: Storage of the `[num_unlabeled, K]` table, torch.float32 or torch.float16.
+        part: `(r, n)`: hold the r-th of n parts of the unlabeled images' bank, as `MarginBank` does.
         labeled_to_unlabeled: `[num_labeled]` int64, where a labeled image stands in the unlabeled set, -1 if it does
             not: an image is never mixed with itself. None if the sets are disjoint.
 
@@ -383,6 +385,7 @@ class CalibrateMix(nn.Module):
             apm_in_warmup: bool | None = None,
             apm_smoothing: float = 0.997,
             bank_dtype: torch.dtype = torch.float32,
+            part: tuple[int, int] = (0, 1),
             labeled_to_unlabeled: torch.Tensor | None = None,
     ):
         super().__init__()
@@ -423,8 +426,11 @@ class CalibrateMix(nn.Module):
             if size < 0:
                 raise ValueError(f'{name}: expected 0 or more, got {size}')
 
+        if self.split == 'bank' and part[1] > 1:
+            raise ValueError('split: bank needs the median of the whole bank, and this one is to hold a part of it')
+
         self.aum = MarginBank(num_labeled)
-        self.apm = MarginBank(num_unlabeled, num_classes, smoothing=apm_smoothing, dtype=bank_dtype)
+        self.apm = MarginBank(num_unlabeled, num_classes, smoothing=apm_smoothing, dtype=bank_dtype, part=part)
         if labeled_to_unlabeled is None:
             labeled_to_unlabeled = torch.full((num_labeled,), -1)
         if labeled_to_unlabeled.shape != (num_labeled,):
@@ -475,6 +481,7 @@ class CalibrateMix(nn.Module):
             unlabeled_images: torch.Tensor,
             unlabeled_features: torch.Tensor,
             confidence: torch.Tensor | None = None,
+            easy: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Mixed:
         """Mixes easy labeled with hard unlabeled and hard labeled with easy unlabeled images.
 
@@ -490,6 +497,8 @@ class CalibrateMix(nn.Module):
             unlabeled_images: `[U, C, H, W]`, the weak view.
             unlabeled_features: `[U, D]`.
             confidence: `[U]`, needed only with min_confidence.
+            easy: `[B]` and `[U]` bool, this batch's rows of what `find_easy` gave for a larger one. Default: the batch
+                is split by itself.
 
         Returns:
             The mixed batch, B rows, or none if the unlabeled batch is empty. The inputs are left as they are.
@@ -501,7 +510,8 @@ class CalibrateMix(nn.Module):
             raise ValueError(f'images: expected floating dtypes, got {images.dtype} and {unlabeled_images.dtype}')
         if len(unlabeled_index) == 0:
             index, label, images = index[:0], label[:0], images[:0]
-        easy, unlabeled_easy = self._split(index, unlabeled_index, pseudo_label)
+        easy, unlabeled_easy = easy or self.find_easy(index, unlabeled_index, pseudo_label)
+        easy = easy[:len(index)]
         allowed = easy[:, None] != unlabeled_easy
         allowed &= self.labeled_to_unlabeled[index][:, None] != unlabeled_index
         if self.min_confidence > 0:
@@ -524,6 +534,25 @@ class CalibrateMix(nn.Module):
         weight = (group / group.sum(1, keepdim=True).clamp(min=1)).sum(0)
         return Mixed(mixed, target, gamma, partner, paired, easy, weight)
 
+    def find_easy(
+            self,
+            index: torch.Tensor,
+            unlabeled_index: torch.Tensor,
+            pseudo_label: torch.Tensor,
+            apm: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Splits labeled images `[B]` and unlabeled ones `[U]` into easy (True) and hard: `[B]` and `[U]` bool.
+
+        A caller whose processes hold a part of the bank each gives the sum of their `apm.lookup`, `[U]`.
+        """
+        if self.pairing == 'random':
+            aum, apm = (torch.rand(len(i), device=i.device) for i in (index, unlabeled_index))
+            return split_easy_hard(aum), split_easy_hard(apm)
+        aum, apm = self.aum.lookup(index), self.apm.lookup(unlabeled_index, pseudo_label) if apm is None else apm
+        if self.split == 'bank':
+            return split_easy_hard(aum, self.aum.median()), split_easy_hard(apm, self.apm.median())
+        return split_easy_hard(aum), split_easy_hard(apm)
+
     def loss(self, logits: torch.Tensor, mixed: Mixed) -> torch.Tensor:
         """Sum of the two groups' mean losses, without the factor `weight`.
 
@@ -540,19 +569,6 @@ class CalibrateMix(nn.Module):
         else:
             loss = F.binary_cross_entropy_with_logits(logits, mixed.target, reduction='none').mean(1)
         return (loss * mixed.weight).sum()
-
-    def _split(
-            self,
-            index: torch.Tensor,
-            unlabeled_index: torch.Tensor,
-            pseudo_label: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.pairing == 'random':
-            return (split_easy_hard(torch.rand(len(i), device=i.device)) for i in (index, unlabeled_index))
-        aum, apm = self.aum.lookup(index), self.apm.lookup(unlabeled_index, pseudo_label)
-        if self.split == 'batch':
-            return split_easy_hard(aum), split_easy_hard(apm)
-        return split_easy_hard(aum, self.aum.median()), split_easy_hard(apm, self.apm.median())
 
     def _similarity(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`[P, ...]` and `[Q, ...]` to `[P, Q]` float32."""

@@ -12,10 +12,13 @@ import inspect
 import io
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
+import signal
 import struct
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1067,6 +1070,24 @@ class EndlessBatches(torch.utils.data.Sampler):
             position += self.batch_size * self.num_processes
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """Lets a worker outlive signals that a terminal, launcher or scheduler sends to a process and all that belongs to
+    it: the parent may have work to finish, and ends its workers itself. If it dies, they notice."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, 'sigwaitinfo'):  # macOS
+        return
+    # Ignoring SIGTERM would not do: the parent's multiprocessing uses it too, and would wait for ever.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey_parent_only():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent_only, daemon=True).start()
+
+
 def create_loader(
         dataset: ViewDataset,
         batches: torch.utils.data.Sampler | list,
@@ -1082,6 +1103,7 @@ def create_loader(
         collate_fn=collate,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_parent,
     )
 
 

@@ -8,6 +8,10 @@ A run writes `<output>/<experiment>/`: args.yaml (replay it with --config), labe
 evaluation), best/ and last/ (averaged weights as safetensors with timm's config.json, and metrics.json),
 checkpoint-<updates>.safetensors (everything that --resume needs) and with --save-margins margins.parquet.
 
+Exit status: 0 when finished, 2 for a mistake in the arguments, 1 for a fault, 75 when SIGTERM, SIGINT or SIGUSR1 asked
+to stop: the update is finished and a checkpoint saved, from which --resume auto goes on to the very same end. A second
+signal ends the run at once.
+
 Every random number is a function of the seed and a position: the order of the data of (seed, pass), a view of
 (seed, pass, index), the random numbers of a step of (seed, process, step). So a resume needs no random state, and
 neither workers nor the number of processes change the data.
@@ -16,19 +20,26 @@ import argparse
 import copy
 import csv
 import difflib
+import fcntl
 import importlib.util
 import json
 import logging
 import math
 import os
+import re
+import signal
+import socket
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,8 +47,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
@@ -47,9 +58,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank, split_easy_hard
+from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank, Mixed, split_easy_hard
 from data import (
     KNOWN,
     BatchDataset,
@@ -78,6 +91,8 @@ from views import BatchViews, build_views
 _logger = logging.getLogger('train')
 
 FULL_SCHEDULE = 1024 * 1024  # updates of the published recipe, which the presets' warmups are counted in
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: not done, go on later
 MAX_SKIPPED_UPDATES = 100  # float16 overflows in a row after which a run is given up
 LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
 TRAIN_COLUMNS = (
@@ -96,6 +111,9 @@ def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(
         description='Semi-supervised training of any timm classifier, with CalibrateMix.',
+        epilog=f'Exit status: 0 finished, 2 a mistake in the arguments, 1 a fault, {STOPPED} stopped by SIGTERM, '
+               'SIGINT or SIGUSR1 after the update at hand, with a checkpoint that --resume auto goes on from. A '
+               'second signal ends the run at once.',
         allow_abbrev=False,
     )
     parser.add_argument('-c', '--config', metavar='FILE', default=None,
@@ -169,6 +187,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dist-bn', default='reduce', choices=['broadcast', 'reduce'],
                        help='running batch-norm statistics after each update: the mean over the processes, or those of '
                             'the first (default: reduce)')
+    group.add_argument('--dist-timeout', type=float, metavar='SECONDS', default=1800.,
+                       help='how long to wait for a process that does not answer, or does not start (default: 1800); '
+                            'one that died is noticed at once')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
                        help='loading processes of the unlabeled set, per process (default: 4)')
     group.add_argument('--aug-device', default='auto', choices=['auto', 'pil', 'cpu', 'cuda'],
@@ -198,8 +219,12 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--epochs', type=int, metavar='N', default=1024, help='default: 1024')
     group.add_argument('--train-steps-per-epoch', type=int, metavar='N', default=1024,
                        help='updates an epoch, an epoch being no pass over the data (default: 1024)')
-    group.add_argument('-b', '--batch-size', type=int, metavar='N', default=64,
+    batch = group.add_mutually_exclusive_group()
+    batch.add_argument('-b', '--batch-size', type=int, metavar='N', default=None,
                        help='labeled images a step and process (default: 64)')
+    batch.add_argument('--global-batch-size', type=int, metavar='N', default=None,
+                       help='labeled images an update over all processes: sets --batch-size to N / (processes x '
+                            '--grad-accum-steps), so that another number of processes keeps the recipe')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', default=None,
                        help='per process (default: 4 times --batch-size)')
     group.add_argument('--grad-accum-steps', type=int, metavar='N', default=1, help='steps an update (default: 1)')
@@ -280,7 +305,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
                        help='factor of the mixup loss (presets: 1)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
-                       help='easy and hard by the median of the batch or of the whole bank (presets: batch)')
+                       help='easy and hard by the median of the batch of a process, of the joined batch of all '
+                            'processes, or of the whole bank (presets: batch)')
     group.add_argument('--calmix-pairing', default=None, choices=CHOICES['pairing'],
                        help='random: split and partners drawn at random, the random-mixup baseline (presets: targeted)')
     group.add_argument('--calmix-min-confidence', type=float, metavar='P', default=None,
@@ -292,6 +318,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help='unlabeled margins count from the first step on (paper: yes, authors-code: no)')
     group.add_argument('--calmix-bank-dtype', default='float32', choices=['float32', 'float16'],
                        help='storage of the unlabeled margins, images x classes numbers (default: float32)')
+    group.add_argument('--calmix-bank-shards', action=flag, default=None,
+                       help='each process holds a part of the unlabeled margins instead of all; the results are the '
+                            'same (default: above 1 GiB)')
 
     group = parser.add_argument_group('Margins')
     group.add_argument('--save-margins', action=flag, default=False,
@@ -380,9 +409,11 @@ def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Ranges that argparse does not check; exits with status 2."""
-    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'grad_accum_steps', 'mu', 'log_interval',
-                 'val_interval', 'checkpoint_hist'):
-        if getattr(args, name) < 1:
+    if args.batch_size is None and args.global_batch_size is None:
+        args.batch_size = 64
+    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'grad_accum_steps', 'mu',
+                 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
@@ -471,7 +502,10 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
         cpu=args.device == 'cpu',
         # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
         # first one's graph needs; share_batch_norm does it after the update.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.dist_timeout)),
+        ],
     )
     if args.device and accelerator.device.type != args.device:
         raise UsageError(f'--device {args.device}: not available here; Accelerate found {accelerator.device.type}')
@@ -481,6 +515,16 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
 def has_extra_class(args: argparse.Namespace) -> bool:
     """Whether the network has an extra, virtual class K, which is no pseudo-label, and neither evaluated nor saved."""
     return args.algorithm == 'marginmatch' or args.aum_threshold_samples is not None
+
+
+def share_batch(args: argparse.Namespace, num_processes: int) -> None:
+    """Sets --batch-size where --global-batch-size is given."""
+    if args.global_batch_size is not None:
+        parts = num_processes * args.grad_accum_steps
+        if args.global_batch_size % parts:
+            raise UsageError(f'--global-batch-size {args.global_batch_size}: not divisible by {num_processes} '
+                             f'process(es) x --grad-accum-steps {args.grad_accum_steps}')
+        args.batch_size = args.global_batch_size // parts
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
@@ -985,7 +1029,12 @@ def semi_supervised_step(
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
         calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
-            mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence)
+            easy = None
+            if calmix.split == 'joined' or calmix.apm.part[1] > 1:
+                easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
+            mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence, easy)
+            if calmix.split == 'joined':
+                mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
             loss_mixup = calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
             loss = loss + calmix.weight * loss_mixup
 
@@ -1001,10 +1050,113 @@ def semi_supervised_step(
     )
 
 
+def find_easy(
+        calmix: CalibrateMix,
+        index: torch.Tensor,
+        unlabeled_index: torch.Tensor,
+        pseudo_label: torch.Tensor,
+        accelerator: Accelerator,
+) -> list[torch.Tensor]:
+    """Easy ones of a process's own labeled and unlabeled images, `[B]` and `[U]` bool, where others matter: the
+    joined batch is split, or the margins are in several parts of the bank. The arguments are of the joined batch.
+    """
+    def own(joined: torch.Tensor) -> torch.Tensor:
+        return joined.chunk(accelerator.num_processes)[accelerator.process_index]
+
+    apm = calmix.apm.lookup(unlabeled_index, pseudo_label)
+    if calmix.apm.part[1] > 1:
+        apm = accelerator.reduce(apm, 'sum')
+    if calmix.split == 'joined':
+        return [own(easy) for easy in calmix.find_easy(index, unlabeled_index, pseudo_label, apm)]
+    return calmix.find_easy(own(index), own(unlabeled_index), own(pseudo_label), own(apm))
+
+
+def joined_weight(mixed: Mixed, accelerator: Accelerator) -> torch.Tensor:
+    """Weights `[P]` of the mixed images for means over the joined batch, whose gradients are averaged over processes.
+
+    A process's own groups may then differ in size, and its weights need not add up to 1.
+    """
+    group = torch.stack([mixed.easy & mixed.paired, ~mixed.easy & mixed.paired]).float()
+    size = accelerator.reduce(group.sum(1, keepdim=True), 'sum').clamp(min=1)
+    return accelerator.num_processes * (group / size).sum(0)
+
+
 def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
     """Factor of the unlabeled loss: grows from 0 over --lambda-u-warmup, then --lambda-u."""
     warmup = args.lambda_u_warmup * args.epochs * args.train_steps_per_epoch
     return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
+
+
+# --- Stopping ---------------------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """A signal asked this run to stop; `signal` is its number."""
+
+    def __init__(self, number: int):
+        super().__init__(f'stopped by {signal.Signals(number).name}')
+        self.signal = number
+
+
+caught = []  # the first of STOP_SIGNALS that came; a list of the module, as handlers are the whole process's
+
+
+def catch_signals() -> None:
+    """Notes a signal of STOP_SIGNALS in `caught`; a second one ends the process, with status 128 + its number.
+
+    A thread reads them, since a handler in Python waits for the main thread, which may hang in a collective or in a
+    file system. Within a second they count as one: a launcher and a terminal or scheduler may both pass on the same.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+    def listen():
+        first = math.inf
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in STOP_SIGNALS:  # torch handles SIGCHLD, to see its data workers end
+                continue
+            if not caught:
+                first = time.monotonic()
+                caught.append(number)
+            elif time.monotonic() > first + 1:
+                os._exit(128 + number)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+class StopRequest:
+    """Whether to stop after the update at hand: `ask` before it, `check` after it.
+
+    A single process just looks. Several have to stop after the same update, whichever of them the signal reached. Their
+    answer is a maximum over a group of gloo's, in main memory, that travels while the update is computed: the device is
+    never waited for, as it would be for a flag in one of the step's own collectives, and stopping takes an update more
+    at the most. A process that died is also noticed here at once, where NCCL would wait for its timeout.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: float):
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
+
+    def ask(self) -> None:
+        if self.group is not None:
+            self.flag = torch.tensor([caught[0] if caught else 0])
+            self.answer = torch.distributed.all_reduce(
+                self.flag, torch.distributed.ReduceOp.MAX, self.group, async_op=True,
+            )
+
+    def check(self) -> None:
+        """Raises Stopped, on all processes alike, if one of them was asked to stop."""
+        if self.group is not None:
+            self.answer.wait()
+            number = int(self.flag)
+        else:
+            number = caught[0] if caught else 0
+        if number:
+            raise Stopped(number)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -1074,6 +1226,7 @@ class Run:
     num_updates: int = 0
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
+    recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
 
     @property
@@ -1132,7 +1285,26 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
     return True
 
 
-def train_one_epoch(run: Run, epoch: int, labeled_batches, unlabeled_batches, save, args: argparse.Namespace) -> None:
+@contextmanager
+def progress_bar(total: int, done: int, visible: bool):
+    """Bar of the updates, below the log; where it is not visible it is there all the same, and `disable` is True."""
+    with (
+        tqdm(total=total, initial=done, unit='update', dynamic_ncols=True, disable=not visible) as bar,
+        logging_redirect_tqdm() if visible else nullcontext(),
+    ):
+        yield bar
+
+
+def train_one_epoch(
+        run: Run,
+        epoch: int,
+        labeled_batches,
+        unlabeled_batches,
+        save,
+        stop: StopRequest,
+        bar: tqdm,
+        args: argparse.Namespace,
+) -> None:
     """Goes on to the end of the epoch, from wherever in it the run stands."""
     end = (epoch + 1) * args.train_steps_per_epoch
     total = args.epochs * args.train_steps_per_epoch
@@ -1140,27 +1312,34 @@ def train_one_epoch(run: Run, epoch: int, labeled_batches, unlabeled_batches, sa
     images *= 1 if args.algorithm == 'supervised' else 1 + args.mu
     started, first, in_a_row = time.perf_counter(), run.num_updates, 0
     while run.num_updates < end:
-        if not train_one_update(run, labeled_batches, unlabeled_batches, args):
-            run.skipped_updates += 1
+        stop.ask()
+        updated = train_one_update(run, labeled_batches, unlabeled_batches, args)
+        run.skipped_updates += not updated
+        stop.check()
+        if not updated:
             in_a_row += 1
             if in_a_row == MAX_SKIPPED_UPDATES:
                 raise RunError(f'{in_a_row} updates in a row overflowed in float16 at update {run.num_updates}; use '
                                '--amp-dtype bfloat16 or a lower --lr')
             continue
         in_a_row = 0
+        bar.update()
         if run.num_updates % args.log_interval == 0 or run.num_updates == end:
             means = run.monitor.read(since_last=True)
             rate = (run.num_updates - first) / (time.perf_counter() - started)
             left = round((total - run.num_updates) / rate)
-            _logger.info(
-                f'epoch {epoch} update {run.num_updates}/{total}  loss {means["loss"]:.4f} '
-                f'(labeled {means["loss_labeled"]:.4f} unlabeled {means["loss_unlabeled"]:.4f} '
-                f'mixup {means["loss_mixup"]:.4f})  mask {means["mask_rate"]:.3f}  '
-                f'pseudo-labels right {means["pseudo_label_accuracy"]:.3f}  '
-                f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
-                f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}'
-                + (f'  skipped updates {run.skipped_updates}' if run.skipped_updates else '')
-            )
+            skipped = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
+            if bar.disable:
+                _logger.info(
+                    f'epoch {epoch} update {run.num_updates}/{total}  loss {means["loss"]:.4f} '
+                    f'(labeled {means["loss_labeled"]:.4f} unlabeled {means["loss_unlabeled"]:.4f} '
+                    f'mixup {means["loss_mixup"]:.4f})  mask {means["mask_rate"]:.3f}  '
+                    f'pseudo-labels right {means["pseudo_label_accuracy"]:.3f}  '
+                    f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
+                    f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{skipped}'
+                )
+            else:
+                bar.set_postfix_str(f'loss {means["loss"]:.3f}  mask {means["mask_rate"]:.3f}{skipped}', refresh=False)
         if args.recovery_interval and run.num_updates % args.recovery_interval == 0 and run.num_updates < end:
             save()
 
@@ -1172,6 +1351,7 @@ def validate(
         accelerator: Accelerator,
         num_classes: int,
         batch_size: int,
+        stop: StopRequest | None = None,
 ) -> EvalMeter:
     """Measures a model on this process's part of the images and joins the processes: every image counts once.
 
@@ -1181,12 +1361,18 @@ def validate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     meter = EvalMeter(num_classes, accelerator.device)
-    for batch in feed:
+    # All processes have to ask as often, and one may have a batch more than another.
+    asked = -(-(len(feed.loader.dataset) // accelerator.num_processes) // batch_size) if stop is not None else 0
+    for number, batch in enumerate(feed):
+        if number < asked:
+            stop.ask()
         good, image = batch['skipped'] < 0, batch['image']
         with accelerator.autocast():
             logits = model(F.pad(image, (0, 0) * 3 + (0, batch_size - len(image))))[:len(image)]
         # Without MarginMatch's virtual class, and without the images that stand in for broken ones.
         meter.update(logits[good, :num_classes].float(), batch['target'][good])
+        if number < asked:
+            stop.check()
     for module, mode in modes:
         module.training = mode
     meter.sync(lambda state: accelerator.reduce(state, 'sum'))
@@ -1207,7 +1393,8 @@ def replace_file(path: Path, write) -> None:
         reason = getattr(error, 'strerror', None) or error
         raise RunError(f'{path} cannot be written: {reason}; what was saved before is intact') from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that went read-only refuses this too, and the first error is the one to tell
+            part.unlink(missing_ok=True)
 
 
 def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
@@ -1231,24 +1418,51 @@ def unpack(value, tensors: dict[str, torch.Tensor]):
     return [unpack(item, tensors) for item in value] if isinstance(value, list) else value
 
 
+def whole_bank(bank: MarginBank, accelerator: Accelerator) -> MarginBank:
+    """The main process's copy, in its memory, of a bank that the processes hold in parts; a whole bank is its own.
+
+    All processes take part; what the others return has no rows.
+    """
+    rank, parts = bank.part
+    if parts == 1:
+        return bank
+    whole = MarginBank(
+        bank.num_samples if accelerator.is_main_process else 0, bank.value.shape[1], bank.smoothing, bank.value.dtype,
+    )
+    for name, buffer in bank.named_buffers():
+        for source in range(parts):  # one after the other, so that no process needs the memory for all at once
+            rows = len(range(source, bank.num_samples, parts))
+            rows = buffer if source == rank else buffer.new_empty(rows, *buffer.shape[1:])
+            rows = broadcast(rows, from_process=source)
+            if accelerator.is_main_process:
+                getattr(whole, name)[source::parts] = rows.cpu()
+    return whole
+
+
 def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
     """Writes `checkpoint-<updates>.safetensors`, and removes older ones beyond `--checkpoint-hist`.
 
     One file, renamed into place: there is no moment at which the newest checkpoint is incomplete.
     """
     run.monitor.check()
+    calmix = None
+    if run.calmix is not None:
+        calmix = run.calmix.state_dict()
+        bank = whole_bank(run.calmix.apm, run.accelerator)
+        calmix.update((f'apm.{name}', table) for name, table in bank.state_dict().items())
     state = dict(
         model=run.timm_model.state_dict(),
         optimizer=run.optimizer.state_dict(),
         ema=run.ema.module.state_dict() if run.ema is not None else None,
         method=run.method.state_dict() if run.method is not None else None,
-        calmix=run.calmix.state_dict() if run.calmix is not None else None,
+        calmix=calmix,
         scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
         sums=run.accelerator.gather(run.monitor.sums[None]),
         labels=run.labels,
         num_updates=run.num_updates,
         num_draws=run.num_draws,
         skipped_updates=run.skipped_updates,
+        recorded=run.recorded,
         best_metric=run.best_metric,
         num_processes=run.accelerator.num_processes,
         args=vars(args),
@@ -1288,7 +1502,7 @@ def read_checkpoint(path: Path) -> dict:
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
               'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
-             'num_labels', 'label_seed', 'label_noise')
+             'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
 
 
 def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
@@ -1299,6 +1513,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     """
     changed = {key: (old, getattr(args, key)) for key, old in state['args'].items()
                if key not in FREE_ARGS and hasattr(args, key) and getattr(args, key) != old}
+    if args.global_batch_size is not None:
+        changed.pop('batch_size', None)  # follows from the other, and from the number of processes
     told = ', '.join(f'--{key.replace("_", "-")} {old} -> {new}' for key, (old, new) in changed.items())
     if changed.keys() & set(FIXED_ARGS):
         raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
@@ -1309,10 +1525,14 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         raise UsageError(f'--resume {path}: the checkpoint holds no margins; --save-margins keeps them from the start')
     if told:
         _logger.warning(f'Resuming with changed arguments: {told}')
-    if state['num_processes'] != run.accelerator.num_processes:
+    world, old_world = run.accelerator.num_processes, state['num_processes']
+    step, old_step = args.batch_size * world, state['args']['batch_size'] * old_world  # labeled images a step
+    if world != old_world:
+        joined, old_joined = step * args.grad_accum_steps, old_step * state['args']['grad_accum_steps']
+        kept = f'stays {joined}' if joined == old_joined else f'changes from {old_joined} to {joined}'
         _logger.warning(
-            f'Resuming on {run.accelerator.num_processes} instead of {state["num_processes"]} processes: the joined '
-            'batch changes unless --batch-size is changed too, and random partners are drawn anew'
+            f'Resuming on {world} instead of {old_world} process(es): the joined batch {kept} labeled images, and '
+            'random partners are drawn anew'
         )
     try:
         run.timm_model.load_state_dict(state['model'])
@@ -1323,7 +1543,13 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         if run.method is not None:
             run.method.load_state_dict(state['method'])
         if run.calmix is not None:
-            run.calmix.load_state_dict(state['calmix'])
+            rank, parts = run.calmix.apm.part
+            run.calmix.load_state_dict({
+                key: table[rank::parts] if key.startswith('apm.') else table for key, table in state['calmix'].items()
+            })
+        for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
+            setattr(run, key, state[key])
+        run.num_draws = -(-run.num_draws * old_step // step)  # the same place in the data, in batches of the new size
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
     if run.accelerator.scaler is not None and state['scaler']:
@@ -1332,8 +1558,6 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     if len(sums) != run.accelerator.num_processes:  # the first process takes them all
         sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))
     run.monitor.sums, run.monitor.seen = sums[run.accelerator.process_index].clone(), sums.sum(0)
-    for key in ('num_updates', 'num_draws', 'skipped_updates', 'best_metric'):
-        setattr(run, key, state[key])
 
 
 def exportable(run: Run) -> nn.Module:
@@ -1350,9 +1574,9 @@ def exportable(run: Run) -> nn.Module:
 
 def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
     """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes."""
-    folder.mkdir(exist_ok=True)
     scratch = folder / 'part'
     try:
+        folder.mkdir(exist_ok=True)
         save_for_hf(
             exportable(run),
             scratch,
@@ -1410,9 +1634,12 @@ def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Names
     if datasets.original is not None:
         known.update(flipped=datasets.label != datasets.original, true_label=datasets.original)
         noise = float(known['flipped'].double().mean())
+    apm = whole_bank(run.calmix.apm, run.accelerator)
+    if not run.accelerator.is_main_process:
+        return
     parts = [rows('labeled', run.calmix.aum, datasets.source_index, datasets.label, **known)]
     if datasets.unlabeled is not None:
-        parts.append(rows('unlabeled', run.calmix.apm, datasets.unlabeled.index, run.calmix.apm.label))
+        parts.append(rows('unlabeled', apm, datasets.unlabeled.index, apm.label))
     schema = pa.schema(dict(
         set=pa.string(), index=pa.int64(), label=pa.int64(), margin=pa.float32(), visits=pa.int32(), easy=pa.bool_(),
         threshold_sample=pa.bool_(), flipped=pa.bool_(), true_label=pa.int64(),
@@ -1468,13 +1695,24 @@ def count_classes(args: argparse.Namespace, train, evaluation) -> int:
     return num_classes
 
 
-def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int) -> CalibrateMix | None:
+def build_calmix(
+        args: argparse.Namespace,
+        datasets: Datasets,
+        num_classes: int,
+        accelerator: Accelerator,
+) -> CalibrateMix | None:
     """CalibrateMix; with --save-margins alone one in an endless warmup, which keeps the margins and mixes nothing.
 
     The class of threshold samples is one as any other to it.
     """
     if not (args.calibratemix or args.save_margins):
         return None
+    num_unlabeled = len(datasets.unlabeled) if datasets.unlabeled is not None else 0
+    num_classes += args.aum_threshold_samples is not None
+    bank_dtype = getattr(torch, args.calmix_bank_dtype)
+    shards = args.calmix_bank_shards
+    if shards is None:
+        shards = num_unlabeled * num_classes * bank_dtype.itemsize > 2 ** 30 and args.calmix_split != 'bank'
     updates = args.epochs * args.train_steps_per_epoch
     if not args.calibratemix:
         warmup_steps = math.inf
@@ -1485,8 +1723,8 @@ def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int)
     try:
         return CalibrateMix(
             len(datasets.labeled),
-            len(datasets.unlabeled) if datasets.unlabeled is not None else 0,
-            num_classes + (args.aum_threshold_samples is not None),
+            num_unlabeled,
+            num_classes,
             preset=args.calmix_preset,
             gamma=args.calmix_gamma,
             gamma_dist=args.calmix_gamma_dist,
@@ -1500,7 +1738,8 @@ def build_calmix(args: argparse.Namespace, datasets: Datasets, num_classes: int)
             min_confidence=args.calmix_min_confidence,
             warmup_steps=warmup_steps,
             apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
-            bank_dtype=getattr(torch, args.calmix_bank_dtype),
+            bank_dtype=bank_dtype,
+            part=(accelerator.process_index, accelerator.num_processes) if shards else (0, 1),
             labeled_to_unlabeled=datasets.labeled_to_unlabeled,
         )
     except ValueError as error:
@@ -1538,33 +1777,68 @@ def step_scheduler(run: 'Run', args: argparse.Namespace) -> None:
     run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
 
 
-def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size: int) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from."""
-    name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, str(img_size)])
-    folder = Path(args.output) / name.replace('/', '_')
-    checkpoint = None
-    if args.resume == 'auto':
-        for path in list_checkpoints(folder):
-            try:
-                read_checkpoint(path)
-            except UsageError as error:
-                _logger.warning(f'{error}; trying an older one')
-                continue
-            checkpoint = path
-            break
-    elif args.resume:
-        checkpoint = Path(args.resume)
-    elif (folder / 'args.yaml').exists():
-        raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another --experiment')
-    accelerator.wait_for_everyone()
+def lock_folder(folder: Path) -> TextIO:
+    """Keeps other runs out of a folder while this process lives; returns the open file, which the caller has to keep.
+
+    The kernel releases the lock however the process ends. It is a POSIX record lock, which data workers do not inherit:
+    a killed run's orphans, alive for some more seconds, cannot keep its resume out. Over NFS it holds between hosts.
+    Where a file system has no locks (Lustre mounted without `flock`), nothing but a warning keeps two runs apart.
+
+    Raises:
+        UsageError: If another process holds the lock.
+    """
+    file = open(folder / '.lock', 'a+')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UsageError(f'{folder} is in use by {file.read() or "another process"}: wait for it, or choose another '
+                         '--experiment') from error
+    except OSError as error:
+        _logger.warning(f'{folder} cannot be locked ({error.strerror}): see that no other run uses it')
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
+
+
+def newest_intact(folder: Path) -> Path | None:
+    for path in list_checkpoints(folder):
+        try:
+            read_checkpoint(path)
+            return path
+        except UsageError as error:
+            _logger.warning(f'{error}; trying an older one')
+    return None
+
+
+def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size: int) -> tuple:
+    """The run folder, the checkpoint to go on from, and on the main process the lock to keep while the run goes on."""
+    found, lock = [None], None
     if accelerator.is_main_process:
+        name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, str(img_size)])
+        folder = Path(args.output) / name.replace('/', '_')
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
+            if not args.resume and (folder / 'args.yaml').exists():
+                raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
+                                 '--experiment')
+            checkpoint = newest_intact(folder) if args.resume == 'auto' else Path(args.resume) if args.resume else None
+            replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
+            if args.global_batch_size is not None:
+                replayable['batch_size'] = None
+            text = yaml.safe_dump(replayable, sort_keys=False)
+            replace_file(folder / 'args.yaml', lambda part: part.write_text(text))
+            found = [(folder, checkpoint)]
         except OSError as error:
-            raise UsageError(f'--output {args.output}: {folder} cannot be made: {error.strerror}') from error
-        replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
-        replace_file(folder / 'args.yaml', lambda part: part.write_text(yaml.safe_dump(replayable, sort_keys=False)))
-    return folder, checkpoint
+            found = [UsageError(f'--output {args.output}: {folder} cannot be written: {error.strerror}')]
+        except (UsageError, RunError) as error:
+            found = [error]
+    broadcast_object_list(found)  # what the first process found, also that it cannot go on
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return *found[0], lock
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> None:
@@ -1581,6 +1855,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     """Trains; returns the last evaluation's metrics."""
     accelerator = setup_accelerator(args)
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    share_batch(args, accelerator.num_processes)
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
     with accelerator.main_process_first():  # downloads and caches are written once
@@ -1596,8 +1871,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     method = None
     if args.algorithm != 'supervised':
         method = ALGORITHMS[args.algorithm](len(datasets.unlabeled), num_classes, args)
-    calmix = build_calmix(args, datasets, num_classes)
-    folder, checkpoint = open_run_folder(args, accelerator, data_config.input_size[1])
+    calmix = build_calmix(args, datasets, num_classes, accelerator)
+    # The lock lasts as long as its file is open.
+    folder, checkpoint, lock = open_run_folder(args, accelerator, data_config.input_size[1])
 
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1631,7 +1907,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         resume(run, read_checkpoint(checkpoint), checkpoint, args)
         _logger.info(f'Resuming from {checkpoint} at update {run.num_updates}')
     if args.start_epoch is not None:
-        run.num_updates = args.start_epoch * args.train_steps_per_epoch
+        run.num_updates = run.recorded = args.start_epoch * args.train_steps_per_epoch
     step_scheduler(run, args)
     if accelerator.is_main_process:
         replace_file(folder / 'labels.json', lambda part: write_labels(
@@ -1685,26 +1961,44 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.calibratemix:
         _logger.info(f'{calmix}')
 
-    first_epoch = run.num_updates // args.train_steps_per_epoch
+    # Stopped between an epoch's last update and the end of its evaluation, a run goes on with the evaluation.
+    due = run.num_updates % args.train_steps_per_epoch == 0 and run.num_updates != run.recorded
+    first_epoch = run.num_updates // args.train_steps_per_epoch - due
     if first_epoch >= args.epochs:
         _logger.info(f'{folder} is finished')
         accelerator.end_training()
         return json.loads((folder / 'last' / 'metrics.json').read_text())
-    for epoch in range(first_epoch, args.epochs):
-        train_one_epoch(
-            run, epoch, labeled_batches, unlabeled_batches, lambda: save_checkpoint(run, folder, args), args,
-        )
-        train_metrics = run.monitor.read()
-        run.monitor.reset()
-        if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-            meters = [validate(run.eval_model, f, accelerator, num_classes, eval_batch_size) for f in eval_feeds]
-            metrics = meters[0].compute()
-            skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
-            train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
-            record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
-            if args.save_margins and accelerator.is_main_process:
-                write_margins(run, folder / 'margins.parquet', datasets, args)
+    stop = StopRequest(accelerator, args.dist_timeout)
+
+    def save():
         save_checkpoint(run, folder, args)
+
+    total = args.epochs * args.train_steps_per_epoch
+    visible = accelerator.is_main_process and sys.stderr.isatty()
+    try:
+        with progress_bar(total, run.num_updates, visible) as bar:
+            for epoch in range(first_epoch, args.epochs):
+                train_one_epoch(run, epoch, labeled_batches, unlabeled_batches, save, stop, bar, args)
+                train_metrics = run.monitor.read()
+                if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
+                    meters = [
+                        validate(run.eval_model, f, accelerator, num_classes, eval_batch_size, stop) for f in eval_feeds
+                    ]
+                    metrics = meters[0].compute()
+                    skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
+                    train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
+                    record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
+                    if args.save_margins:
+                        write_margins(run, folder / 'margins.parquet', datasets, args)
+                run.monitor.reset()
+                run.recorded = run.num_updates
+                save()
+    except Stopped:
+        _logger.info(f'Stopping at update {run.num_updates}')
+        save()
+        accelerator.wait_for_everyone()  # a launcher ends the others as soon as the first one has ended
+        accelerator.end_training()
+        raise
     accelerator.end_training()
     return metrics
 
@@ -1749,12 +2043,38 @@ def record_evaluation(
         write_weights(run, folder / 'best', data_config, content)
 
 
-def exit_with(error: UsageError | RunError) -> None:
-    """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault."""
+def explain(error: Exception) -> RunError | None:
+    """What an error of a library or the system says about the run, in one line; None if it is no known fault."""
+    text = ' '.join(str(error).split())
+    resume = '--resume auto goes on from the last checkpoint'
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunError(f'the device is out of memory; a smaller --batch-size with more --grad-accum-steps, --amp or '
+                        f'--grad-checkpointing needs less ({text})')
+    if isinstance(error, MemoryError):
+        return RunError(f'out of memory, in this process or in a data worker; fewer --workers need less. {resume}')
+    if text.startswith('DataLoader worker'):
+        return RunError(f'a data worker died: {text.rstrip(".")}. If the system was out of memory, fewer --workers '
+                        f'need less. {resume}')
+    if isinstance(error, OSError) and error.errno is not None:
+        return RunError(f'{error.filename or "the system"}: {error.strerror}. {resume}')
+    distributed = isinstance(error, torch.distributed.DistError) or re.search('gloo|nccl', text, re.IGNORECASE)
+    if distributed and re.search('connect|timed? ?out|broken pipe|reset by peer|remote process', text, re.IGNORECASE):
+        reason = re.sub(r'^\[[^]]*\] ', '', text)
+        return RunError(f'another process ended, as it will say itself, or does not answer ({reason}). {resume}')
+    return None
+
+
+def exit_with(error: UsageError | RunError | Stopped) -> None:
+    """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault, 75 when stopped."""
     code = 2 if isinstance(error, UsageError) else 1
+    line = f'error: {error}'
+    if isinstance(error, Stopped):
+        code, line = STOPPED, f'{error}; --resume auto goes on from there'
+        for number in STOP_SIGNALS:  # nothing is left to interrupt, and the status shall be this one
+            signal.signal(number, signal.SIG_IGN)
     # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
     if code == 1 or os.environ.get('RANK', '0') == '0':
-        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         os._exit(code)  # others may wait in a collective, on which an orderly exit would hang or abort
     sys.exit(code)
@@ -1762,9 +2082,16 @@ def exit_with(error: UsageError | RunError) -> None:
 
 if __name__ == '__main__':
     setup_default_logging()
+    catch_signals()
     try:
         result = main(_parse_args())
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, Stopped) as error:
         exit_with(error)
+    except Exception as error:
+        fault = explain(error)
+        if fault is None:
+            traceback.print_exc()
+            fault = RunError('the traceback above is no known fault; please report it')
+        exit_with(fault)
     if os.environ.get('RANK', '0') == '0':
         print(f'--result\n{json.dumps(result, indent=4)}')

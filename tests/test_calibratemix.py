@@ -880,7 +880,7 @@ def test_apm_counts_from_the_first_step_or_only_after_warmup(apm_in_warmup, expe
     (dict(similarity='l2'), "similarity: expected one of cosine, euclidean, dot, got 'l2'"),
     (dict(space='features'), "space: expected one of feature, pixel, got 'features'"),
     (dict(loss='mse'), "loss: expected one of ce, bce, got 'mse'"),
-    (dict(split='median'), "split: expected one of batch, bank, got 'median'"),
+    (dict(split='median'), "split: expected one of batch, joined, bank, got 'median'"),
     (dict(pairing=''), "pairing: expected one of targeted, random, got ''"),
     (dict(topk=5), r'topk: expected a share in \[0, 1\], got 5'),
     (dict(topk=NAN), r'topk: expected a share in \[0, 1\], got nan'),

@@ -127,7 +127,7 @@ def test_no_step_waits_for_a_gpu(flags):
     model = Toy(4 + (args.algorithm == 'marginmatch'))
     method = train_ssl.ALGORITHMS[args.algorithm](40, 4, args)
     datasets = train_ssl.Datasets(range(10), range(40), None, None, torch.arange(10), None, None, None)
-    calmix = train_ssl.build_calmix(args, datasets, 4)
+    calmix = train_ssl.build_calmix(args, datasets, 4, accelerator)
     monitor = train_ssl.Monitor(accelerator)
     with FakeTensorMode():
         def images(number):

@@ -566,6 +566,17 @@ def test_two_processes_train_to_the_weights_of_one_on_the_joined_batch(train, tm
         assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), abs=1e-4), name
 
 
+def test_a_bank_in_shards_gives_the_same_run_margins_and_checkpoint_as_a_whole_one(train, tmp_path):
+    flags = (*CALMIX, '--save-margins')
+    whole = run_on(2, train, tmp_path, 'whole', *flags)
+    shards = run_on(2, train, tmp_path, 'shards', *flags, '--calmix-bank-shards')
+    assert_same_run(whole, shards)
+    assert (whole / 'margins.parquet').read_bytes() == (shards / 'margins.parquet').read_bytes()
+    first = rewind(shards, tmp_path / 'again', 4)
+    run_on(2, train, tmp_path, 'again', *flags, '--calmix-bank-shards', '--resume', 'auto')
+    assert_same_run(first, shards)
+
+
 # --- Faults and mistakes ----------------------------------------------------------------------------------------------
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over_good_weights(train, tmp_path):
