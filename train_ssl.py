@@ -2072,8 +2072,8 @@ def exit_with(error: UsageError | RunError | Stopped) -> None:
         code, line = STOPPED, f'{error}; --resume auto goes on from there'
         for number in STOP_SIGNALS:  # nothing is left to interrupt, and the status shall be this one
             signal.signal(number, signal.SIG_IGN)
-    # A usage error is the same on all processes, and the first tells it; a fault may be one process's own.
-    if code == 1 or os.environ.get('RANK', '0') == '0':
+    # A usage error is the same on all processes of a machine, and the first tells it; a fault may be one process's own.
+    if code == 1 or os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         os._exit(code)  # others may wait in a collective, on which an orderly exit would hang or abort

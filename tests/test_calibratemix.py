@@ -630,6 +630,25 @@ def test_the_bank_split_compares_with_the_median_of_the_whole_bank():
     assert partners == {True: set(range(40)) - unlabeled_easy, False: unlabeled_easy}
 
 
+def test_a_split_of_a_larger_batch_is_taken_as_it_is():
+    """Two halves of a batch, each mixed by the easy and hard of the whole; alone, each has its own halves."""
+    calmix, step = batch(num_labeled=12, num_unlabeled=40, split='joined', topk=0)
+    names = ('index', 'unlabeled_index', 'pseudo_label')
+    easy, unlabeled_easy = calmix.find_easy(*(step[name] for name in names))
+    aum = calmix.aum.lookup(step['index'])
+    assert set(easy.nonzero().squeeze(1).tolist()) == loop_easy(aum.tolist())
+    halves = [slice(0, 6), slice(6, 12)], [slice(0, 20), slice(20, 40)]
+    uneven = 0
+    for rows, unlabeled_rows in zip(*halves):
+        own = {key: value[unlabeled_rows if 'label' in key and key != 'label' else rows] for key, value in step.items()}
+        mixed = calmix.mix(**own, easy=(easy[rows], unlabeled_easy[unlabeled_rows]))
+        assert torch.equal(mixed.easy, easy[rows])
+        assert torch.equal(unlabeled_easy[unlabeled_rows][mixed.partner], ~mixed.easy)
+        uneven += int(mixed.easy.sum()) != 3
+        assert int(calmix.mix(**own).easy.sum()) == 3
+    assert uneven == 2
+
+
 def test_the_bank_split_of_equal_margins_still_pairs():
     calmix, step = batch(split='bank')
     calmix.aum.value.zero_()

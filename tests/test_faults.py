@@ -545,10 +545,8 @@ def test_the_slurm_script_starts_every_task_with_its_rank_and_requeues_a_stopped
         SLURM_SUBMIT_DIR=str(ROOT),
     )
     script = shutil.copy(ROOT / 'launch/slurm_multinode.sh', tmp_path / 'slurm_script')  # as SLURM does
-    result = subprocess.run(
-        ['bash', script, '--data-dir', 'a folder', '--experiment', 'mine'], env=environment, capture_output=True,
-        text=True,
-    )
+    flags = ('--data-dir', 'a folder', '--experiment', 'mine')
+    result = subprocess.run(('bash', script, *flags), env=environment, capture_output=True, text=True)
     *tasks, last = sorted((tmp_path / 'seen').read_text().splitlines() + ([] if status == 75 else ['z']))
     same = '4 node7 train_ssl.py --data-dir a folder --experiment mine --resume auto'
     assert tasks == [f'{i} {i % 2} {same}' for i in range(4)], result.stderr
