@@ -25,8 +25,8 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections import Counter
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -47,9 +47,10 @@ MISSING = '–'
 # Arguments that make another run of the same setting, or change no result.
 REPLICATE = ('seed', 'label_seed', 'label_fold', 'labels_file')
 IGNORED = (
-    *REPLICATE, 'data_dir', 'extra_val_dir', 'dataset_download', 'output', 'experiment', 'device', 'workers', 'pin_mem',
-    'log_interval', 'val_interval', 'recovery_interval', 'checkpoint_hist', 'validation_batch_size', 'eval_metric',
-    'log_tensorboard', 'log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id', 'save_margins',
+    *REPLICATE, 'data_dir', 'extra_val_dir', 'dataset_download', 'output', 'experiment', 'device', 'aug_device',
+    'workers', 'pin_mem', 'dist_timeout', 'log_interval', 'val_interval', 'recovery_interval', 'checkpoint_hist',
+    'save_margins', 'validation_batch_size', 'eval_metric', 'log_tensorboard', 'log_wandb', 'wandb_project',
+    'wandb_tags', 'wandb_resume_id',
 )
 # Arguments that dataset, labels, algorithm and variant stand for.
 NAMED = ('dataset', 'num_labels', 'labels_per_class', 'label_fraction', 'algorithm', 'calibratemix', 'calmix_preset',
@@ -184,7 +185,7 @@ def best(cells: list[tuple[float, float | None] | None]) -> int | None:
 def text(value) -> str:
     if value is None:
         return MISSING
-    return f'{value:g}' if isinstance(value, float) else NAMES.get(value, str(value))
+    return f'{value:.4g}' if isinstance(value, float) else NAMES.get(value, str(value))
 
 
 def build_table(
@@ -270,74 +271,77 @@ def cell_row(keys: list[str], values: tuple, runs: list[dict]) -> dict:
 
 def pool(runs: list[dict]) -> ReliabilityBins:
     """Bins of the images of all runs together."""
-    bins = [ReliabilityBins(**{key: torch.tensor(value) for key, value in run['metrics']['bins'].items()})
-            for run in runs]
+    bins = [ReliabilityBins(**{key: torch.tensor(value, dtype=torch.int64 if key == 'count' else torch.float64)
+                               for key, value in run['metrics']['bins'].items()}) for run in runs]
     count = sum(b.count for b in bins)
     accuracy, confidence = (sum(b.count * getattr(b, key) for b in bins) / count.clamp(min=1)
                             for key in ('accuracy', 'confidence'))
     return ReliabilityBins(count, accuracy, confidence, bins[0].edges)
 
 
-def title(keys: list[str], values: tuple, runs: list[dict]) -> str:
-    """Names of a group's settings, in one line."""
-    found = dict(zip(keys, values))
-    head = [text(found.pop(key)) for key in ('algorithm', 'variant') if key in found]
-    head = ' + '.join(part for part in head if part != 'alone' or len(head) == 1)
-    rest = [f'{text(value)} labels' if key == 'labels' else
-            text(value) if key == 'dataset' else f'{key.removeprefix("calmix_").replace("_", " ")} {text(value)}'
-            for key, value in found.items() if value is not None]
-    return ', '.join([head] * bool(head) + rest)
+def title(keys: list[str], values: tuple) -> str:
+    """Settings in one line, such as FixMatch + CalibrateMix, topk 0.1."""
+    found = {key: value for key, value in zip(keys, values) if value is not None}
+    base = ' + '.join(text(found.pop(key)) for key in ('algorithm', 'variant') if found.get(key, 'alone') != 'alone')
+    found.pop('variant', None)
+    plain = {'dataset': '', 'labels': ' labels'}
+    rest = [text(value) + plain[key] if key in plain else
+            f'{key.removeprefix("calmix_").replace("_", " ")} {text(value)}' for key, value in found.items()]
+    return ', '.join([base] * bool(base) + rest)
+
+
+def varying(runs: list[dict], keys: list[str]) -> list[str]:
+    """The base method and variant, and the settings in which these runs differ."""
+    return [key for key in keys if key in ('algorithm', 'variant') or len(group(runs, [key])) > 1]
 
 
 def draw_reliability(runs: list[dict], keys: list[str], rows: list[str], folder: Path) -> list[Path]:
-    """One picture for each combination of the `rows` settings."""
-    paths, panel_keys = [], [key for key in keys if key not in rows or key == 'algorithm']
-    for values, found in group(runs, rows).items():
-        panels = []
+    """One picture for each combination of the `rows` settings, named after those of them that vary."""
+    paths, groups = [], group(runs, rows)
+    varies = [len(set(values)) > 1 for values in zip(*groups)]
+    for values, found in groups.items():
+        panels, panel_keys = [], varying(found, keys)
         for panel, same in group(found, panel_keys).items():
             pooled = f'\n{len(same)} seeds pooled' if len(same) > 1 else ''
-            panels.append((title(panel_keys, panel, same) + pooled, pool(same)))
-        name = re.sub(r'[^\w.+-]+', '-', '-'.join(map(str, values)))
-        paths.append(folder / (f'reliability-{name}.png' if len(group(runs, rows)) > 1 else 'reliability.png'))
+            panels.append((textwrap.fill(title(panel_keys, panel), 34) + pooled, pool(same)))
+        name = '-'.join(['reliability', *(str(value) for value, other in zip(values, varies) if other)])
+        paths.append(folder / (re.sub(r'[^\w.+-]+', '-', name) + '.png'))
         reliability_diagram(panels, str(paths[-1]))
     return paths
 
 
 def draw_curves(runs: list[dict], keys: list[str], rows: list[str], path: Path) -> None:
     """Error and ECE side by side, a line of pictures for each combination of the `rows` settings."""
-    from matplotlib.lines import Line2D
-
-    groups, line_keys = group(runs, rows), [key for key in keys if key not in rows or key == 'algorithm']
+    groups = group(runs, rows)
     figure, axes = _figure(13, 4.2 * len(groups), len(groups), 2)
     for (values, found), pair in zip(groups.items(), axes):
-        lines = group(found, line_keys)
-        ends = {warmup_updates(run['args']) for run in found} - {None}
-        for (line, same), (color, style) in zip(lines.items(), cycle(LINES)):
+        ends, line_keys = {warmup_updates(run['args']) for run in found} - {None}, varying(found, keys)
+        for i, (line, same) in enumerate(group(found, line_keys).items()):
+            color, style = LINES[i % len(LINES)][0], LINES[(i + i // len(LINES)) % len(LINES)][1]
+            end = warmup_updates(same[0]['args'])
             updates = sorted(set.intersection(*({row['num_updates'] for row in run['curve']} for run in same)))
             for axis, metric in zip(pair, ('eval_error', 'eval_ece')):
                 curves = [{row['num_updates']: row[metric] for row in run['curve']} for run in same]
                 points = [mean_and_deviation([curve[update] for curve in curves]) for update in updates]
-                mean = [point[0] for point in points]
-                axis.plot(updates, mean, color=color, linestyle=style, label=title(line_keys, line, same),
-                          marker='o' if len(updates) < 20 else None, markersize=4)
+                axis.plot(updates, [mean for mean, _ in points], color=color, linestyle=style, markersize=4,
+                          marker='o' if len(updates) < 20 else None, label=title(line_keys, line))
                 if len(same) > 1:
                     axis.fill_between(updates, [m - d for m, d in points], [m + d for m, d in points], color=color,
-                                      alpha=0.15, linewidth=0)
-                end = warmup_updates(same[0]['args'])
-                if end is not None and len(ends) > 1:
+                                      alpha=0.12, linewidth=0)
+                if len(ends) > 1 and end is not None:
                     axis.axvline(end, color=color, linestyle=style, linewidth=1)
+        if len(ends) > 1:
+            pair[1].plot([], [], color='none', label='upright: end of warmup')
         for axis, name in zip(pair, ('error %', 'ECE %')):
             if len(ends) == 1:
-                axis.axvline(*ends, color=GREY, linestyle=(0, (1, 2)), linewidth=1.5)
+                axis.axvline(*ends, color=GREY, linestyle=(0, (1, 2)), linewidth=1.5, label='end of warmup')
+            axis.set_title(title(rows, values), fontsize=12)
             axis.set(xlabel='updates', ylabel=name)
-            axis.set_ylim(bottom=0)
-            axis.set_title(title([key for key in rows if key != 'algorithm'], tuple(
-                value for key, value in zip(rows, values) if key != 'algorithm'), found), fontsize=12)
-        handles = pair[1].get_legend_handles_labels()[0]
-        if ends:
-            handles.append(Line2D([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=1.5,
-                                  label='end of warmup' + (', in the colour of the run' if len(ends) > 1 else '')))
-        pair[1].legend(handles=handles, loc='center left', bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=10)
+            axis.set_xlim(left=0)
+            axis.locator_params(axis='x', integer=True, nbins=7)
+        pair[1].set_ylim(bottom=0)
+        pair[1].legend(loc='center left', bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=10,
+                       handlelength=3)
     figure.savefig(path)
 
 
@@ -367,7 +371,7 @@ def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[
     return as_markdown(*table), [*(output / name for name in names), *pictures, output / 'curves.png']
 
 
-def main() -> None:
+def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Tables and pictures of finished runs.', allow_abbrev=False)
     parser.add_argument('runs', metavar='RUN_OR_FOLDER', nargs='+', type=Path,
                         help='run folders, or folders with runs in them, in the order of the table')
@@ -378,8 +382,12 @@ def main() -> None:
     parser.add_argument('--columns', metavar='SETTING', nargs='*', default=['dataset', 'labels'],
                         help='settings of which each combination has columns of its own in the table; all others make '
                              'its lines (default: dataset labels)')
-    args = parser.parse_args()
-    rows, columns = ([name.lstrip('-').replace('-', '_') for name in names] for names in (args.rows, args.columns))
+    args = parser.parse_args(argv)
+    args.rows, args.columns = ([name.replace('-', '_') for name in names] for names in (args.rows, args.columns))
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
     runs, left_out = [], []
     for folder in find_runs(args.runs):
         try:
@@ -391,7 +399,7 @@ def main() -> None:
             raise left_out[0]
         for reason in left_out:
             print(f'report.py: left out: {reason}', file=sys.stderr)
-        table, paths = write_report(runs, args.output, rows, columns)
+        table, paths = write_report(runs, args.output, args.rows, args.columns)
     except UsageError as error:
         print(f'report.py: error: {error}', file=sys.stderr)
         sys.exit(2)
@@ -399,4 +407,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    main(_parse_args())

@@ -29,7 +29,7 @@ case $SCALE in
     smoke) flags=(--device cpu --workers 0 --ood-split train) OOD_DATASETS=digits OOD_DATA_DIR='' ;;
 esac
 if [ -n "${OOD_DATA_DIR:-}" ]; then flags+=(--ood-data-dir "$OOD_DATA_DIR"); fi
+report
 # shellcheck disable=SC2086
 after python "$here/validate.py" --checkpoint "${checkpoints[@]}" --ood-dataset ${OOD_DATASETS:-svhn cifar100} \
     --results-dir "$OUTPUT/ood" ${flags[@]+"${flags[@]}"}
-report

@@ -2,10 +2,21 @@
 import csv
 import json
 import os
+import re
 import subprocess
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+import torch
+import yaml
 from conftest import ROOT, run_script
 from PIL import Image
+
+import report
+import train_ssl
+from data import UsageError
+from metrics import reliability_bins
 
 
 def test_the_quickstart_ends_in_a_table_a_csv_file_and_a_picture(tmp_path):
@@ -18,7 +29,7 @@ def test_the_quickstart_ends_in_a_table_a_csv_file_and_a_picture(tmp_path):
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         tables.append(result.stdout)
-    assert tables[0] == tables[1] and 'is finished' in result.stderr
+    assert tables[0] == tables[1] and result.stderr.count('is finished') == 2
     folder = tmp_path / 'a folder'
     with open(folder / 'comparison.csv', newline='') as file:
         rows = list(csv.DictReader(file))
@@ -36,3 +47,183 @@ def test_a_folder_without_a_run_is_named_in_one_line(tmp_path):
     result = run_script('report.py', tmp_path, '--output', tmp_path / 'out')
     assert result.returncode == 2 and result.stdout == ''
     assert result.stderr.startswith(f'report.py: error: {tmp_path}: no run') and len(result.stderr.splitlines()) == 1
+
+
+# --- Made-up runs -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes a run folder with given figures, as far as report.py reads it."""
+    def make(name, *arguments, error=10., ece=5., nll=0.5, seed=0, updates=None, epochs=2, curve=None):
+        folder = tmp_path / 'runs' / name
+        (folder / 'last').mkdir(parents=True)
+        args = train_ssl._parse_args(['--dataset', 'digits', '--seed', str(seed), '--epochs', str(epochs),
+                                      '--train-steps-per-epoch', '5', *arguments])
+        (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
+        (folder / 'labels.json').write_text(json.dumps({'num_labels': args.num_labels or 130}))
+        generator = torch.Generator().manual_seed(seed)
+        confidence = torch.rand(50, generator=generator)
+        bins = reliability_bins(confidence, torch.rand(50, generator=generator) < confidence)
+        metrics = dict(epoch=1, num_updates=5 * epochs if updates is None else updates, error=error, ece=ece, nll=nll,
+                       ece_10=ece, brier=0.2, confidence=95.)
+        metrics['bins'] = {key: value.tolist() for key, value in bins._asdict().items()}
+        (folder / 'last' / 'metrics.json').write_text(json.dumps(metrics))
+        rows = [f'{5 * (i + 1)},{value},{value / 2}' for i, value in enumerate(curve or [error] * epochs)]
+        (folder / 'summary.csv').write_text('\n'.join(['num_updates,eval_error,eval_ece', *rows]) + '\n')
+        return folder
+
+    make.root = tmp_path / 'runs'
+    return make
+
+
+def write(*folders, output, rows=('dataset', 'labels', 'algorithm'), columns=('dataset', 'labels')):
+    return report.write_report([report.read_run(folder) for folder in folders], output, list(rows), list(columns))
+
+
+def markdown_cells(table: str) -> list[dict[str, str]]:
+    lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines() if line[:1] == '|']
+    assert len({len(line) for line in lines}) == 1 and set(''.join(lines[1])) == {'-'}
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def test_means_and_deviations_over_seeds_are_numpy_s(make_run, tmp_path):
+    values = np.random.default_rng(0).uniform(1, 50, (2, 3, 3))
+    folders = [
+        make_run(f'{flags}-{seed}', *flags.split(), seed=seed, **dict(zip(('error', 'ece', 'nll'), values[i, seed])))
+        for i, flags in enumerate(('--algorithm fixmatch', '--algorithm softmatch')) for seed in range(3)
+    ]
+    table, _ = write(*folders, output=tmp_path / 'out')
+    mean, deviation = values.mean(1), values.std(1, ddof=1)
+    for row, m, d in zip(markdown_cells(table), mean, deviation):
+        shown = [row[key].strip('*') for key in ('error %', 'ECE %', 'NLL')]
+        assert shown == [f'{m[0]:.2f} ± {d[0]:.2f}', f'{m[1]:.2f} ± {d[1]:.2f}', f'{m[2]:.3f} ± {d[2]:.3f}']
+    with open(tmp_path / 'out' / 'table.csv', newline='') as file:
+        for row, m, d in zip(csv.DictReader(file), mean, deviation):
+            assert row['n'] == '3'
+            for i, key in enumerate(('error', 'ece', 'nll')):
+                assert float(row[f'{key}_mean']) == pytest.approx(m[i], abs=1e-4)
+                assert float(row[f'{key}_sd']) == pytest.approx(d[i], abs=1e-4)
+    with open(tmp_path / 'out' / 'runs.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['algorithm'], row['seed'], row['updates']) for row in rows] == [
+        (algorithm, str(seed), '10') for algorithm in ('fixmatch', 'softmatch') for seed in range(3)]
+    assert 'n = 3 seeds' in table
+
+
+@pytest.mark.parametrize('cells, bold', [
+    ([(10., 1.), (12.5, 1.)], 0),  # 11 < 11.5
+    ([(10., 1.), (12., 1.)], None),  # 11 = 11: no difference beyond the spread
+    ([(10., 1.), (11.5, 1.)], None),
+    ([(13., .1), (12.5, .1), (20., 9.)], None),  # the third reaches down to 11
+    ([(13., .1), (12.5, .1), (20., 7.)], 1),  # 12.6 < 12.9 and < 13
+    ([(10., None), (90., 1.)], None),  # a single run has no spread
+    ([(10., 1.), (90., None)], None),
+    ([(10., 1.), None, (90., 1.)], 0),
+    ([(10., 1.), None], None),  # nothing to be better than
+    ([None, None], None),
+])
+def test_bold_is_the_best_beyond_the_spread(cells, bold):
+    assert report.best(cells) == bold
+
+
+def test_bold_and_missing_cells_in_all_forms_of_the_table(make_run, tmp_path):
+    folders = [make_run(f'a{seed}', '--num-labels', '20', seed=seed, error=10 + seed) for seed in range(2)]
+    folders += [make_run(f'b{seed}', '--num-labels', '20', '--calibratemix', seed=seed, error=5 + seed)
+                for seed in range(2)]
+    folders += [make_run('c', '--num-labels', '40', '--calibratemix', error=4)]
+    table, _ = write(*folders, output=tmp_path / 'out')
+    alone, calmix = markdown_cells(table)
+    assert alone['error % (digits, 20 labels)'] == '10.50 ± 0.71' and alone['error % (digits, 40 labels)'] == '–'
+    assert calmix['error % (digits, 20 labels)'] == '**5.50 ± 0.71**'
+    assert calmix['error % (digits, 40 labels)'] == '4.00 ± – (n=1)'
+    assert 'n = 2 seeds unless stated' in table
+    assert (tmp_path / 'out' / 'table.md').read_text() == table + '\n'
+
+    latex = (tmp_path / 'out' / 'table.tex').read_text().splitlines()
+    assert latex[0].startswith('% ') and latex[1] == r'\begin{tabular}{llllllll}' and latex[-1] == r'\end{tabular}'
+    lines = [line for line in latex if line.endswith(r'\\')]
+    assert len(lines) == 3 and {len(re.findall(r'(?<!\\)&', line)) for line in lines} == {7}
+    assert r'\textbf{5.50 $\pm$ 0.71}' in lines[2] and lines[1].count(' -- ') == 3
+    for line in latex[1:]:  # nothing that LaTeX would take for its own
+        assert not re.search(r'(?<!\\)[%#_]', line) and line.count('{') == line.count('}')
+
+
+def test_arguments_that_differ_make_lines_of_their_own(make_run, tmp_path):
+    """But not those of the machine, nor CalibrateMix's between runs with and without it."""
+    folders = [make_run('a', '--workers', '2', '--output', 'x'), make_run('b', '--label-smoothing', '0.1')]
+    folders += [make_run(f'c{k}', '--calibratemix', '--calmix-warmup-epochs', '1', '--calmix-topk', k)
+                for k in ('0.05', '0.15')]
+    folders += [make_run('d', '--calibratemix', '--calmix-warmup-epochs', '1', '--calmix-pairing', 'random')]
+    table, _ = write(*folders, output=tmp_path / 'out')
+    rows = markdown_cells(table)
+    assert [(row['variant'], row['calmix-topk']) for row in rows] == [
+        ('alone', '–'), ('label smoothing 0.1', '–'), ('CalibrateMix', '0.05'), ('CalibrateMix', '0.15'),
+        ('random mixup', '–')]
+    assert list(rows[0]) == ['algorithm', 'variant', 'calmix-topk', 'error %', 'ECE %', 'NLL']
+
+
+def test_unfinished_runs_are_left_out_and_named(make_run, tmp_path):
+    make_run('done')
+    make_run('half', updates=5)
+    (make_run('broken') / 'summary.csv').unlink()
+    result = run_script('report.py', make_run.root, '--output', tmp_path / 'out')
+    assert result.returncode == 0 and len(markdown_cells(result.stdout)) == 1
+    told = result.stderr.splitlines()
+    assert len(told) == 2 and all(line.startswith('report.py: left out: ') for line in told)
+    assert f'{make_run.root / "half"}: not finished, at update 5 of 10' in told[1] and 'broken' in told[0]
+
+
+def test_runs_in_a_folder_stand_in_natural_order(make_run):
+    for name in ('k10', 'k2.5', 'k0', 'k7.5'):
+        make_run(name)
+    assert [path.name for path in report.find_runs([make_run.root])] == ['k0', 'k2.5', 'k7.5', 'k10']
+    assert [path.name for path in report.find_runs([make_run.root / 'k10', make_run.root])][0] == 'k10'
+
+
+def test_the_same_seed_twice_is_refused(make_run, tmp_path):
+    folders = [make_run('a'), make_run('b')]
+    with pytest.raises(UsageError, match='a and .*b have the same settings and seed'):
+        write(*folders, output=tmp_path)
+    with pytest.raises(UsageError, match='--rows, --columns: lr is not among .*: dataset, labels'):
+        write(folders[0], output=tmp_path, rows=['lr'])
+
+
+def test_pooled_bins_are_the_bins_of_all_images(make_run):
+    runs = [report.read_run(make_run(f'{seed}', seed=seed)) for seed in range(3)]
+    pairs = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        confidence = torch.rand(50, generator=generator)
+        pairs.append((confidence, torch.rand(50, generator=generator) < confidence))
+    want = reliability_bins(*(torch.cat(part) for part in zip(*pairs)))
+    got = report.pool(runs)
+    assert torch.equal(got.count, want.count)
+    for key in ('accuracy', 'confidence', 'edges'):
+        torch.testing.assert_close(getattr(got, key).double(), getattr(want, key).double())
+
+
+@pytest.mark.parametrize('flags', [
+    ('--calibratemix',), ('--calibratemix', '--calmix-preset', 'authors-code'),
+    ('--calibratemix', '--calmix-warmup-epochs', '0.7'), (),
+])
+def test_the_marked_end_of_warmup_is_that_of_training(flags):
+    args = train_ssl._parse_args(['--epochs', '8', '--train-steps-per-epoch', '100', *flags])
+    datasets = SimpleNamespace(labeled=range(4), unlabeled=range(4), labeled_to_unlabeled=None)
+    calmix = train_ssl.build_calmix(args, datasets, 3)
+    assert report.warmup_updates(vars(args)) == (None if calmix is None else calmix.warmup_steps)
+
+
+def test_pictures_one_for_each_row_and_the_curves(make_run, tmp_path):
+    folders = [make_run(f'{algorithm}{"-".join(flags)}{seed}', '--algorithm', algorithm, *flags, seed=seed, epochs=4,
+                        curve=[50, 40, 30, 10 + seed])
+               for algorithm in ('fixmatch', 'softmatch') for flags in ((), ('--calibratemix',)) for seed in range(2)]
+    _, paths = write(*folders, output=tmp_path / 'out')
+    pictures = [path.name for path in paths if path.suffix == '.png']
+    assert pictures == ['reliability-fixmatch.png', 'reliability-softmatch.png', 'curves.png']
+    sizes = []
+    for name in pictures:
+        with Image.open(tmp_path / 'out' / name) as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == sizes[1] and sizes[0][0] > 1000 and sizes[2][1] > 1000
+    _, paths = write(*folders, output=tmp_path / 'all', rows=[])
+    assert [path.name for path in paths if path.suffix == '.png'] == ['reliability.png', 'curves.png']
