@@ -2,7 +2,7 @@
 # What the launchers share; they source it. They all take, from the environment:
 #
 #   SCALE            paper (default): the published recipe, 2^20 updates
-#                    cpu: the data set's own images at 16 pixels, a small network, 1,500 updates: for two CPU cores
+#                    cpu: the data set's own images at 16 pixels, a small network, 2,500 updates: for two CPU cores
 #                    smoke: the same grid in minutes, offline: 8 updates on the bundled digits IN PLACE OF the data set.
 #                    It shows that a launcher works, and nothing else
 #   DATA_DIR         where the data set lies (default: it comes from the hub)
@@ -34,8 +34,8 @@ ONLY=${ONLY:-}
 # The scales. A launcher adds the data set and, in the paper's scale, its network and weight decay.
 paper=(-b 64 --mu 7 --epochs 1024 --train-steps-per-epoch 1024)
 cpu=(
-    --img-size 16 --model wide_resnet10_1 --bn-momentum 0.05 --model-ema-warmup -b 32 --mu 2 --epochs 6
-    --train-steps-per-epoch 250 --stat-momentum 0.99 --calmix-warmup-epochs 1.2 --workers 0 --device cpu
+    --img-size 16 --model wide_resnet10_1 --bn-momentum 0.05 --model-ema-warmup -b 32 --mu 2 --epochs 10
+    --train-steps-per-epoch 250 --stat-momentum 0.99 --calmix-warmup-epochs 2 --workers 0 --device cpu
 )
 cpu_labels=1000
 smoke=(
