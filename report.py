@@ -49,8 +49,8 @@ REPLICATE = ('seed', 'label_seed', 'label_fold', 'labels_file')
 IGNORED = (
     *REPLICATE, 'data_dir', 'extra_val_dir', 'dataset_download', 'output', 'experiment', 'device', 'aug_device',
     'workers', 'pin_mem', 'calmix_bank_shards', 'dist_timeout', 'log_interval', 'val_interval', 'recovery_interval',
-    'checkpoint_hist', 'save_margins', 'validation_batch_size', 'eval_metric', 'log_tensorboard', 'log_wandb', 'wandb_project',
-    'wandb_tags', 'wandb_resume_id',
+    'checkpoint_hist', 'save_margins', 'validation_batch_size', 'eval_metric', 'log_tensorboard', 'log_wandb',
+    'wandb_project', 'wandb_tags', 'wandb_resume_id',
 )
 # Arguments that dataset, labels, algorithm and variant stand for.
 NAMED = ('dataset', 'num_labels', 'labels_per_class', 'label_fraction', 'algorithm', 'calibratemix', 'calmix_preset',

@@ -682,10 +682,11 @@ def build_datasets(
     def with_views(kinds, source, index=None, targets=None, stream=''):
         """A set with views of the named kinds, as batches of tensors where that can be done."""
         own = {name: views[kind] for name, kind in kinds.items()}
-        dataset = ViewDataset(source, own, index, targets, args.seed, stream, args.skip_bad_images)
+        evaluate = 'eval' in kinds.values()
+        least = None if evaluate else data_config.input_size[1]  # evaluation is to be timm's to the pixel
+        dataset = ViewDataset(source, own, index, targets, args.seed, stream, args.skip_bad_images, least)
         if args.aug_device == 'pil':
             return dataset
-        evaluate = 'eval' in kinds.values()
         decoded = decode_all(dataset, views['eval' if evaluate else 'resize'])
         if decoded is None:
             return dataset

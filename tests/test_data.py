@@ -368,6 +368,17 @@ def test_every_mode_becomes_rgb(tmp_path, content, expected):
     assert np.array_equal(decode_image(tmp_path / 'image'), image)
 
 
+@pytest.mark.parametrize('least, width', [(None, 400), (300, 400), (150, 200), (149, 200), (75, 100), (10, 50)])
+def test_a_jpeg_is_decoded_at_a_smaller_scale_but_never_below_what_is_needed(least, width):
+    pixels = np.asarray(Image.fromarray(noise(1, 6)[0]).resize((400, 300), Image.Resampling.BICUBIC))
+    content = encoded(Image.fromarray(pixels), 'JPEG', quality=95)
+    image = decode_image(content, least)
+    assert image.size == (width, 3 * width // 4 + (width == 50))
+    expected = decode_image(content).resize((40, 30), Image.Resampling.BOX)
+    assert np.abs(np.asarray(image.resize((40, 30), Image.Resampling.BOX), int) - np.asarray(expected, int)).mean() < 2
+    assert decode_image(encoded(Image.fromarray(pixels), 'PNG'), least).size == (400, 300)
+
+
 def test_floating_point_pixels_are_refused():
     with pytest.raises(ValueError, match='no known range'):
         decode_image(encoded(Image.new('F', (4, 4), 0.5), 'TIFF'))
