@@ -1826,11 +1826,6 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
                 raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
                                  '--experiment')
             checkpoint = newest_intact(folder) if args.resume == 'auto' else Path(args.resume) if args.resume else None
-            replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
-            if args.global_batch_size is not None:
-                replayable['batch_size'] = None
-            text = yaml.safe_dump(replayable, sort_keys=False)
-            replace_file(folder / 'args.yaml', lambda part: part.write_text(text))
             found = [(folder, checkpoint)]
         except OSError as error:
             found = [UsageError(f'--output {args.output}: {folder} cannot be written: {error.strerror}')]
@@ -1840,6 +1835,15 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
     if isinstance(found[0], Exception):
         raise found[0]
     return *found[0], lock
+
+
+def write_args(path: Path, args: argparse.Namespace) -> None:
+    """Writes the arguments as --config takes them."""
+    replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
+    if args.global_batch_size is not None:
+        replayable['batch_size'] = None  # follows from it
+    text = yaml.safe_dump(replayable, sort_keys=False)
+    replace_file(path, lambda part: part.write_text(text))
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> None:
@@ -1910,7 +1914,15 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.start_epoch is not None:
         run.num_updates = run.recorded = args.start_epoch * args.train_steps_per_epoch
     step_scheduler(run, args)
+    # Stopped between an epoch's last update and the end of its evaluation, a run goes on with the evaluation.
+    due = run.num_updates % args.train_steps_per_epoch == 0 and run.num_updates != run.recorded
+    first_epoch = run.num_updates // args.train_steps_per_epoch - due
+    if first_epoch >= args.epochs:
+        _logger.info(f'{folder} is finished')
+        accelerator.end_training()
+        return json.loads((folder / 'last' / 'metrics.json').read_text())
     if accelerator.is_main_process:
+        write_args(folder / 'args.yaml', args)
         replace_file(folder / 'labels.json', lambda part: write_labels(
             part,
             datasets.source_index,
@@ -1962,13 +1974,6 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.calibratemix:
         _logger.info(f'{calmix}')
 
-    # Stopped between an epoch's last update and the end of its evaluation, a run goes on with the evaluation.
-    due = run.num_updates % args.train_steps_per_epoch == 0 and run.num_updates != run.recorded
-    first_epoch = run.num_updates // args.train_steps_per_epoch - due
-    if first_epoch >= args.epochs:
-        _logger.info(f'{folder} is finished')
-        accelerator.end_training()
-        return json.loads((folder / 'last' / 'metrics.json').read_text())
     stop = StopRequest(accelerator, args.dist_timeout)
 
     def save():

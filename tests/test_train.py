@@ -534,6 +534,17 @@ def test_resume_refuses_other_labels_other_data_and_broken_files(train, uninterr
         train('c', *CALMIX, '--resume', tmp_path / 'absent.safetensors')
 
 
+def test_a_resume_that_is_refused_or_finds_the_run_finished_leaves_its_arguments_as_they_are(
+        train, uninterrupted, tmp_path,
+):
+    folder = shutil.copytree(uninterrupted, tmp_path / 'run')
+    before = (folder / 'args.yaml').read_bytes()
+    with pytest.raises(UsageError, match='--model wide_resnet10_1 -> wide_resnet16_2'):
+        train('run', *CALMIX, '--resume', 'auto', '--model', 'wide_resnet16_2')
+    train('run', *CALMIX, '--resume', 'auto', '--lr', 7)
+    assert (folder / 'args.yaml').read_bytes() == before
+
+
 def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted, tmp_path):
     folder = rewind(uninterrupted, tmp_path / 'run', 6)
     newest = train_ssl.list_checkpoints(folder)[0]
