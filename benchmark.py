@@ -117,7 +117,7 @@ def create_run(
     args = train_ssl._parse_args(argv)
     accelerator = train_ssl.setup_accelerator(args)
     torch.manual_seed(0)
-    timm_model = train_ssl.build_model(args, NUM_CLASSES).to(accelerator.device)
+    timm_model = train_ssl.build_model(args, NUM_CLASSES + train_ssl.has_extra_class(args)).to(accelerator.device)
     if args.channels_last:
         timm_model.to(memory_format=torch.channels_last)
     model = Cheap(timm_model.num_features) if cheap else train_ssl.FeaturesAndLogits(timm_model)
@@ -129,7 +129,7 @@ def create_run(
     optimizer = train_ssl.create_optimizer_v2(trained, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
     scheduler = train_ssl.build_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
-    method = train_ssl.FixMatch(options.num_images, NUM_CLASSES, args)
+    method = train_ssl.ALGORITHMS[args.algorithm](options.num_images, NUM_CLASSES, args).to(accelerator.device)
     calmix = None
     if args.calibratemix:
         calmix = train_ssl.CalibrateMix(options.num_images, options.num_images, NUM_CLASSES, warmup_steps=0)

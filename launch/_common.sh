@@ -73,7 +73,12 @@ for taken in --output:OUTPUT --experiment:OUTPUT --resume:OUTPUT; do
     if [ -n "$value" ]; then fail "${taken%:*}: every run has its own; set ${taken#*:} instead"; fi
 done
 # One thread a run: such networks are too small to share out.
-if [ "$SCALE" != paper ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+if [ "$SCALE" != paper ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # glibc gives memory back to the system and takes it anew in every step; kept, it saves the page faults (README).
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
+fi
 
 if [ "$NUM_PROCESSES" = 1 ] && [ -z "${ACCELERATE_ARGS:-}" ]; then
     launch=(python)  # as `accelerate launch`, which would turn every exit status into 1

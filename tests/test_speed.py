@@ -152,6 +152,21 @@ def test_no_step_waits_for_a_gpu(flags):
             terms['loss'].item()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('algorithm', ['fixmatch', 'flexmatch', 'softmatch', 'freematch', 'marginmatch'])
+def test_no_update_waits_for_a_real_gpu(algorithm):
+    options = benchmark.create_parser().parse_args(['--device', 'cuda', '--model', 'wide_resnet10_1', '-b', '8'])
+    options.img_size = 16
+    labeled, unlabeled = benchmark.create_batches(options, torch.device('cuda'))
+    step = benchmark.our_step(options, labeled, unlabeled, '--calibratemix', '--algorithm', algorithm)
+    step()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
 # --- benchmark.py -----------------------------------------------------------------------------------------------------
 
 def test_the_quick_benchmark_measures_every_row_and_writes_them_as_csv(tmp_path, monkeypatch):
