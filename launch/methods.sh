@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every base method, alone and with CalibrateMix; the supervised one alone. Not a table of the paper, which has the
-# first three.
+# Every base method, alone and with CalibrateMix; the supervised one alone.
 # Settings: as table1_cifar10.sh. CIFAR-10 with 250 labels is our choice; --dataset and --num-labels change it.
-# Measured by us: at SCALE=cpu, see results/README.md; at the paper's scale not run. Time: not measured.
+# The paper's figures: it has the first three only, in table1_cifar10.sh.
+# Measured by us: at SCALE=cpu, in results/README.md; the full recipe was not run. Time: not measured.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
