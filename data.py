@@ -18,6 +18,7 @@ import random
 import re
 import signal
 import struct
+import sys
 import threading
 import time
 from bisect import bisect_right
@@ -1076,9 +1077,15 @@ class EndlessBatches(torch.utils.data.Sampler):
             position += self.batch_size * self.num_processes
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _end_with_parent(worker: int) -> None:
     """Lets a worker outlive signals that a terminal, launcher or scheduler sends to a process and all that belongs to
-    it: the parent may have work to finish, and ends its workers itself. If it dies, they notice."""
+    it: the parent may have work to finish, and ends its workers itself. If it dies, they notice, and say nothing."""
+    def tell(kind, error, trace):
+        # The thread that hands tensors over would print a traceback where the parent ended in the middle of it.
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = tell
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, 'sigwaitinfo'):  # macOS
@@ -1109,7 +1116,7 @@ def create_loader(
         collate_fn=collate,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_end_with_parent,
     )
 
 
