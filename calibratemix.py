@@ -36,6 +36,7 @@ Random numbers (partners, Beta coefficients) come from torch's global generators
 Nothing here waits for the device: shapes never depend on values, and checks of values are made where they are free,
 on the CPU; on CUDA a wrong index fails in the kernel.
 """
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -290,6 +291,12 @@ def split_easy_hard(score: torch.Tensor, threshold: torch.Tensor | None = None) 
     return (score > threshold) | (tie & (tie.cumsum(0) % 2 == 0))
 
 
+@lru_cache
+def _counts(topk: float, num: int) -> list[int]:
+    """`max(1, round(topk * n))` for n from 0 to num, in Python: float32 falls on the wrong side of some halves."""
+    return [max(1, round(topk * n)) for n in range(num + 1)]
+
+
 def pair_dissimilar(similarity: torch.Tensor, allowed: torch.Tensor, topk: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws for each row one of the allowed columns, uniformly among the `max(1, round(topk * n))` least similar.
 
@@ -308,8 +315,7 @@ def pair_dissimilar(similarity: torch.Tensor, allowed: torch.Tensor, topk: float
     if topk == 0:
         partner = torch.rand(allowed.shape, device=allowed.device).masked_fill(~allowed, 2).argmin(1)
         return partner, candidates > 0
-    # Rounded in Python: topk * n in float32 falls on the wrong side of some halves.
-    k_of = [max(1, round(topk * n)) for n in range(num + 1)]
+    k_of = _counts(topk, num)
     k = torch.tensor(k_of).to(candidates.device, non_blocking=True)[candidates]
     # Sorted, so that a row's first k columns are its k least similar; no row needs more than k of all columns.
     # torch sorts NaN after inf: features that overflowed would bring in columns that are not allowed.
