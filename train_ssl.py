@@ -2058,12 +2058,13 @@ def explain(error: Exception) -> RunError | None:
                         f'--grad-checkpointing needs less ({text})')
     if isinstance(error, MemoryError):
         return RunError(f'out of memory, in this process or in a data worker; fewer --workers need less. {resume}')
-    if text.startswith('DataLoader worker'):
+    distributed = isinstance(error, torch.distributed.DistError) or re.search('gloo|nccl', text, re.IGNORECASE)
+    # A worker that dies while it hands a batch over leaves a broken connection.
+    if text.startswith('DataLoader worker') or (isinstance(error, (ConnectionError, EOFError)) and not distributed):
         return RunError(f'a data worker died: {text.rstrip(".")}. If the system was out of memory, fewer --workers '
                         f'need less. {resume}')
     if isinstance(error, OSError) and error.errno is not None:
         return RunError(f'{error.filename or "the system"}: {error.strerror}. {resume}')
-    distributed = isinstance(error, torch.distributed.DistError) or re.search('gloo|nccl', text, re.IGNORECASE)
     if distributed and re.search('connect|timed? ?out|broken pipe|reset by peer|remote process', text, re.IGNORECASE):
         reason = re.sub(r'^\[[^]]*\] ', '', text)
         return RunError(f'another process ended, as it will say itself, or does not answer ({reason}). {resume}')

@@ -210,7 +210,7 @@ def test_pooled_bins_are_the_bins_of_all_images(make_run):
 def test_the_marked_end_of_warmup_is_that_of_training(flags):
     args = train_ssl._parse_args(['--epochs', '8', '--train-steps-per-epoch', '100', *flags])
     datasets = SimpleNamespace(labeled=range(4), unlabeled=range(4), labeled_to_unlabeled=None)
-    calmix = train_ssl.build_calmix(args, datasets, 3)
+    calmix = train_ssl.build_calmix(args, datasets, 3, SimpleNamespace(process_index=0, num_processes=1))
     assert report.warmup_updates(vars(args)) == (None if calmix is None else calmix.warmup_steps)
 
 
