@@ -109,6 +109,23 @@ labels() {
     esac
 }
 
+# table1 LABELS...: FixMatch, FlexMatch and SoftMatch, alone and with CalibrateMix, at each number of labels.
+table1() {
+    local number algorithm variant seed flags
+    for number in $(labels "$@"); do
+        for algorithm in fixmatch flexmatch softmatch; do
+            for variant in '' +calibratemix; do
+                flags=()
+                if [ -n "$variant" ]; then flags=(--calibratemix); fi
+                for seed in $SEEDS; do
+                    run "$algorithm$variant-$number-seed$seed" --num-labels "$number" --algorithm "$algorithm" \
+                        --seed "$seed" ${flags[@]+"${flags[@]}"}
+                done
+            done
+        done
+    done
+}
+
 # of_1024 N: N of the paper's 1024 epochs, in proportion, in epochs of this launch.
 of_1024() {
     value_of --epochs "${recipe[@]}" ${user[@]+"${user[@]}"}

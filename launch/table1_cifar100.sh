@@ -9,15 +9,5 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
 dataset cifar100 --model wide_resnet28_8 --weight-decay 1e-3
-for labels in $(labels 400 2500 10000); do
-    for algorithm in fixmatch flexmatch softmatch; do
-        for seed in $SEEDS; do
-            run "$algorithm-$labels-seed$seed" --num-labels "$labels" --algorithm "$algorithm" --seed "$seed"
-        done
-        for seed in $SEEDS; do
-            run "$algorithm+calibratemix-$labels-seed$seed" --num-labels "$labels" --algorithm "$algorithm" \
-                --seed "$seed" --calibratemix
-        done
-    done
-done
+table1 400 2500 10000
 report

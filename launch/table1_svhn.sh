@@ -8,15 +8,5 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
 dataset svhn --model wide_resnet28_2 --weight-decay 5e-4
-for labels in $(labels 40 250 1000); do
-    for algorithm in fixmatch flexmatch softmatch; do
-        for seed in $SEEDS; do
-            run "$algorithm-$labels-seed$seed" --num-labels "$labels" --algorithm "$algorithm" --seed "$seed"
-        done
-        for seed in $SEEDS; do
-            run "$algorithm+calibratemix-$labels-seed$seed" --num-labels "$labels" --algorithm "$algorithm" \
-                --seed "$seed" --calibratemix
-        done
-    done
-done
+table1 40 250 1000
 report

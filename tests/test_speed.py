@@ -165,6 +165,7 @@ def test_no_update_waits_for_a_real_gpu(algorithm):
         step()
     finally:
         torch.cuda.set_sync_debug_mode('default')
+    assert step.run.num_updates == 2
 
 
 # --- benchmark.py -----------------------------------------------------------------------------------------------------
