@@ -2,8 +2,8 @@
 # Every base method, alone and with CalibrateMix; the supervised one alone.
 # Settings: as table1_cifar10.sh. CIFAR-10 with 250 labels is our choice; --dataset and --num-labels change it.
 # The paper's figures: it has the first three only, in table1_cifar10.sh.
-# Measured by us: at SCALE=cpu, in results/README.md; the full recipe was not run. Time: at SCALE=cpu three minutes a run
-# on one core of an AMD EPYC server.
+# Measured by us: at SCALE=cpu, in results/README.md; the full recipe was not run.
+# Time: at SCALE=cpu three minutes a run on one core of an AMD EPYC server.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 

@@ -2,8 +2,9 @@
 # Table 3: CalibrateMix against random mixup (the same code, with pairs and split drawn at random) and label smoothing
 # (0.1, of the labeled loss), on FixMatch, FlexMatch and SoftMatch.
 # Settings: as table1_cifar10.sh. CIFAR-10 with 250 labels is our choice; --dataset and --num-labels change it.
-# The paper's figures: not at hand. Measured by us: the FixMatch rows at SCALE=cpu, in results/README.md; the full recipe
-# was not run. Time: at SCALE=cpu three minutes a run on one core of an AMD EPYC server.
+# The paper's figures: not at hand.
+# Measured by us: the FixMatch rows at SCALE=cpu, in results/README.md; the full recipe was not run.
+# Time: at SCALE=cpu three minutes a run on one core of an AMD EPYC server.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 

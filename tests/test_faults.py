@@ -242,8 +242,10 @@ def test_a_second_signal_ends_even_a_process_that_hangs_in_a_collective(tmp_path
 def test_a_second_run_into_a_folder_in_use_is_refused_by_all_its_processes_and_the_first_goes_on(straight, tmp_path):
     first = Job(tmp_path, 'run')
     first.wait_for('update 3/60')
+    os.kill(first.processes[0].pid, signal.SIGSTOP)  # so that it is not done before the other has started
     second = Job(tmp_path, 'run', '--resume', 'auto', processes=2)
     assert second.join() == [2, 2], second.log()
+    os.kill(first.processes[0].pid, signal.SIGCONT)
     told = second.log(0) + second.log(1)
     assert told.count('error: ') == 1 and 'Traceback' not in told
     assert f'is in use by process {first.processes[0].pid} on {socket.gethostname()}: wait' in told
