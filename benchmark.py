@@ -401,6 +401,7 @@ def complexity_rows(options: argparse.Namespace, device: torch.device) -> dict[s
 def draw_complexity(rows: dict[str, list[float]], path: str) -> None:
     matplotlib.use('agg')
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
     titles = dict(classes='classes', ratio='unlabeled images per labeled one', rows='images in the set',
                   batch='labeled images in the batch')
     figure, axes = plt.subplots(1, 4, figsize=(13, 3), sharey=True, layout='constrained')
@@ -409,10 +410,11 @@ def draw_complexity(rows: dict[str, list[float]], path: str) -> None:
         middle = [median(values) for values in found.values()]
         quartiles = [np.percentile(values, (25, 75)) for values in found.values()]
         axis.errorbar(list(found), middle, abs(np.transpose(quartiles) - middle), marker='o', capsize=3)
-        axis.set(xscale='log', xlabel=title, ylim=(0, None))
-        axis.set_xticks(list(found), [f'{value:,}' for value in found])
+        axis.set(xscale='log', xlabel=title)
+        axis.set_xticks(list(found), [EngFormatter(sep='')(value) for value in found])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    axes[0].set_yscale('log')
     axes[0].set_ylabel('ms a step')
     figure.savefig(path, dpi=120)
     plt.close(figure)
