@@ -9,6 +9,8 @@ import pytest
 # Tests never reach for a hub, and tiny models run best on one thread.
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# The launchers' `python` is the one that runs the tests, also where its environment is not activated.
+os.environ['PATH'] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get('PATH', '')])
 
 ROOT = Path(__file__).resolve().parent.parent
 
