@@ -109,19 +109,16 @@ labels() {
     esac
 }
 
-# table1 LABELS...: FixMatch, FlexMatch and SoftMatch, alone and with CalibrateMix, at each number of labels.
-table1() {
-    local number algorithm variant seed flags
-    for number in $(labels "$@"); do
-        for algorithm in fixmatch flexmatch softmatch; do
-            for variant in '' +calibratemix; do
-                flags=()
-                if [ -n "$variant" ]; then flags=(--calibratemix); fi
-                for seed in $SEEDS; do
-                    run "$algorithm$variant-$number-seed$seed" --num-labels "$number" --algorithm "$algorithm" \
-                        --seed "$seed" ${flags[@]+"${flags[@]}"}
-                done
-            done
+# base_methods SUFFIX FLAGS...: FixMatch, FlexMatch and SoftMatch with these flags, alone and with CalibrateMix.
+base_methods() {
+    local suffix=$1 algorithm seed
+    shift
+    for algorithm in fixmatch flexmatch softmatch; do
+        for seed in $SEEDS; do
+            run "$algorithm$suffix-seed$seed" "$@" --algorithm "$algorithm" --seed "$seed"
+        done
+        for seed in $SEEDS; do
+            run "$algorithm+calibratemix$suffix-seed$seed" "$@" --algorithm "$algorithm" --seed "$seed" --calibratemix
         done
     done
 }

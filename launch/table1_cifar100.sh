@@ -9,5 +9,7 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
 dataset cifar100 --model wide_resnet28_8 --weight-decay 1e-3
-table1 400 2500 10000
+for labels in $(labels 400 2500 10000); do
+    base_methods "-$labels" --num-labels "$labels"
+done
 report

@@ -8,5 +8,7 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
 dataset svhn --model wide_resnet28_2 --weight-decay 5e-4
-table1 40 250 1000
+for labels in $(labels 40 250 1000); do
+    base_methods "-$labels" --num-labels "$labels"
+done
 report

@@ -9,13 +9,5 @@
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
 dataset webvision --img-size 224 --model resnet50 --weight-decay 3e-4
-for algorithm in fixmatch flexmatch softmatch; do
-    for seed in $SEEDS; do
-        run "$algorithm-seed$seed" --label-fraction 0.1 --algorithm "$algorithm" --seed "$seed"
-    done
-    for seed in $SEEDS; do
-        run "$algorithm+calibratemix-seed$seed" --label-fraction 0.1 --algorithm "$algorithm" --seed "$seed" \
-            --calibratemix
-    done
-done
+base_methods '' --label-fraction 0.1
 report
