@@ -4,6 +4,7 @@
     python benchmark.py                          # wide_resnet28_2, batch 64, mu 7, 32 px: about half an hour on a CPU
     python benchmark.py --quick                  # every row on a small network, in a minute
     python benchmark.py --rows complexity --picture complexity.png    # how CalibrateMix's own cost grows
+    python benchmark.py --rows usb               # beside the step of USB, which is to be installed: pip install semilearn
     python benchmark.py --device cuda --amp --channels-last --model resnet50 --img-size 224
 
 Every figure is the median of repeats in which the compared things take turns, so that a busy machine slows them alike;
@@ -11,6 +12,7 @@ a ratio is formed within each repeat. --results-file writes the table as CSV.
 """
 import argparse
 import csv
+import importlib.util
 import itertools
 import json
 import os
@@ -37,6 +39,7 @@ from views import BatchViews, build_views
 
 NUM_CLASSES = 10
 ROWS = ('steps', 'bank', 'pairing', 'views', 'loader', 'processes')
+USB_MODELS = {'wide_resnet28_2': 'wrn_28_2', 'wide_resnet28_8': 'wrn_28_8', 'wide_resnet37_2': 'wrn_var_37_2'}
 TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'CalibrateMix step / FixMatch step, joint': 1.10,
     'CalibrateMix step / FixMatch step, no-grad': 1.13,
@@ -220,6 +223,40 @@ def two_pass_step(options: argparse.Namespace, labeled: dict, unlabeled: dict) -
     return step
 
 
+def usb_step(algorithm: str, options: argparse.Namespace, labeled: dict, unlabeled: dict) -> Callable:
+    """The peer: an update of USB by its own code. Its trainer runs on GPUs only, so its hooks that update weights and
+    averages are called from here, and those that keep time and log are not.
+    """
+    import semilearn.nets
+    from semilearn.algorithms import get_algorithm
+    from semilearn.core.hooks import EMAHook, ParamUpdateHook
+
+    args = argparse.Namespace(
+        algorithm=algorithm, dataset='none', num_labels=4, num_classes=NUM_CLASSES, data_dir='', save_dir='',
+        save_name='', include_lb_to_ulb=True, epoch=1024, num_train_iter=2 ** 20, num_warmup_iter=0, num_eval_iter=5120,
+        num_log_iter=256, ulb_loss_ratio=1.0, use_cat=True, amp=options.amp, clip_grad=0, resume=False, gpu=None, rank=0,
+        distributed=False, world_size=1, use_pretrain=False, pretrain_path='', optim='SGD', lr=0.03, momentum=0.9,
+        weight_decay=5e-4, layer_decay=1.0, ema_m=0.999, ema_p=0.999, use_wandb=False, use_aim=False, T=0.5,
+        p_cutoff=0.95, hard_label=True, dist_align=True, dist_uniform=True, n_sigma=2, per_class=False, uratio=options.mu,
+    )
+    usb = get_algorithm(args, getattr(semilearn.nets, USB_MODELS[options.model]), None, None)
+    usb.model.to(labeled['image'].device)
+    usb.ema_model.to(labeled['image'].device)
+    update, average = ParamUpdateHook(), EMAHook()
+    average.before_run(usb)
+    usb.model.train()
+
+    def step():
+        usb.out_dict, usb.log_dict = usb.train_step(
+            x_lb=labeled['image'], y_lb=labeled['target'], x_ulb_w=unlabeled['weak'], x_ulb_s=unlabeled['strong'],
+        )
+        update.after_train_step(usb)
+        average.after_train_step(usb)
+        usb.it += 1
+
+    return step
+
+
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 def step_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
@@ -258,6 +295,23 @@ def step_rows(options: argparse.Namespace, device: torch.device) -> dict[str, li
         'two-pass step / ours, joint': ratios(seconds, 'two-pass', 'calibratemix'),
         'two-pass step / ours, no-grad': ratios(seconds, 'two-pass', 'calibratemix no-grad'),
     })
+    return rows
+
+
+def usb_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Steps of USB and ours on the same batch, and what CalibrateMix adds to them here."""
+    labeled, unlabeled = create_batches(options, device)
+    steps = {}
+    for algorithm in ('fixmatch', 'softmatch'):
+        flags = ('--algorithm', algorithm)
+        steps[f'USB {algorithm}'] = usb_step(algorithm, options, labeled, unlabeled)
+        steps[f'our {algorithm}'] = our_step(options, labeled, unlabeled, *flags)
+        steps[f'our {algorithm} no-grad'] = our_step(options, labeled, unlabeled, *flags, '--weak-forward', 'no-grad')
+    seconds = take_turns(steps, options.repeats, device)
+    rows = {f'{name} step, s': values for name, values in seconds.items()}
+    for name in steps:
+        if name.startswith('our'):
+            rows[f'USB / {name} step'] = ratios(seconds, f'USB {name.split()[1]}', name)
     return rows
 
 
@@ -458,8 +512,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--repeats', type=int, metavar='N', default=None, help='measurements of a row (default: 7)')
     parser.add_argument('--quick', action='store_true',
                         help='wide_resnet10_1, batch 8, 16 px and smaller banks: shows that each row works')
-    parser.add_argument('--rows', nargs='+', choices=[*ROWS, 'complexity'], default=ROWS,
-                        help='default: all but complexity, which has no targets')
+    parser.add_argument('--rows', nargs='+', choices=[*ROWS, 'complexity', 'usb'], default=ROWS,
+                        help='default: all but complexity and usb, which have no targets')
     parser.add_argument('-j', '--workers', type=int, metavar='N', default=2, help='loading processes (default: 2)')
     parser.add_argument('--picture', metavar='FILE', default='complexity.png', help='of --rows complexity')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
@@ -473,11 +527,17 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = create_parser().parse_args()
+    parser = create_parser()
+    options = parser.parse_args()
     for name, full, quick in (('model', 'wide_resnet28_2', 'wide_resnet10_1'), ('img_size', 32, 16),
                               ('batch_size', 64, 8), ('repeats', 7, 3)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else full)
+    if 'usb' in options.rows:
+        if options.model not in USB_MODELS:
+            parser.error(f'--rows usb: --model {options.model} is none of {", ".join(USB_MODELS)}')
+        if importlib.util.find_spec('semilearn') is None:
+            parser.error('--rows usb: the package semilearn is not installed (pip install semilearn)')
     device = torch.device(options.device)
     if options.steps_only:
         labeled, unlabeled = create_batches(options, device)
@@ -497,6 +557,8 @@ def main() -> None:
         rows.update(view_rows(options))
     if 'loader' in options.rows:
         rows.update(loader_rows(options, device))
+    if 'usb' in options.rows:
+        rows.update(usb_rows(options, device))
     if 'complexity' in options.rows:
         grown = complexity_rows(options, device)
         draw_complexity(grown, options.picture)

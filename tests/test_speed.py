@@ -191,3 +191,15 @@ def test_targets_are_upper_bounds_or_with_a_minus_sign_lower_ones():
     assert [(row['value'], row['min'], row['max'], row['target'], row['met']) for row in table] == [
         ('0.7', '0.5', '0.9', 'at most 0.72', 'yes'), ('1.8', '1', '5', 'at least 1.9', 'no'), ('3', '3', '3', '', ''),
     ]
+
+
+@pytest.mark.parametrize(('flags', 'told'), [
+    ([], 'the package semilearn is not installed'), (['--quick'], '--model wide_resnet10_1 is none of wide_resnet28_2'),
+])
+def test_usb_s_step_is_refused_where_usb_cannot_run(flags, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--rows', 'usb', *flags])
+    monkeypatch.setattr(benchmark.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main()
+    assert exit_.value.code == 2
+    assert told in capsys.readouterr().err
