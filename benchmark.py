@@ -4,7 +4,7 @@
     python benchmark.py                          # wide_resnet28_2, batch 64, mu 7, 32 px: about half an hour on a CPU
     python benchmark.py --quick                  # every row on a small network, in a minute
     python benchmark.py --rows complexity --picture complexity.png    # how CalibrateMix's own cost grows
-    python benchmark.py --rows usb               # beside the step of USB, which is to be installed: pip install semilearn
+    python benchmark.py --rows usb               # beside the step of USB, once pip install semilearn has been run
     python benchmark.py --device cuda --amp --channels-last --model resnet50 --img-size 224
 
 Every figure is the median of repeats in which the compared things take turns, so that a busy machine slows them alike;
@@ -233,11 +233,12 @@ def usb_step(algorithm: str, options: argparse.Namespace, labeled: dict, unlabel
 
     args = argparse.Namespace(
         algorithm=algorithm, dataset='none', num_labels=4, num_classes=NUM_CLASSES, data_dir='', save_dir='',
-        save_name='', include_lb_to_ulb=True, epoch=1024, num_train_iter=2 ** 20, num_warmup_iter=0, num_eval_iter=5120,
-        num_log_iter=256, ulb_loss_ratio=1.0, use_cat=True, amp=options.amp, clip_grad=0, resume=False, gpu=None, rank=0,
-        distributed=False, world_size=1, use_pretrain=False, pretrain_path='', optim='SGD', lr=0.03, momentum=0.9,
-        weight_decay=5e-4, layer_decay=1.0, ema_m=0.999, ema_p=0.999, use_wandb=False, use_aim=False, T=0.5,
-        p_cutoff=0.95, hard_label=True, dist_align=True, dist_uniform=True, n_sigma=2, per_class=False, uratio=options.mu,
+        save_name='', include_lb_to_ulb=True, epoch=1024, num_train_iter=2 ** 20, num_warmup_iter=0,
+        num_eval_iter=5120, num_log_iter=256, uratio=options.mu, ulb_loss_ratio=1.0, use_cat=True, amp=options.amp,
+        clip_grad=0, resume=False, gpu=None, rank=0, distributed=False, world_size=1, use_pretrain=False,
+        pretrain_path='', optim='SGD', lr=0.03, momentum=0.9, weight_decay=5e-4, layer_decay=1.0, ema_m=0.999,
+        ema_p=0.999, use_wandb=False, use_aim=False, T=0.5, p_cutoff=0.95, hard_label=True, dist_align=True,
+        dist_uniform=True, n_sigma=2, per_class=False,
     )
     usb = get_algorithm(args, getattr(semilearn.nets, USB_MODELS[options.model]), None, None)
     usb.model.to(labeled['image'].device)

@@ -1452,6 +1452,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         bank = whole_bank(run.calmix.apm, run.accelerator)
         calmix.update((f'apm.{name}', table) for name, table in bank.state_dict().items())
     state = dict(
+        format=CHECKPOINT_FORMAT,
         model=run.timm_model.state_dict(),
         optimizer=run.optimizer.state_dict(),
         ema=run.ema.module.state_dict() if run.ema is not None else None,
@@ -1499,6 +1500,8 @@ def read_checkpoint(path: Path) -> dict:
         raise UsageError(f'--resume {path}: no intact checkpoint of this script ({error})') from error
 
 
+CHECKPOINT_FORMAT = 1  # goes up when the contents of a checkpoint take another form or meaning
+
 # Differences that would attach a margin or a table to another image or class.
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
               'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
@@ -1510,8 +1513,11 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     """Puts a run where the checkpoint was.
 
     Raises:
-        UsageError: If the checkpoint belongs to other data, labels, classes or another method.
+        UsageError: If the checkpoint belongs to other data, labels, classes, another method or version of this script.
     """
+    if state.get('format') != CHECKPOINT_FORMAT:
+        raise UsageError(f'--resume {path}: another version of this script made the checkpoint, of format '
+                         f'{state.get("format", "0")} where this one reads {CHECKPOINT_FORMAT}; resume with that one')
     changed = {key: (old, getattr(args, key)) for key, old in state['args'].items()
                if key not in FREE_ARGS and hasattr(args, key) and getattr(args, key) != old}
     if args.global_batch_size is not None:

@@ -534,6 +534,13 @@ def test_resume_refuses_other_labels_other_data_and_broken_files(train, uninterr
         train('c', *CALMIX, '--resume', tmp_path / 'absent.safetensors')
 
 
+def test_a_checkpoint_of_another_version_of_the_script_is_told_as_such(train, uninterrupted, monkeypatch):
+    checkpoint = train_ssl.list_checkpoints(uninterrupted)[0]
+    monkeypatch.setattr(train_ssl, 'CHECKPOINT_FORMAT', train_ssl.CHECKPOINT_FORMAT + 1)
+    with pytest.raises(UsageError, match='another version of this script made the checkpoint, of format 1 where .* 2'):
+        train('run', *CALMIX, '--resume', checkpoint)
+
+
 def test_a_resume_that_is_refused_or_finds_the_run_finished_leaves_its_arguments_as_they_are(
         train, uninterrupted, tmp_path,
 ):
