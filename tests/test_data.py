@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from images import noise, noise_source, plain
 from PIL import Image
 from torch.utils.data import get_worker_info
 from torchvision import datasets as tv_datasets
@@ -57,18 +58,6 @@ def encoded(image, form='PNG', **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def plain(color, size=(6, 5)):
-    return Image.new('RGB', size, color)
-
-
-def noise(n, size=32, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-
-
-def noise_source(n, size=16):
-    return ArraySource(noise(n, size), np.arange(n) % 2, None, 'noise')
 
 
 def write_images(folder, colors, form='png', start=0):

@@ -4,6 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from images import noise, noise_source, plain
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from torchvision.transforms import functional
@@ -26,18 +27,6 @@ from views import ALL_OPS, GEOMETRIC_OPS, PIXEL_OPS, BatchViews, FlipCrop, Stron
 RED = (255, 0, 0)
 FILL = (120, 60, 200)
 KINDS = {'weak': 'weak', 'strong': 'strong'}
-
-
-def plain(color, size=(6, 5)):
-    return Image.new('RGB', size, color)
-
-
-def noise(n, size=32, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-
-
-def noise_source(n, size=16):
-    return ArraySource(noise(n, size), np.arange(n) % 2, None, 'noise')
 
 
 def scenes(n, size):
