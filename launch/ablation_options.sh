@@ -32,5 +32,7 @@ gamma0.6 --calibratemix --calmix-gamma 0.6
 confident --calibratemix --calmix-min-confidence 0.5
 bank --calibratemix --calmix-split bank
 pixel --calibratemix --calmix-space pixel
+topk0.5-gamma0.5 --calibratemix --calmix-topk 0.5 --calmix-gamma 0.5
+topk0.5-gamma0.6 --calibratemix --calmix-topk 0.5 --calmix-gamma 0.6
 VARIANTS
 report
