@@ -287,21 +287,24 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
     group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
-                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs (default: paper)')
+                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs; ours: the '
+                            'paper\'s with equal weights and without ranking (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
-                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (presets: 0.4)')
+                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours: 0.5, '
+                            'the others: 0.4)')
     group.add_argument('--calmix-gamma-dist', default=None, choices=CHOICES['gamma_dist'],
-                       help='a fixed weight, one draw per group and step, or one per pair (paper: fixed, '
+                       help='a fixed weight, one draw per group and step, or one per pair (paper, ours: fixed, '
                             'authors-code: beta-batch). A fixed weight calibrates best in short runs')
     group.add_argument('--calmix-topk', type=float, metavar='SHARE', default=None,
                        help='draw the partner among this share of the least similar candidates; 0: among all '
-                            '(paper: 0.05, authors-code: 15/224)')
+                            '(paper: 0.05, authors-code: 15/224, ours: 0)')
     group.add_argument('--calmix-similarity', default=None, choices=CHOICES['similarity'], help='presets: cosine')
     group.add_argument('--calmix-space', default=None, choices=CHOICES['space'],
-                       help='similarity of penultimate features or of pixels (paper: feature, authors-code: pixel)')
+                       help='similarity of penultimate features or of pixels (paper: feature, authors-code: '
+                            'pixel; ours does not compare)')
     group.add_argument('--calmix-loss', default=None, choices=CHOICES['loss'],
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
-                            'shrinks as classes grow in number (paper: ce, authors-code: bce)')
+                            'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
                        help='factor of the mixup loss (presets: 1)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
@@ -312,10 +315,10 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--calmix-min-confidence', type=float, metavar='P', default=None,
                        help='mix only unlabeled images of at least this confidence (presets: 0, all)')
     group.add_argument('--calmix-warmup-epochs', type=float, metavar='N', default=None,
-                       help='epochs of the base method alone (paper: 100 of 1024, authors-code: 146.5 of 1024; by '
+                       help='epochs of the base method alone (paper, ours: 100 of 1024, authors-code: 146.5; by '
                             'default the same share of --epochs). Too short a warmup costs accuracy')
     group.add_argument('--calmix-apm-in-warmup', action=flag, default=None,
-                       help='unlabeled margins count from the first step on (paper: yes, authors-code: no)')
+                       help='unlabeled margins count from the first step on (paper, ours: yes, authors-code: no)')
     group.add_argument('--calmix-bank-dtype', default='float32', choices=['float32', 'float16'],
                        help='storage of the unlabeled margins, images x classes numbers (default: float32)')
     group.add_argument('--calmix-bank-shards', action=flag, default=None,

@@ -34,5 +34,6 @@ bank --calibratemix --calmix-split bank
 pixel --calibratemix --calmix-space pixel
 topk0.5-gamma0.5 --calibratemix --calmix-topk 0.5 --calmix-gamma 0.5
 topk0.5-gamma0.6 --calibratemix --calmix-topk 0.5 --calmix-gamma 0.6
+random-mixup-gamma0.5 --calibratemix --calmix-pairing random --calmix-gamma 0.5
 VARIANTS
 report

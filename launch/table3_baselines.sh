@@ -11,12 +11,13 @@
 dataset cifar10 --model wide_resnet28_2 --weight-decay 5e-4
 labels=$(labels 250)
 for algorithm in fixmatch flexmatch softmatch; do
-    for variant in alone random-mixup label-smoothing calibratemix; do
+    for variant in alone random-mixup label-smoothing calibratemix ours; do
         case $variant in
             alone) flags=() ;;
             random-mixup) flags=(--calibratemix --calmix-pairing random) ;;
             label-smoothing) flags=(--label-smoothing 0.1) ;;
             calibratemix) flags=(--calibratemix) ;;
+            ours) flags=(--calibratemix --calmix-preset ours) ;;
         esac
         for seed in $SEEDS; do
             run "$algorithm-$variant-seed$seed" --num-labels "$labels" --algorithm "$algorithm" --seed "$seed" \

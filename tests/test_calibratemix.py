@@ -859,12 +859,12 @@ def test_the_seed_governs_every_draw(options):
 # Options and presets
 
 
-def test_presets_hold_the_values_of_the_paper_and_of_the_authors_code():
+def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1,
                  split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400, apm_in_warmup=True)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
                    apm_in_warmup=False)
-    assert PRESETS == {'paper': paper, 'authors-code': authors}
+    assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': dict(paper, gamma=0.5, topk=0)}
     parameters = inspect.signature(CalibrateMix).parameters
     assert parameters['preset'].default == 'paper'
     unset = {name for name, p in parameters.items() if p.default is None} - {'labeled_to_unlabeled'}
@@ -894,7 +894,7 @@ def test_apm_counts_from_the_first_step_or_only_after_warmup(apm_in_warmup, expe
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(preset='papers'), "preset: expected one of paper, authors-code, got 'papers'"),
+    (dict(preset='papers'), "preset: expected one of paper, authors-code, ours, got 'papers'"),
     (dict(gamma_dist='beta'), "gamma_dist: expected one of fixed, beta-batch, beta-pair, got 'beta'"),
     (dict(similarity='l2'), "similarity: expected one of cosine, euclidean, dot, got 'l2'"),
     (dict(space='features'), "space: expected one of feature, pixel, got 'features'"),

@@ -148,8 +148,10 @@ def test_table_3_has_every_baseline_with_every_base_method():
     cells = []
     for args in trainings('table3_baselines'):
         assert_the_recipe(args, 'cifar10', 'wide_resnet28_2', 5e-4)
-        cells.append((args.algorithm, args.calibratemix, args.calmix_pairing, args.label_smoothing, args.seed))
-    variants = ((False, None, 0.), (True, 'random', 0.), (False, None, 0.1), (True, None, 0.))
+        cells.append((args.algorithm, args.calibratemix, args.calmix_preset, args.calmix_pairing, args.label_smoothing,
+                      args.seed))
+    variants = ((False, 'paper', None, 0.), (True, 'paper', 'random', 0.), (False, 'paper', None, 0.1),
+                (True, 'paper', None, 0.), (True, 'ours', None, 0.))
     assert sorted(map(str, cells)) == sorted(
         str((algorithm, *variant, seed)) for algorithm in ALGORITHMS for variant in variants for seed in (0, 1, 2))
 
@@ -273,7 +275,7 @@ def test_a_failed_run_stops_the_launcher_unless_told_to_keep_going(stand_in):
     assert result.returncode == 1 and len(log) == 2
     assert 'error: fixmatch-random-mixup-seed0 failed with status 1' in result.stderr
     result, log = stand_in('table3_baselines', SEEDS='0', FAILING='fixmatch-random-mixup-*', KEEP_GOING='1')
-    assert len(log) == 12 and log[-1] == 'report.py '  # eleven runs, the first being finished, and the table
+    assert len(log) == 15 and log[-1] == 'report.py '  # fourteen runs, the first being finished, and the table
     assert result.returncode == 1 and result.stderr.endswith('error: failed: fixmatch-random-mixup-seed0\n')
 
 
