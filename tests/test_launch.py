@@ -179,6 +179,19 @@ def test_ablations_vary_what_they_say_and_nothing_else(name, setting, key, value
     assert sorted(cells) == sorted(itertools.product(values, (0, 1, 2))) and len(others) == 1
 
 
+def test_options_are_compared_on_training_images_that_no_run_trains_on():
+    runs, cells = trainings('ablation_options', SEEDS='0'), set()
+    for args in runs:
+        assert_the_recipe(args, 'cifar10', 'wide_resnet28_2', 5e-4)
+        assert (args.train_split, args.val_split, args.unlabeled_split) == ('train[:90%]', 'train[90%:]', None)
+        assert args.num_labels == 250 and args.algorithm == 'fixmatch' and args.calmix_preset == 'paper'
+        cells.add((args.calibratemix, *(getattr(args, f'calmix_{name}') for name in PRESETS['paper']
+                                        if name != 'warmup_steps')))
+    assert len(cells) == len(runs)  # no option twice
+    own = {name: value for name, value in PRESETS['ours'].items() if PRESETS['paper'][name] != value}
+    assert any(all(getattr(args, f'calmix_{name}') == value for name, value in own.items()) for args in runs)
+
+
 def test_a_warmup_keeps_its_share_of_any_number_of_epochs():
     for arguments, epochs in (((), 10), (('--epochs', '64'), 64), (('--epochs=12',), 12)):
         found = [args.calmix_warmup_epochs for args in trainings('ablation_warmup', *arguments, SCALE='cpu', SEEDS='0')]
