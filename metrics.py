@@ -773,7 +773,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
 
 
 def reliability_diagram(panels: 'list[tuple[str, ReliabilityBins]]', path: str) -> None:
-    """Writes reliability diagrams side by side, each above the histogram of its confidence.
+    """Writes reliability diagrams side by side, six in a line, each above the histogram of its confidence.
 
     Blue bars are a bin's accuracy. A hatched box reaches from there to the bin's mean confidence: upwards and orange
     where the model claims too much, downwards and green where it claims too little. ECE of these bins is in the title.
@@ -789,10 +789,16 @@ def reliability_diagram(panels: 'list[tuple[str, ReliabilityBins]]', path: str) 
         raise ValueError('panels is empty: there is no diagram to draw')
     over = {'facecolor': '#F6CBB0', 'edgecolor': ORANGE, 'hatch': '////', 'linewidth': 0.8}
     under = {'facecolor': '#BFE6DA', 'edgecolor': GREEN, 'hatch': '\\\\\\\\', 'linewidth': 0.8}
+    columns = min(len(panels), 6)
+    lines = -(-len(panels) // columns)
     figure, axes = _figure(
-        0.9 + 3.9 * len(panels), 6.6, 2, len(panels), sharex=True, sharey='row', height_ratios=[3.4, 1],
+        0.9 + 3.9 * columns, 6.6 * lines, 2 * lines, columns, sharex=True, sharey='row',
+        height_ratios=[3.4, 1] * lines,
     )
-    for (title, bins), (top, bottom) in zip(panels, axes.T):
+    pairs = [pair for line in range(lines) for pair in axes[2 * line:2 * line + 2].T]
+    for axis in [axis for pair in pairs[len(panels):] for axis in pair]:
+        axis.remove()
+    for (title, bins), (top, bottom) in zip(panels, pairs):
         filled = bins.count > 0
         # A bin of equal confidences has no width in an equal-mass diagram; it is drawn as a thin bar.
         width = bins.edges.diff().clamp(min=0.005)[filled].tolist()
@@ -815,10 +821,12 @@ def reliability_diagram(panels: 'list[tuple[str, ReliabilityBins]]', path: str) 
         bottom.axvline(float((weight * acc).sum()), color=BLUE, linewidth=2)
         bottom.axvline(float((weight * (acc + gap)).sum()), color=ORANGE, linewidth=2, linestyle='--')
         bottom.set_xlabel('confidence', fontsize=11)
+        bottom.tick_params(labelbottom=True)  # sharex leaves them to the last line
         top.set(xlim=(0, 1), ylim=(0, 1))
-    axes[0, 0].set_ylabel('accuracy', fontsize=11)
-    axes[1, 0].set_ylabel('share of\nsamples', fontsize=11)
-    axes[1, 0].locator_params(axis='y', nbins=3)
+    for top, bottom in axes[:, 0].reshape(lines, 2):
+        top.set_ylabel('accuracy', fontsize=11)
+        bottom.set_ylabel('share of\nsamples', fontsize=11)
+        bottom.locator_params(axis='y', nbins=3)
     figure.legend(
         handles=[
             Patch(color=BLUE, label='accuracy'),

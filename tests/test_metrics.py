@@ -721,6 +721,15 @@ def test_the_reliability_diagram_shows_over_and_underconfidence_in_their_colours
     assert colour_share(tmp_path / 'under.png', green) > 5 * colour_share(tmp_path / 'under.png', orange)
 
 
+def test_more_than_six_reliability_diagrams_take_another_line(tmp_path):
+    from matplotlib.image import imread
+    panels = [('', metrics.reliability_bins([0.5], [1]))] * 7
+    metrics.reliability_diagram(panels[:6], tmp_path / 'six.png')
+    metrics.reliability_diagram(panels, tmp_path / 'seven.png')
+    (height, width, _), (higher, same, _) = (imread(tmp_path / f'{name}.png').shape for name in ('six', 'seven'))
+    assert same == width and higher == 2 * height
+
+
 def test_pictures_are_written_for_hard_inputs_too(tmp_path):
     from matplotlib.image import imread
     saturated = torch.ones(30)
