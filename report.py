@@ -133,9 +133,10 @@ def add_settings(runs: list[dict]) -> list[str]:
     for key in {key: None for run in runs for key in run['args'] if key not in IGNORED + NAMED}:
         values = {}
         for run in runs:
-            if run['args']['calibratemix'] or not key.startswith('calmix_'):
+            # A run of an older version, without the argument, is not set apart by it.
+            if key in run['args'] and (run['args']['calibratemix'] or not key.startswith('calmix_')):
                 block = values.setdefault((run['settings']['dataset'], run['labels']), set())
-                block.add(json.dumps(run['args'].get(key)))
+                block.add(json.dumps(run['args'][key]))
         if any(len(block) > 1 for block in values.values()):
             differ.append(key)
     for run in runs:

@@ -110,6 +110,17 @@ def test_means_and_deviations_over_seeds_are_numpy_s(make_run, tmp_path):
     assert 'n = 3 seeds' in table
 
 
+def test_a_run_of_an_older_version_without_an_argument_is_in_the_cell_of_the_newer_ones(make_run, tmp_path):
+    old, new, other = make_run('old'), make_run('new', seed=1), make_run('other', '--label-noise', '0.2')
+    args = yaml.safe_load((old / 'args.yaml').read_text())
+    del args['label_noise']
+    (old / 'args.yaml').write_text(yaml.safe_dump(args))
+    table, _ = write(old, new, output=tmp_path / 'out')
+    assert 'label-noise' not in table and len(markdown_cells(table)) == 1
+    table, _ = write(old, new, other, output=tmp_path / 'out')  # where it matters, what is not known is not guessed
+    assert [row['label-noise'] for row in markdown_cells(table)] == ['–', '0', '0.2']
+
+
 @pytest.mark.parametrize('cells, bold', [
     ([(10., 1.), (12.5, 1.)], 0),  # 11 < 11.5
     ([(10., 1.), (12., 1.)], None),  # 11 = 11: no difference beyond the spread
