@@ -300,7 +300,7 @@ def step_rows(options: argparse.Namespace, device: torch.device) -> dict[str, li
 
 
 def usb_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Steps of USB and ours on the same batch, and what CalibrateMix adds to them here."""
+    """Steps of USB and ours on the same batch."""
     labeled, unlabeled = create_batches(options, device)
     steps = {}
     for algorithm in ('fixmatch', 'softmatch'):
