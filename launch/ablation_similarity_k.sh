@@ -5,7 +5,7 @@
 # Settings: as table1_stl10.sh, FixMatch. 250 labels are our choice.
 # The paper's finding: 5 % by cosine is best; figures not at hand.
 # Measured by us: at SCALE=cpu with --dataset cifar10, in results/README.md; the full recipe was not run.
-# Time: at SCALE=cpu and --amp two minutes a run on one core of an AMD EPYC server.
+# Time: at SCALE=cpu and --amp two and a half minutes a run on one core of an AMD EPYC server.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 

@@ -4,7 +4,7 @@
 # Settings: as table1_cifar100.sh.
 # The paper's finding: 100 epochs are best; figures not at hand.
 # Measured by us: at SCALE=cpu with --dataset cifar10, in results/README.md; the full recipe was not run.
-# Time: at SCALE=cpu and --amp two minutes a run on one core of an AMD EPYC server.
+# Time: at SCALE=cpu and --amp two and a half minutes a run on one core of an AMD EPYC server.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
