@@ -539,6 +539,13 @@ def main() -> None:
             parser.error(f'--rows usb: --model {options.model} is none of {", ".join(USB_MODELS)}')
         if importlib.util.find_spec('semilearn') is None:
             parser.error('--rows usb: the package semilearn is not installed (pip install semilearn)')
+    written = {'--results-file': options.results_file, '--picture': 'complexity' in options.rows and options.picture}
+    for flag, path in written.items():
+        try:
+            if path:
+                open(path, 'a').close()  # rather now than after all measurements
+        except OSError as error:
+            parser.error(f'{flag} {path}: cannot be written: {error.strerror}')
     device = torch.device(options.device)
     if options.steps_only:
         labeled, unlabeled = create_batches(options, device)

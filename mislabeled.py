@@ -29,9 +29,9 @@ import torch
 from PIL import ImageOps
 from timm.utils import setup_default_logging
 
-from data import RunError, Source, UsageError
+from data import Source, UsageError
 from metrics import GREY, ORANGE, auroc, average_precision
-from train_ssl import create_parser, exit_with, open_source, replace_file
+from train_ssl import create_parser, open_source, replace_file, run_program
 from validate import read_args
 
 COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')
@@ -328,7 +328,4 @@ def main(args: Namespace) -> None:
 
 if __name__ == '__main__':
     setup_default_logging()
-    try:
-        main(_parse_args())
-    except (UsageError, RunError) as error:
-        exit_with(error)
+    run_program(lambda: main(_parse_args()))

@@ -350,14 +350,18 @@ def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[
     """Writes all files; returns the table as Markdown, and their paths.
 
     Raises:
-        UsageError: If a run stands twice, or rows or columns name no setting.
+        UsageError: If a run stands twice, rows or columns name no setting, or the folder cannot be made.
+        OSError: If a file cannot be written.
     """
     keys = add_settings(runs)
     for key in {*rows, *columns} - {*keys}:
         raise UsageError(f'--rows, --columns: {key} is not among what tells these runs apart: {", ".join(keys)}')
     cells = group(runs, keys)
     check_replicates(cells)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f'--output {output}: cannot be made: {error.strerror}') from error
     table = build_table(runs, keys, columns)
     (output / 'table.md').write_text(as_markdown(*table) + '\n')
     (output / 'table.tex').write_text(as_latex(*table) + '\n')
@@ -404,6 +408,9 @@ def main(args: argparse.Namespace) -> None:
     except UsageError as error:
         print(f'report.py: error: {error}', file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f'report.py: error: {error.filename or args.output} cannot be written: {error.strerror}', file=sys.stderr)
+        sys.exit(1)
     print(f'{table}\n\n' + '\n'.join(map(str, paths)))
 
 

@@ -35,11 +35,12 @@ import time
 import traceback
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -2058,25 +2059,29 @@ def record_evaluation(
         write_weights(run, folder / 'best', data_config, content)
 
 
-def explain(error: Exception) -> RunError | None:
-    """What an error of a library or the system says about the run, in one line; None if it is no known fault."""
+def explain(error: Exception, resume: str = '') -> RunError | None:
+    """What an error of a library or the system says about the run, in one line; None if it is no known fault.
+
+    Args:
+        error: The error.
+        resume: What the line ends with: how nothing that was saved is lost.
+    """
     text = ' '.join(str(error).split())
-    resume = '--resume auto goes on from the last checkpoint'
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(f'the device is out of memory; a smaller --batch-size with more --grad-accum-steps, --amp or '
-                        f'--grad-checkpointing needs less ({text})')
+        return RunError(f'the device is out of memory; a smaller --batch-size or --amp needs less, and in training '
+                        f'--grad-accum-steps and --grad-checkpointing ({text})')
     if isinstance(error, MemoryError):
-        return RunError(f'out of memory, in this process or in a data worker; fewer --workers need less. {resume}')
+        return RunError(f'out of memory, in this process or in a data worker; fewer --workers need less{resume}')
     distributed = isinstance(error, torch.distributed.DistError) or re.search('gloo|nccl', text, re.IGNORECASE)
     # A worker that dies while it hands a batch over leaves a broken connection.
     if text.startswith('DataLoader worker') or (isinstance(error, (ConnectionError, EOFError)) and not distributed):
         return RunError(f'a data worker died: {text.rstrip(".")}. If the system was out of memory, fewer --workers '
-                        f'need less. {resume}')
+                        f'need less{resume}')
     if isinstance(error, OSError) and error.errno is not None:
-        return RunError(f'{error.filename or "the system"}: {error.strerror}. {resume}')
+        return RunError(f'{error.filename or "the system"}: {error.strerror}{resume}')
     if distributed and re.search('connect|timed? ?out|broken pipe|reset by peer|remote process', text, re.IGNORECASE):
         reason = re.sub(r'^\[[^]]*\] ', '', text)
-        return RunError(f'another process ended, as it will say itself, or does not answer ({reason}). {resume}')
+        return RunError(f'another process ended, as it will say itself, or does not answer ({reason}){resume}')
     return None
 
 
@@ -2096,18 +2101,32 @@ def exit_with(error: UsageError | RunError | Stopped) -> None:
     sys.exit(code)
 
 
-if __name__ == '__main__':
-    setup_default_logging()
-    catch_signals()
+def run_program(program: Callable[[], Any], resume: str = '') -> Any:
+    """Returns what the program does; an error of it is told in one line and ends the process (see `exit_with`).
+
+    Only a fault that `explain` does not know shows its traceback.
+    """
     try:
-        result = main(_parse_args())
+        try:
+            return program()
+        except BaseException:
+            # For a data worker that died, torch's handler raises wherever the main thread happens to be: no longer, or
+            # the worker's end could break off the telling of what was raised because of it.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
     except (UsageError, RunError, Stopped) as error:
         exit_with(error)
     except Exception as error:
-        fault = explain(error)
+        fault = explain(error, resume)
         if fault is None:
             traceback.print_exc()
             fault = RunError('the traceback above is no known fault; please report it')
         exit_with(fault)
+
+
+if __name__ == '__main__':
+    setup_default_logging()
+    catch_signals()
+    result = run_program(lambda: main(_parse_args()), resume='. --resume auto goes on from the last checkpoint')
     if os.environ.get('RANK', '0') == '0':
         print(f'--result\n{json.dumps(result, indent=4)}')

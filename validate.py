@@ -69,7 +69,7 @@ from metrics import (
     reliability_diagram,
     risk_coverage_diagram,
 )
-from train_ssl import DataConfig, Feed, create_parser, exit_with, open_source, replace_file, setup_accelerator
+from train_ssl import DataConfig, Feed, create_parser, open_source, replace_file, run_program, setup_accelerator
 
 _logger = logging.getLogger('validate')
 
@@ -1021,7 +1021,4 @@ def main(args: Namespace) -> None:
 
 if __name__ == '__main__':
     setup_default_logging()
-    try:
-        main(_parse_args())
-    except (UsageError, RunError) as error:
-        exit_with(error)
+    run_program(lambda: main(_parse_args()))

@@ -342,6 +342,34 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_line_and_status_1(tm
     assert 'fewer --workers' in last and '--resume auto' in last and 'Traceback' not in job.log()
 
 
+def _fail_just_before_a_data_worker_dies(log: Path) -> None:
+    log.touch()
+    os.dup2(os.open(log, os.O_WRONLY), 2)
+    loader = iter(torch.utils.data.DataLoader(range(100), num_workers=1, multiprocessing_context='fork'))
+    next(loader)
+    explain = train_ssl.explain
+
+    def explain_slowly(error, resume):
+        loader._workers[0].kill()
+        time.sleep(1)  # unless torch's handler breaks it off
+        return explain(error, resume)
+
+    def fail():
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+    train_ssl.explain = explain_slowly
+    train_ssl.run_program(fail)
+
+
+def test_a_data_worker_that_ends_while_a_fault_is_told_does_not_break_that_off(tmp_path):
+    """One that dies while it hands a batch over is noticed by the broken connection first and by its end afterwards."""
+    process = FORKING.Process(target=_fail_just_before_a_data_worker_dies, args=(tmp_path / 'log',))
+    process.start()
+    process.join(PATIENCE)
+    told = (tmp_path / 'log').read_text().splitlines()
+    assert process.exitcode == 1 and len(told) == 1, told
+    assert 'error: a data worker died: [Errno ' in told[0] and 'Connection reset by peer' in told[0]
+
+
 def exhaust_memory():
     from data import BatchDataset
 

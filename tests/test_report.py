@@ -200,6 +200,18 @@ def test_the_same_seed_twice_is_refused(make_run, tmp_path):
         write(folders[0], output=tmp_path, rows=['lr'])
 
 
+def test_an_output_that_cannot_be_written_is_told_in_one_line(make_run, tmp_path, capsys):
+    run = str(make_run('a'))
+    (tmp_path / 'file').touch()
+    (tmp_path / 'out' / 'table.csv').mkdir(parents=True)
+    for output, status, said in (('file', 2, '--output .*file: cannot be made: File exists'),
+                                 ('out', 1, '.*table.csv cannot be written: Is a directory')):
+        with pytest.raises(SystemExit) as stopped:
+            report.main(report._parse_args([run, '--output', str(tmp_path / output)]))
+        assert stopped.value.code == status
+        assert re.fullmatch(f'report.py: error: {said}\n', capsys.readouterr().err)
+
+
 def test_pooled_bins_are_the_bins_of_all_images(make_run):
     runs = [report.read_run(make_run(f'{seed}', seed=seed)) for seed in range(3)]
     pairs = []

@@ -193,6 +193,15 @@ def test_targets_are_upper_bounds_or_with_a_minus_sign_lower_ones():
     ]
 
 
+def test_a_table_that_cannot_be_written_is_told_before_the_measurements(tmp_path, monkeypatch, capsys):
+    table = str(tmp_path / 'none' / 'table.csv')
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--quick', '--results-file', table])
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main()
+    assert exit_.value.code == 2
+    assert 'table.csv: cannot be written: No such file or directory' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(('flags', 'told'), [
     ([], 'the package semilearn is not installed'), (['--quick'], '--model wide_resnet10_1 is none of wide_resnet28_2'),
 ])

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torchvision import transforms
 
 import metrics
+import train_ssl
 import validate
 from data import RunError, UsageError, ViewDataset, create_source
 
@@ -595,6 +596,21 @@ def test_a_user_sees_one_line_and_a_status_and_no_traceback(run_folder, tmp_path
         runpy.run_path(str(ROOT / 'validate.py'), run_name='__main__')
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith('validate.py: error: digits: no split dev')
+
+
+def test_a_data_worker_that_dies_is_told_in_one_line_without_the_advice_for_training(run_folder, tmp_path, monkeypatch,
+                                                                                    capsys):
+    def die(self):
+        raise RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
+    monkeypatch.setattr(train_ssl.Feed, '__iter__', die)
+    arguments = ['validate.py', '--checkpoint', run_folder / 'best', '--device', 'cpu', '--results-dir', tmp_path]
+    monkeypatch.setattr('sys.argv', [*map(str, arguments), '--split', 'test[:5]'])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / 'validate.py'), run_name='__main__')
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        'validate.py: error: a data worker died: DataLoader worker (pid(s) 7) exited unexpectedly. If the system was '
+        'out of memory, fewer --workers need less')
 
 
 def test_a_results_folder_that_cannot_be_made_is_told_before_the_evaluation(run_folder, evaluate, monkeypatch):
