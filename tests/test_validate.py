@@ -603,7 +603,8 @@ def test_a_data_worker_that_dies_is_told_in_one_line_without_the_advice_for_trai
     def die(self):
         raise RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
     monkeypatch.setattr(train_ssl.Feed, '__iter__', die)
-    arguments = ['validate.py', '--checkpoint', run_folder / 'best', '--device', 'cpu', '--results-dir', tmp_path]
+    arguments = ['validate.py', '--checkpoint', run_folder / 'best', '--device', 'cpu', '-j', '0', '--results-dir',
+                 tmp_path]
     monkeypatch.setattr('sys.argv', [*map(str, arguments), '--split', 'test[:5]'])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / 'validate.py'), run_name='__main__')
