@@ -73,6 +73,14 @@ KNOWN.update({f'torch/{name}': KNOWN[name] for name in ('cifar10', 'cifar100', '
 KNOWN.update({f'torch/{name}': dict(hflip=0.) for name in ('mnist', 'kmnist', 'qmnist', 'usps')})
 KNOWN.update({f'hfds/{KNOWN[name]["hub"]}': KNOWN[name] for name in SHORT_NAMES if 'hub' in KNOWN[name]})
 
+
+def known_facts(name: str) -> dict:
+    """What is in KNOWN of a data set; torchvision's may be spelt as its classes are, such as torch/SVHN."""
+    prefix, slash, rest = name.partition('/')
+    prefix = prefix.lower() if slash else prefix
+    return KNOWN.get(prefix + slash + (rest.lower() if prefix == 'torch' else rest), {})
+
+
 # torchvision's sets that have splits and labels, and give arrays or (through their loader) paths.
 TORCHVISION = {
     'cifar10': ('CIFAR10', 'train test'),
@@ -148,10 +156,13 @@ class Source:
     """An image set; subclasses set `targets` and `class_names` and define two methods.
 
     `targets` is `[N]` int64 (-1: no label), `class_names` a list or None. `data(index)` returns the undecoded image, as
-    `decode_image` takes it, and `where(index)` the file or row behind an index, for messages.
+    `decode_image` takes it, and `where(index)` the file or row behind an index, for messages. A source that
+    `create_source` opened also knows the split that it is of, and where in it its first image stands.
     """
     targets: torch.Tensor
     class_names: list[str] | None
+    split: str | None = None
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -183,7 +194,7 @@ class HFSource(Source):
         labeled: Without, all targets are -1, whatever the columns say.
 
     Raises:
-        UsageError: If a column is missing or of the wrong kind, listing the columns there are.
+        UsageError: If there is no image, or a column is missing or of the wrong kind, listing the columns there are.
     """
 
     def __init__(
@@ -194,6 +205,8 @@ class HFSource(Source):
             target_key: str | None = None,
             labeled: bool = True,
     ):
+        if not len(dataset):
+            raise UsageError(f'{name}: no image in it')
         columns = ', '.join(dataset.column_names)
         image_columns = [key for key, feature in dataset.features.items() if _holds_images(feature)]
         input_key = input_key or next(iter(image_columns), None)
@@ -211,7 +224,8 @@ class HFSource(Source):
             if np.issubdtype(target.dtype, np.floating):  # whole numbers with nulls arrive as floats
                 target = np.nan_to_num(target, nan=-1)
             if not np.issubdtype(target.dtype, np.number) or (target != target.astype(np.int64)).any():
-                raise UsageError(f'{name}: labels in column {target_key} must be whole numbers, not {feature.dtype}')
+                kind = getattr(feature, 'dtype', type(feature).__name__)
+                raise UsageError(f'{name}: labels in column {target_key} must be whole numbers, not {kind}')
             self.targets = torch.from_numpy(target.astype(np.int64))
             self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
         self.name, self.input_key, self.dataset = name, input_key, dataset.select_columns([input_key])
@@ -254,13 +268,19 @@ class ArraySource(Source):
 
 
 class JoinedSource(Source):
-    """Several sources, one after the other."""
+    """Several sources, one after the other. A part whose classes are not those of the first counts as unlabeled."""
 
     def __init__(self, parts: Sequence[Source]):
         self.parts = parts
         self.targets = torch.cat([part.targets for part in parts])
-        self.class_names = next((part.class_names for part in parts if part.class_names), None)
         self.starts = np.cumsum([0, *map(len, parts)]).tolist()
+        labeled = [(start, part) for start, part in zip(self.starts, parts) if (part.targets >= 0).any()]
+        self.class_names = labeled[0][1].class_names if labeled else None
+        for start, part in labeled[1:]:
+            if part.class_names != self.class_names:
+                _logger.warning(f'{part.split}: its classes are not those of {labeled[0][1].split}, and its images '
+                                'count as unlabeled (image folders: --class-map gives both the same)')
+                self.targets[start:start + len(part)] = -1
 
     def _find(self, index: int) -> tuple[Source, int]:
         part = bisect_right(self.starts, index) - 1
@@ -275,6 +295,24 @@ class JoinedSource(Source):
         return part.where(index)
 
 
+def locate(source: Source, other: Source) -> torch.Tensor:
+    """Where each image of a source stands in another one of the same data set, `[N]` int64; -1: it does not."""
+    def parts(of: Source) -> Iterable[tuple[int, Source]]:
+        return zip(of.starts, of.parts) if isinstance(of, JoinedSource) else [(0, of)]
+
+    position = torch.full((len(source),), -1)
+    for at, part in parts(source):
+        for other_at, other_part in parts(other):
+            if part is not other_part and (part.split is None or part.split != other_part.split):
+                continue
+            first = max(part.start, other_part.start)
+            end = min(part.start + len(part), other_part.start + len(other_part))
+            if first < end:
+                at_first, other_first = at + first - part.start, other_at + first - other_part.start
+                position[at_first:at_first + end - first] = torch.arange(other_first, other_first + end - first)
+    return position
+
+
 # Each of the functions below returns what opens the splits of one kind of data set: a dict from a split's name to a
 # function without arguments, which returns a table or a Source.
 
@@ -283,8 +321,8 @@ def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict
     path, _, config = repository.partition(':')
     try:
         tables = datasets.load_dataset(path, config or None, cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = ' '.join(str(error).split())
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = ' '.join(str(error).split())  # a RuntimeError: the set has a loading script, which is not run any more
         if isinstance(error, ConnectionError):
             reason = f'the hub ({path}) cannot be reached and no copy is cached here'
         if isinstance(error, (ConnectionError, datasets.exceptions.DatasetNotFoundError)):
@@ -296,7 +334,7 @@ def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict
 
 def local_layouts(name: str) -> str:
     """The forms in which a folder may hold a data set, for messages."""
-    files = KNOWN.get(name, {}).get('files')
+    files = known_facts(name).get('files')
     own = f'{files} (torchvision\'s files), ' if files else ''
     return own + '<split>*.parquet, <split>*.arrow or <split>/<class>/<image>'
 
@@ -311,24 +349,28 @@ def folder_splits(root: Path, name: str = '', class_map: str = '') -> dict[str, 
     for pattern in ('*.parquet', '*/*.parquet', '*.arrow', '*/*.arrow', '*/*/*.parquet'):
         files = sorted(root.glob(pattern))
         if files:
-            return table_splits(files)
+            return table_splits(files, root)
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
     if not folders:
         raise UsageError(f'{root}: no data set in it; expected {local_layouts(name)}')
     return {folder.name: partial(image_folder, folder, class_map) for folder in folders}
 
 
-def table_splits(files: Sequence[Path]) -> dict[str, Callable]:
-    """Parquet or arrow files. A file's split is its name up to the number of the shard, or its last part if that is the
-    name of a split (`cifar10-train-00000-of-00001`), or its folder's name if its own is a number; a sole split with
-    another name is train.
+def table_splits(files: Sequence[Path], root: Path | None = None) -> dict[str, Callable]:
+    """Parquet or arrow files, below root. A file's split is its name up to the number of the shard, or its last part if
+    that is the name of a split (`cifar10-train-00000-of-00001`), or else its folder's name if that is one or its own is
+    a number; a sole split with another name is train.
     """
     names = ('train', 'unlabeled', 'extra', *VAL_SPLITS)
+    folders = {file.parent for file in files}
+    in_folders = len(folders) > 1 or (root is not None and root not in folders)
     splits = {}
     for file in files:
         split = re.sub(r'[-_.]\d+(-of-\d+.*)?$', '', file.stem)
         split = file.parent.name if split.isdigit() else split
         last = re.split('[-_.]', split)[-1]
+        if in_folders and last not in names and file.parent.name in names:
+            last = file.parent.name
         splits.setdefault(last if last in names else split, []).append(str(file))
     if len(splits) == 1 and not splits.keys() & {*names}:
         splits = {'train': splits.popitem()[1]}
@@ -362,7 +404,9 @@ def image_folder(folder: Path, class_map: str = '') -> datasets.Dataset:
             names = None
         paths, labels = zip(*reader.samples)
         watched = [entry for entry, _, _ in os.walk(folder, followlinks=True)]
-        return pa.array(paths), pa.array(labels), names, watched + [class_map] * bool(class_map), ''
+        if class_map:  # timm finds one in the folder too
+            watched.append(class_map if os.path.exists(class_map) else str(folder / class_map))
+        return pa.array(paths), pa.array(labels), names, watched, ''
 
     return file_index(('folder', str(folder), class_map), listing)
 
@@ -518,6 +562,8 @@ def open_torch(name: str, root: str, split: str, download: bool) -> Source | dat
             '--dataset-download)'
         ) from error
     names = getattr(dataset, 'classes', None)
+    if names is not None:  # imagenette's are tuples of synonyms
+        names = [name if isinstance(name, str) else ', '.join(name) for name in names]
     if 'loader' in parameters:
         paths, labels = zip(*(dataset[i] for i in range(len(dataset))))
         return datasets.Dataset(index_table(pa.array(map(str, paths)), pa.array(labels), names))
@@ -566,7 +612,7 @@ def find_splits(
 ) -> dict[str, Callable]:
     """The splits of a data set and what opens them; see `create_source`."""
     prefix, _, rest = name.partition('/')
-    prefix, facts, root = prefix.lower(), KNOWN.get(name, {}), Path(data_dir or '.')
+    prefix, facts, root = prefix.lower(), known_facts(name), Path(data_dir or '.')
     if name == 'digits':
         return folder_splits(BUNDLED)
     if name in ('webvision', 'webvision-mini'):
@@ -610,6 +656,7 @@ def create_source(
         class_map: str = '',
         download: bool = False,
         skip_missing: bool = False,
+        labeled: bool = True,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -629,13 +676,14 @@ def create_source(
         class_map: timm's class map file, for image folders.
         download: Lets torchvision download.
         skip_missing: Leaves out images of WebVision's lists that are not there.
+        labeled: Without, labels need not be there.
 
     Raises:
-        UsageError: If the name, the split or a column is unknown, listing what exists.
+        UsageError: If the name, the split or a column is unknown, listing what exists, or if the split is empty.
     """
     if split and '+' in split:
         return JoinedSource([
-            create_source(name, data_dir, part, input_key, target_key, class_map, download, skip_missing)
+            create_source(name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled)
             for part in split.split('+')
         ])
     shown = name or data_dir
@@ -645,7 +693,7 @@ def create_source(
         split = next((s for s in VAL_SPLITS if s in splits), None)
         if split is None:
             raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
-                             '--val-split')
+                             f'{"--val-split" if labeled else "--ood-split"}')
     base, bracket, _ = split.partition('[')
     if base not in splits:
         raise UsageError(f'{shown}: no split {split}; it has {there}')
@@ -653,14 +701,18 @@ def create_source(
     if isinstance(opened, Source):
         if bracket:
             raise UsageError(f'{shown}: no slices such as {split} of torchvision\'s arrays')
+        opened.split = split
         return opened
+    start = 0
     if bracket:
         try:
             [part] = datasets.ReadInstruction.from_spec('x' + split[len(base):]).to_absolute({'x': len(opened)})
-            opened = opened.select(range(part.from_, part.to))
+            opened, start = opened.select(range(part.from_, part.to)), part.from_
         except (ValueError, AssertionError, IndexError) as error:
             raise UsageError(f'{shown}: {split} is no slice of the {len(opened)} images of {base}') from error
-    source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled=not _is_unlabeled(base))
+    labeled = labeled and not _is_unlabeled(base)
+    source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled)
+    source.split, source.start = base, start
     if name == 'svhn':
         source.targets[source.targets == 10] = 0  # as its own files number the digit 0
     return source

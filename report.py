@@ -83,12 +83,14 @@ def read_run(folder: Path) -> dict:
     try:
         metrics = json.loads(path.read_text())
         args = yaml.safe_load((folder / 'args.yaml').read_text())
+        for key in ('data_dir', 'calmix_warmup_epochs', *NAMED):
+            args[key]
         labels = json.loads((folder / 'labels.json').read_text())['num_labels']
         with open(folder / 'summary.csv', newline='') as file:
             curve = [{key: float(row[key]) for key in ('num_updates', 'eval_error', 'eval_ece')}
                      for row in csv.DictReader(file)]
         done, updates = metrics['num_updates'], args['epochs'] * args['train_steps_per_epoch']
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UsageError(f'{folder}: no run with an evaluation ({path}: {" ".join(str(error).split())})') from error
     if done < updates:
         raise UsageError(f'{folder}: not finished, at update {done} of {updates}')
@@ -124,10 +126,13 @@ def add_settings(runs: list[dict]) -> list[str]:
     dataset, labels, algorithm and variant, and every other argument that differs among runs of one data set and number
     of labels. CalibrateMix's own are compared only among the runs that have it, and are None (–) in the others.
     """
-    differ = []
+    differ, folders = [], {}
     for run in runs:
-        args = run['args']
-        dataset = args['dataset'] or Path(args['data_dir'] or '').name
+        folder = run['args']['data_dir'] or ''
+        folders.setdefault(Path(folder).name, set()).add(folder)
+    for run in runs:
+        args, folder = run['args'], run['args']['data_dir'] or ''
+        dataset = args['dataset'] or (Path(folder).name if len(folders[Path(folder).name]) == 1 else folder)
         run['settings'] = dict(dataset=dataset, labels=run['labels'], algorithm=args['algorithm'],
                                variant=variant(args))
     for key in {key: None for run in runs for key in run['args'] if key not in IGNORED + NAMED}:

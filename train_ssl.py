@@ -35,9 +35,9 @@ import time
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,10 +49,17 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import resolve_model_input_args, save_for_hf
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
@@ -65,7 +72,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank, Mixed, split_easy_hard
 from data import (
-    KNOWN,
     BatchDataset,
     EndlessBatches,
     ImageError,
@@ -80,6 +86,8 @@ from data import (
     evaluation_batches,
     flip_labels,
     item_seed,
+    known_facts,
+    locate,
     match_classes,
     read_fold,
     read_labels,
@@ -393,6 +401,15 @@ def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(str(key) for key in entries if key not in actions)
     if unknown:
         parser.error(f'--config {path}: unknown {", ".join(unknown)}')
+    # Of arguments that exclude each other, the command line's puts the file's out.
+    given = create_parser()
+    for action in given._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(given.parse_args(argv)).keys()
+    for group in parser._mutually_exclusive_groups:
+        names = {action.dest for action in group._group_actions}
+        if names & given:
+            entries = {key: value for key, value in entries.items() if key not in names}
     front = []
     for key, value in entries.items():
         action = actions[key]
@@ -415,8 +432,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     """Ranges that argparse does not check; exits with status 2."""
     if args.batch_size is None and args.global_batch_size is None:
         args.batch_size = 64
-    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'grad_accum_steps', 'mu',
-                 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout'):
+    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size',
+                 'grad_accum_steps', 'mu', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
@@ -435,10 +452,11 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
-    if args.lambda_u_warmup is None:
-        args.lambda_u_warmup = 0.4 if args.algorithm == 'pseudo_label' else 0.
     if args.opt.lower() not in list_optimizers():
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
+    if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(exclude_tags=()):
+        parser.error(f'--torchcompile {args.torchcompile}: unknown; there are '
+                     f'{", ".join(torch._dynamo.list_backends())}')
     if args.calibratemix and args.algorithm == 'supervised':
         parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
     if args.label_noise and args.labels_file:
@@ -448,6 +466,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         parser.error('--aum-threshold-samples: their margins go to margins.parquet; add --save-margins')
     if args.aum_threshold_samples is not None and args.algorithm == 'marginmatch':
         parser.error('--aum-threshold-samples: marginmatch has an extra class of its own; choose another --algorithm')
+    if args.resume == 'auto' and not args.experiment:
+        parser.error('--resume auto: the default run folder is named by the time and always new; add --experiment')
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
         parser.error(f'--calmix-warmup-epochs {args.calmix_warmup_epochs:g}: not below --epochs {args.epochs}, so that '
                      'CalibrateMix would never run')
@@ -504,6 +524,8 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=trackers or None,
         project_dir=args.output,
         cpu=args.device == 'cpu',
+        # The script divides the loss itself; the plugin keeps ACCELERATE_GRADIENT_ACCUMULATION_STEPS from doing so too.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
         # first one's graph needs; share_batch_norm does it after the update.
         kwargs_handlers=[
@@ -511,8 +533,16 @@ def setup_accelerator(args: argparse.Namespace) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=args.dist_timeout)),
         ],
     )
-    if args.device and accelerator.device.type != args.device:
-        raise UsageError(f'--device {args.device}: not available here; Accelerate found {accelerator.device.type}')
+    found = accelerator.device.type
+    if args.device and found != args.device:
+        raise UsageError(f'--device {args.device}: not available here; Accelerate found {found}')
+    if args.sync_bn and found != 'cuda':
+        raise UsageError(f'--sync-bn: needs GPUs, and the device is {found}')
+    if args.amp and not accelerator.native_amp:
+        raise UsageError(f'--amp-dtype {args.amp_dtype}: not available on the device {found}; bfloat16 may be')
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UsageError(f'Accelerate is configured for {accelerator.distributed_type.value}, which this script does '
+                         'not support: launch it with --multi_gpu, or change the configuration (accelerate config)')
     return accelerator
 
 
@@ -556,8 +586,29 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = args.bn_momentum
     if args.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AttributeError, AssertionError) as error:
+            raise UsageError(f'--grad-checkpointing: {args.model} does not support it') from error
     return model
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    asked = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **asked,
+        )
+    except (ValueError, IndexError, TypeError, ImportError) as error:
+        raise UsageError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
+    for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
+        raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
+    return optimizer
 
 
 @torch.no_grad()
@@ -603,7 +654,7 @@ class DataConfig:
 
 def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
     """Image size and normalisation: the command line's, else the model's if pretrained, else the data set's."""
-    known = KNOWN.get(args.dataset, {})
+    known = known_facts(args.dataset)
     asked = dict(vars(args), interpolation=args.interpolation or None)
     if not args.pretrained:
         for key in ('mean', 'std'):
@@ -679,7 +730,7 @@ def build_datasets(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
         in_chans=args.in_chans,
-        hflip=KNOWN.get(args.dataset, {}).get('hflip', 0.5) if args.hflip is None else args.hflip,
+        hflip=known_facts(args.dataset).get('hflip', 0.5) if args.hflip is None else args.hflip,
     )
     views = build_views(interpolation=data_config.interpolation, crop_pct=data_config.crop_pct, **recipe)
 
@@ -705,12 +756,10 @@ def build_datasets(
     if args.algorithm == 'supervised':
         return Datasets(labeled_set, None, evaluation_set, extra_set, None, index, target, original)
     unlabeled_index = torch.arange(len(unlabeled))
-    position = None
-    if unlabeled is train or unlabeled_split(args).startswith(args.train_split + '+'):
-        if args.exclude_labeled:
-            unlabeled_index = unlabeled_index[~torch.isin(unlabeled_index, index)]
-        else:
-            position = index  # the unlabeled set begins with the whole training split, in its own order
+    position = locate(train, unlabeled)[index]
+    if args.exclude_labeled:
+        unlabeled_index = unlabeled_index[~torch.isin(unlabeled_index, position)]
+        position = None
     if not len(unlabeled_index):
         raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
     kinds = {'weak': 'weak', 'strong': 'strong'}
@@ -723,13 +772,21 @@ def build_datasets(
 class Feed:
     """Batches on the device: images as normalised float32, by timm's way of doing that there and not in the workers."""
 
-    def __init__(self, loader, data_config: DataConfig, device: torch.device, channels_last: bool):
+    def __init__(
+            self,
+            loader,
+            data_config: DataConfig,
+            device: torch.device,
+            channels_last: bool,
+            skipped: set[int] | None = None,
+    ):
         self.loader, self.device = loader, device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (
             torch.tensor(v, device=device).mul(255).view(-1, 1, 1) for v in (data_config.mean, data_config.std)
         )
-        self.skipped = set()  # indices in the source of images that could not be decoded
+        # Indices in the source of images that this process could not decode.
+        self.skipped = set() if skipped is None else skipped
 
     def __iter__(self):
         for batch in self.loader:
@@ -1088,7 +1145,10 @@ def joined_weight(mixed: Mixed, accelerator: Accelerator) -> torch.Tensor:
 
 def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
     """Factor of the unlabeled loss: grows from 0 over --lambda-u-warmup, then --lambda-u."""
-    warmup = args.lambda_u_warmup * args.epochs * args.train_steps_per_epoch
+    share = args.lambda_u_warmup
+    if share is None:
+        share = 0.4 if args.algorithm == 'pseudo_label' else 0.
+    warmup = share * args.epochs * args.train_steps_per_epoch
     return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
 
 
@@ -1181,9 +1241,10 @@ class Monitor:
         self.seen = self.sums.clone()
 
     def add(self, terms: dict[str, torch.Tensor], step: int) -> None:
-        row = torch.stack([terms['loss'].new_tensor(1.), *(
-            terms[name].detach() if name in terms else terms['loss'].new_tensor(0.) for name in self.TERMS
-        )])
+        # ones_like, as new_tensor would wait for a GPU
+        row = torch.stack([torch.ones_like(terms['loss']), *(
+            terms[name] if name in terms else torch.zeros_like(terms['loss']) for name in self.TERMS
+        )]).detach()
         note = row.clone()
         note[0] = step
         self.bad = torch.where((self.bad[0] < 0) & ~terms['loss'].isfinite(), note, self.bad)
@@ -1231,6 +1292,7 @@ class Run:
     num_updates: int = 0
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
+    skipped_images: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # labeled, unlabeled
     recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
 
@@ -1444,6 +1506,13 @@ def whole_bank(bank: MarginBank, accelerator: Accelerator) -> MarginBank:
     return whole
 
 
+def join_skipped(skipped: Sequence[set[int]], accelerator: Accelerator, args: argparse.Namespace) -> list[set[int]]:
+    """Each set joined over the processes, all of which take part."""
+    if not args.skip_bad_images:
+        return [set() for _ in skipped]
+    return [set().union(*gather_object([part])) for part in skipped]
+
+
 def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
     """Writes `checkpoint-<updates>.safetensors`, and removes older ones beyond `--checkpoint-hist`.
 
@@ -1468,6 +1537,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         num_updates=run.num_updates,
         num_draws=run.num_draws,
         skipped_updates=run.skipped_updates,
+        skipped_images=[sorted(skipped) for skipped in join_skipped(run.skipped_images, run.accelerator, args)],
         recorded=run.recorded,
         best_metric=run.best_metric,
         num_processes=run.accelerator.num_processes,
@@ -1482,6 +1552,18 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
     replace_file(path, lambda part: save_file(tensors, part, metadata))
     for old in list_checkpoints(folder)[args.checkpoint_hist:]:
         old.unlink()
+
+
+def retire_checkpoints(folder: Path, num_updates: int) -> None:
+    """Renames checkpoints of more updates than the run goes on from, to `abandoned-<updates>.safetensors`.
+
+    They are of a course that the run leaves, or broken. --resume auto must not go back to them, and new ones, which
+    have smaller numbers, must not count as older.
+    """
+    for path in list_checkpoints(folder):
+        if int(path.stem.split('-')[1]) > num_updates:
+            path.rename(path.with_name(path.name.replace('checkpoint-', 'abandoned-')))
+            _logger.warning(f'{path} is ahead of the run, at update {num_updates}: renamed to abandoned-...')
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -1504,11 +1586,12 @@ def read_checkpoint(path: Path) -> dict:
         raise UsageError(f'--resume {path}: no intact checkpoint of this script ({error})') from error
 
 
-CHECKPOINT_FORMAT = 1  # goes up when the contents of a checkpoint take another form or meaning
+CHECKPOINT_FORMAT = 2  # goes up when the contents of a checkpoint take another form or meaning
 
 # Differences that would attach a margin or a table to another image or class.
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
               'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
+OPTIMIZER_ARGS = dict(weight_decay='weight_decay', momentum='momentum', opt_eps='eps', opt_betas='betas')
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
              'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
 
@@ -1548,7 +1631,11 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     try:
         run.timm_model.load_state_dict(state['model'])
         if not args.no_resume_opt:
+            asked = [{key: group[key] for name, key in OPTIMIZER_ARGS.items() if name in changed and key in group}
+                     for group in run.optimizer.param_groups]
             run.optimizer.load_state_dict(state['optimizer'])
+            for group, values in zip(run.optimizer.param_groups, asked):
+                group.update(values)
         if run.ema is not None:
             run.ema.module.load_state_dict(state['ema'])
         if run.method is not None:
@@ -1560,6 +1647,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
             })
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
+        for skipped, saved in zip(run.skipped_images, state['skipped_images']):
+            skipped.update(saved)
         run.num_draws = -(-run.num_draws * old_step // step)  # the same place in the data, in batches of the new size
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
@@ -1670,7 +1759,7 @@ def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Names
 # --- Main -------------------------------------------------------------------------------------------------------------
 
 def unlabeled_split(args: argparse.Namespace) -> str:
-    return args.unlabeled_split or KNOWN.get(args.dataset, {}).get('unlabeled_split', args.train_split)
+    return args.unlabeled_split or known_facts(args.dataset).get('unlabeled_split', args.train_split)
 
 
 def open_source(args: argparse.Namespace, split: str | None) -> Source:
@@ -1689,8 +1778,11 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
 
 def open_sources(args: argparse.Namespace) -> tuple[Source, Source, Source]:
     """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
-    train = open_source(args, args.train_split)
-    unlabeled = train if unlabeled_split(args) == args.train_split else open_source(args, unlabeled_split(args))
+    train = unlabeled = open_source(args, args.train_split)
+    if unlabeled_split(args) != args.train_split:
+        unlabeled = open_source(args, unlabeled_split(args))
+        if unlabeled.class_names != train.class_names:  # its labels, if any, mean other classes
+            unlabeled.targets = torch.full_like(unlabeled.targets, -1)
     return train, unlabeled, open_source(args, args.val_split)
 
 
@@ -1891,19 +1983,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     folder, checkpoint, lock = open_run_folder(args, accelerator, data_config.input_size[1])
 
     if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's, as torch's would drop the activations of BatchNormAct2d
     model.to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     ema = build_ema(model, args) if args.model_ema else None
-    optimizer = create_optimizer_v2(
-        model,
-        opt=args.opt,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        **{key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None},
-    )
+    optimizer = build_optimizer(model, args)
     scheduler = build_scheduler(args, optimizer)  # not prepared: Accelerate would step it once per process
     timm_model, model = model, FeaturesAndLogits(model)
     if args.torchcompile:
@@ -1920,6 +2005,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     if checkpoint is not None:
         resume(run, read_checkpoint(checkpoint), checkpoint, args)
+        if not (folder / 'best').exists():  # a resume into another folder
+            run.best_metric = None
         _logger.info(f'Resuming from {checkpoint} at update {run.num_updates}')
     if args.start_epoch is not None:
         run.num_updates = run.recorded = args.start_epoch * args.train_steps_per_epoch
@@ -1928,10 +2015,16 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     due = run.num_updates % args.train_steps_per_epoch == 0 and run.num_updates != run.recorded
     first_epoch = run.num_updates // args.train_steps_per_epoch - due
     if first_epoch >= args.epochs:
+        written = folder / 'last' / 'metrics.json'
+        if not written.exists():
+            raise UsageError(f'--resume {checkpoint}: it is at the end of its {args.epochs} epochs; raise --epochs')
         _logger.info(f'{folder} is finished')
         accelerator.end_training()
-        return json.loads((folder / 'last' / 'metrics.json').read_text())
+        metrics = json.loads(written.read_text())
+        about = ('epoch', 'num_updates', 'bins', 'extra_val')
+        return {key: value for key, value in metrics.items() if key not in about}
     if accelerator.is_main_process:
+        retire_checkpoints(folder, run.num_updates)
         write_args(folder / 'args.yaml', args)
         replace_file(folder / 'labels.json', lambda part: write_labels(
             part,
@@ -1948,17 +2041,18 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     if args.log_tensorboard or args.log_wandb:
         start_trackers(accelerator, folder, args)
 
-    def feed(dataset, batch_size, workers, stream):
+    def feed(dataset, batch_size, workers, stream, skipped):
         batches = EndlessBatches(len(dataset), batch_size, accelerator.process_index, accelerator.num_processes,
                                  args.seed, stream, start=run.num_draws)
         loader = create_loader(dataset, batches, workers, args.pin_mem)
-        return Feed(loader, data_config, accelerator.device, args.channels_last)
+        return Feed(loader, data_config, accelerator.device, args.channels_last, skipped)
 
     # The labeled set is small beside the unlabeled one; one worker keeps up with it.
-    labeled_feed = feed(datasets.labeled, args.batch_size, min(args.workers, 1), 'labeled')
+    of_labeled, of_unlabeled = run.skipped_images
+    labeled_feed = feed(datasets.labeled, args.batch_size, min(args.workers, 1), 'labeled', of_labeled)
     feeds = [labeled_feed]
     if datasets.unlabeled is not None:
-        feeds.append(feed(datasets.unlabeled, args.batch_size * args.mu, args.workers, 'unlabeled'))
+        feeds.append(feed(datasets.unlabeled, args.batch_size * args.mu, args.workers, 'unlabeled', of_unlabeled))
     labeled_batches, unlabeled_batches = iter(labeled_feed), iter(feeds[-1])
 
     eval_batch_size = args.validation_batch_size or 4 * args.batch_size
@@ -2001,7 +2095,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
                         validate(run.eval_model, f, accelerator, num_classes, eval_batch_size, stop) for f in eval_feeds
                     ]
                     metrics = meters[0].compute()
-                    skipped_images = sum(len(f.skipped) for f in [*feeds, *eval_feeds])
+                    skipped = join_skipped([f.skipped for f in [*feeds, *eval_feeds]], accelerator, args)
+                    skipped_images = sum(map(len, skipped))
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
                     record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
                     if args.save_margins:

@@ -201,7 +201,7 @@ def _parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error('--calibration-split and --calibration-from-labeled: give one of them')
     if args.save_temperature and not fits(args):
         parser.error('--save-temperature: nothing is fitted; add --calibration-split or --calibration-from-labeled')
-    if args.save_temperature and not all(Path(path).is_dir() for path in args.checkpoint or ['']):
+    if args.save_temperature and not (args.checkpoint and all(Path(path).is_dir() for path in args.checkpoint)):
         parser.error('--save-temperature: only checkpoint folders have a config.json to store it in')
     return args
 
@@ -305,7 +305,7 @@ def open_ood_source(args: Namespace, name: str) -> Source:
             return PlainFolder(paths)
     if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
         return HFSource(open_tables(sorted(glob(name, recursive=True))), name, labeled=False)
-    return create_source(name, args.ood_data_dir, args.ood_split)
+    return create_source(name, args.ood_data_dir, args.ood_split, labeled=False)
 
 
 @dataclass
@@ -369,11 +369,11 @@ def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.
     return model, config, view
 
 
-def check_classes(source: Source, model: nn.Module, data: Namespace, given: int | None) -> None:
+def check_classes(source: Source, split: str, model: nn.Module, data: Namespace, given: int | None) -> None:
     """Raises UsageError unless the labels of the images are classes of the model."""
     where = data.dataset or data.data_dir
     if (source.targets < 0).any():
-        raise UsageError(f'{where}: split {data.val_split} has images without a label')
+        raise UsageError(f'{where}: split {split} has images without a label')
     largest = int(source.targets.max()) + 1
     named = len(source.class_names) if source.class_names else largest
     if largest > model.num_classes or (source.class_names and named != model.num_classes and given is None):
@@ -952,7 +952,12 @@ def evaluate_checkpoint(
     """A model's outputs on all sets of images, on every process."""
     model, config, view = load_model(args, checkpoint, run)
     given = run.get('num_classes') if args.num_classes is None else args.num_classes
-    check_classes(images.test, model, images.data, given)
+    check_classes(images.test, images.data.val_split, model, images.data, given)
+    if images.calibration is not None:
+        check_classes(images.calibration, args.calibration_split, model, images.data, given)
+        if images.calibration.class_names != images.test.class_names:
+            raise UsageError(f'--calibration-split {args.calibration_split}: it has other classes than split '
+                             f'{images.data.val_split}')
     model.eval().to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -193,7 +193,7 @@ def _transform(image: torch.Tensor, matrix: torch.Tensor, fill: torch.Tensor) ->
         torch.arange(height, device=image.device) + 0.5, torch.arange(width, device=image.device) + 0.5, indexing='ij',
     )
     at = torch.stack([x, y, torch.ones_like(x)], 2).view(-1, 3) @ matrix.transpose(1, 2)  # [B, H*W, 2]
-    size = at.new_tensor([width, height])
+    size = torch.stack([at.new_full((), width), at.new_full((), height)])
     inside = ((at >= 0) & (at < size)).all(2).view(-1, 1, height, width)
     grid = (2 * at / size - 1).view(-1, height, width, 2)
     moved = F.grid_sample(image.float(), grid, padding_mode='border', align_corners=False)
@@ -291,8 +291,8 @@ class BatchViews:
         rows, columns = (self._window(length, numbers[:, k]) for k, length in enumerate(images.shape[1:3]))
         columns = torch.where(numbers[:, 2:] < self.hflip, columns.flip(1), columns)
         at = (rows[:, :, None] * images.shape[2] + columns[:, None, :]).flatten(1)
-        at = (at + torch.arange(len(at))[:, None] * images.shape[1] * images.shape[2]).to(images.device)
-        pixels = images.view(-1, 3)[at]
+        at += torch.arange(len(at))[:, None] * images.shape[1] * images.shape[2]
+        pixels = images.view(-1, 3)[at.to(images.device, non_blocking=True)]
         return pixels.transpose(1, 2).reshape(len(images), 3, self.img_size, self.img_size)
 
     def _window(self, length: int, numbers: torch.Tensor) -> torch.Tensor:
@@ -308,13 +308,14 @@ class BatchViews:
         for k in range(self.num_ops):
             for j, function in enumerate(PIXEL_OPS.values()):
                 rows = (op[:, k] == j).nonzero().squeeze(1)
-                strength, rows = level[rows, k].view(-1, 1, 1, 1).to(device), rows.to(device)
+                strength = level[rows, k].view(-1, 1, 1, 1).to(device, non_blocking=True)
+                rows = rows.to(device, non_blocking=True)
                 images[rows] = function(images[rows], strength)
             which = op[:, k] - len(PIXEL_OPS)
             rows = ((which >= 0) & (which < len(GEOMETRIC_OPS))).nonzero().squeeze(1)
-            matrix = _matrices(which[rows], (level * sign)[rows, k], height, width).to(device)
-            rows = rows.to(device)
-            images[rows] = _transform(images[rows], matrix, self.fill.to(device))
+            matrix = _matrices(which[rows], (level * sign)[rows, k], height, width).to(device, non_blocking=True)
+            rows = rows.to(device, non_blocking=True)
+            images[rows] = _transform(images[rows], matrix, self.fill.to(device, non_blocking=True))
         return images
 
     def _cutout(self, images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -325,5 +326,5 @@ class BatchViews:
             low, high = (centre - side / 2).clamp(min=0).round(), (centre + side / 2).clamp(max=self.img_size).round()
             pixel = torch.arange(self.img_size)
             hidden.append((pixel >= low[:, None]) & (pixel < high[:, None]))
-        hidden = (hidden[0][:, :, None] & hidden[1][:, None, :])[:, None].to(images.device)
-        return torch.where(hidden, self.fill.to(images.device).view(1, 3, 1, 1), images)
+        hidden = (hidden[0][:, :, None] & hidden[1][:, None, :])[:, None].to(images.device, non_blocking=True)
+        return torch.where(hidden, self.fill.to(images.device, non_blocking=True).view(1, 3, 1, 1), images)

@@ -513,6 +513,61 @@ def test_slices_and_joined_splits(tmp_path):
     assert source.where(110) == 'row 0 of digits test[3:4]'
 
 
+def test_splits_of_other_classes_are_joined_without_their_labels(tmp_path, caplog):
+    for split, names in (('train', 'abc'), ('extra', 'bc'), ('more', 'abc')):
+        for name in names:
+            write_images(tmp_path / split / name, [RED])
+    source = create_source(str(tmp_path), None, 'train+extra+more')
+    assert source.targets.tolist() == [0, 1, 2, -1, -1, 0, 1, 2] and source.class_names == ['a', 'b', 'c']
+    assert 'extra: its classes are not those of train' in caplog.text
+
+
+@pytest.mark.parametrize('split, other', [
+    ('train', 'train'), ('train', 'test'), ('train', 'test+train'), ('train[:30%]', 'train'),
+    ('train', 'train[-100:]+test[:7]+train[5:20]'), ('train[100:200]', 'train[150:]+test'),
+    ('test[3:9]+train', 'train'),
+])
+def test_an_image_is_located_in_another_source_of_the_same_data(split, other):
+    source, other = create_source('digits', None, split), create_source('digits', None, other)
+    where = [other.where(i) for i in range(len(other))]
+
+    def pixels(of):  # told apart by content, of which the digits have no two alike
+        return [of.image(i).tobytes() for i in range(len(of))]
+    places = {content: i for i, content in enumerate(pixels(other))}
+    assert len(places) == len(where)
+    assert data.locate(source, other).tolist() == [places.get(content, -1) for content in pixels(source)]
+
+
+def test_an_empty_split_is_an_error():
+    with pytest.raises(UsageError, match='digits test.:0%.: no image in it'):
+        create_source('digits', None, 'test[:0%]')
+
+
+def test_labels_need_not_be_there_where_they_are_not_asked_for(tmp_path):
+    write_parquet(tmp_path / 'train.parquet', label_column='kind')
+    with pytest.raises(UsageError, match='no label column'):
+        create_source(str(tmp_path), None, 'train')
+    assert create_source(str(tmp_path), None, 'train', labeled=False).targets.tolist() == [-1, -1]
+    with pytest.raises(UsageError, match='name it with --ood-split'):
+        create_source(str(tmp_path), None, None, labeled=False)
+
+
+def test_lists_as_labels_and_a_loading_script_are_told_in_one_line(tmp_path):
+    image = [dict(bytes=encoded(plain(RED)), path=None)]
+    rows = datasets.Dataset.from_dict(dict(image=image, label=[[0, 1]])).cast_column('image', datasets.Image())
+    with pytest.raises(UsageError, match='must be whole numbers, not List'):
+        data.HFSource(rows, 'toy')
+    (tmp_path / 'toy').mkdir()
+    (tmp_path / 'toy' / 'toy.py').write_text('')
+    with pytest.raises(UsageError, match='scripts are no longer supported'):
+        create_source(f'hfds/{tmp_path / "toy"}', None, 'train')
+
+
+@pytest.mark.parametrize('name', ['SVHN', 'STL10', 'CIFAR100', 'MNIST'])
+def test_torchvisions_own_spelling_of_a_set_implies_the_same_as_ours(name):
+    assert data.known_facts(f'torch/{name}') == data.known_facts(f'torch/{name.lower()}') != {}
+
+
 def test_folders_have_classes_in_timms_order(tmp_path):
     for name, color in {'c10': RED, 'c9': GREEN, 'C1': BLUE}.items():
         write_images(tmp_path / 'train' / name, [color] * 2)
@@ -586,6 +641,8 @@ def test_tables_written_without_datasets_hold_images_too(tmp_path):
     (['data/train_0-00000-of-00001.parquet', 'data/train_1-00000-of-00001.parquet'], ['train_0', 'train_1']),
     (['everything.parquet'], ['train']),
     (['part-000.parquet', 'part-001.parquet'], ['train']),
+    (['train/part-00000.parquet', 'train/part-00001.parquet', 'test/part-00000.parquet'], ['test', 'train']),
+    (['val/images.parquet'], ['val']),
 ])
 def test_the_split_of_a_table_is_read_off_its_name(tmp_path, files, splits):
     for file in files:
@@ -749,6 +806,12 @@ def test_torchvisions_idx_files_and_image_lists(tmp_path):
     (food / 'meta').mkdir()
     for split in ('train', 'test'):
         (food / 'meta' / f'{split}.json').write_text(json.dumps({'pie': ['pie/000', 'pie/001'], 'soup': ['soup/000']}))
+    nette = tmp_path / 'imagenette2' / 'val'  # its class names are tuples of synonyms
+    for name in tv_datasets.Imagenette._WNID_TO_CLASS:
+        write_images(nette / name, [RED], 'JPEG')
+    (tmp_path / 'imagenette2' / 'train').mkdir()
+    assert create_source('torch/imagenette', str(tmp_path), 'val').class_names[0] == 'tench, Tinca tinca'
+
     source = create_source('torch/food101', str(tmp_path), 'test')
     assert source.class_names == ['pie', 'soup'] and source.targets.tolist() == [0, 0, 1]
     assert close(colour(source, 1), GREEN) and source.where(2) == str(food / 'images' / 'soup' / '000.jpg')
@@ -864,6 +927,17 @@ def test_a_large_listing_is_kept_until_a_folder_changes(request, monkeypatch, tm
         third = create_source(name, str(root), 'train')
         assert listed and third.dataset.cache_files
     assert len(third) == len(first) + (1 if kind == 'webvision' else 2)
+
+
+def test_a_class_map_in_the_folder_is_watched_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, 'INDEX_FROM', 2)
+    for name in 'ab':
+        write_images(tmp_path / 'train' / name, [RED])
+    for n, order in enumerate(['a\nb\n', 'b\na\n']):
+        (tmp_path / 'train' / 'map.txt').write_text(order)
+        age(tmp_path, n)
+        source = create_source('', str(tmp_path), 'train', class_map='map.txt')
+        assert source.dataset.cache_files and source.class_names == order.split()
 
 
 def test_a_listing_is_kept_only_once_it_is_settled_and_from_any_folder(monkeypatch, tmp_path):

@@ -248,8 +248,9 @@ def test_the_logit_margin_penalty_adds_what_exceeds_the_margin():
 def test_the_unlabeled_loss_of_pseudo_label_grows_over_its_warmup():
     args = options(lambda_u=2.0, lambda_u_warmup=0.5, epochs=2, train_steps_per_epoch=10)
     assert [train_ssl.lambda_u(t, args) for t in (0, 5, 10, 15)] == [0, 1, 2, 2]
-    assert train_ssl._parse_args(['--algorithm', 'pseudo_label']).lambda_u_warmup == 0.4
-    assert train_ssl._parse_args([]).lambda_u_warmup == 0
+    asked = train_ssl._parse_args(['--algorithm', 'pseudo_label', '--epochs', '10', '--train-steps-per-epoch', '10'])
+    assert [train_ssl.lambda_u(t, asked) for t in (0, 20, 40, 60)] == [0, 0.5, 1, 1]
+    assert train_ssl.lambda_u(0, train_ssl._parse_args([])) == 1
 
 
 def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):

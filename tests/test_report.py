@@ -185,6 +185,24 @@ def test_unfinished_runs_are_left_out_and_named(make_run, tmp_path, capsys):
     assert f'{make_run.root / "half"}: not finished, at update 5 of 10' in told[1] and 'broken' in told[0]
 
 
+@pytest.mark.parametrize('content', ['', '[]', 'epochs: 2\ntrain_steps_per_epoch: 5\n'])
+def test_a_run_with_broken_arguments_is_left_out(make_run, tmp_path, capsys, content):
+    make_run('done')
+    (make_run('broken') / 'args.yaml').write_text(content)
+    report.main(report._parse_args([str(make_run.root), '--output', str(tmp_path / 'out')]))
+    out, err = capsys.readouterr()
+    assert len(markdown_cells(out)) == 1
+    assert len(err.splitlines()) == 1 and 'report.py: left out: ' in err and 'broken' in err
+
+
+def test_folders_of_the_same_name_are_not_taken_for_the_same_data(make_run, tmp_path):
+    folders = [make_run(f'{i}', '--dataset', '', '--data-dir', place, seed=i)
+               for i, place in enumerate(['/a/images', '/b/images', '/b/images', '/c/other'])]
+    table, _ = write(*folders, output=tmp_path / 'out')
+    assert [row['dataset'] for row in csv.DictReader(open(tmp_path / 'out' / 'table.csv'))] == [
+        '/a/images', '/b/images', 'other']
+
+
 def test_runs_in_a_folder_stand_in_natural_order(make_run):
     for name in ('k10', 'k2.5', 'k0', 'k7.5'):
         make_run(name)

@@ -300,6 +300,43 @@ def test_precision_layout_clipping_and_the_cheaper_forward_train_and_export(trai
     assert all(tensor.dtype != torch.bfloat16 for tensor in weights(folder).values())
 
 
+@pytest.mark.parametrize('split', ['train', 'test+train', 'train+test', 'train[:50%]+train[50%:]'])
+def test_labeled_images_are_excluded_or_known_wherever_the_unlabeled_set_has_them(split):
+    args = train_ssl._parse_args(['--dataset', 'digits', '--unlabeled-split', split, '--num-labels', '20'])
+    sources = train_ssl.open_sources(args)
+    config = train_ssl.DataConfig((3, 8, 8), (0.,) * 3, (1.,) * 3, 'bilinear', 1.)
+    known = train_ssl.build_datasets(args, sources, 10, config)
+    args.exclude_labeled = True
+    excluded = train_ssl.build_datasets(args, sources, 10, config)
+
+    def pictures(source, index):
+        return [source.image(i).tobytes() for i in index.tolist()]
+    labeled = pictures(sources[0], known.source_index)
+    assert pictures(sources[1], known.labeled_to_unlabeled) == labeled
+    assert len(excluded.unlabeled) == len(known.unlabeled) - 20 and excluded.labeled_to_unlabeled is None
+    assert not {*labeled} & {*pictures(sources[1], excluded.unlabeled.index)}
+
+
+@pytest.mark.parametrize('name', ['efficientnet_b0', 'densenet121'])
+def test_synchronised_batch_norm_keeps_the_activations_that_timm_puts_into_its_norms(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    for module in model.modules():  # statistics under which an activation matters
+        if hasattr(module, 'running_var'):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = model(x)
+        assert torch.allclose(train_ssl.convert_sync_batchnorm(model).eval()(x), plain, atol=1e-5)
+
+
+def test_accelerates_environment_does_not_scale_the_loss(train, monkeypatch):
+    plain = weights(train('plain', '--grad-accum-steps', 2))
+    monkeypatch.setenv('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '2')
+    again = weights(train('again', '--grad-accum-steps', 2))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 def test_every_image_labeled_and_excluded_leaves_nothing_unlabeled(train):
     with pytest.raises(UsageError, match='no unlabeled image is left'):
         train('run', '--exclude-labeled', without='--num-labels')
@@ -536,8 +573,8 @@ def test_resume_refuses_other_labels_other_data_and_broken_files(train, uninterr
 
 def test_a_checkpoint_of_another_version_of_the_script_is_told_as_such(train, uninterrupted, monkeypatch):
     checkpoint = train_ssl.list_checkpoints(uninterrupted)[0]
-    monkeypatch.setattr(train_ssl, 'CHECKPOINT_FORMAT', train_ssl.CHECKPOINT_FORMAT + 1)
-    with pytest.raises(UsageError, match='another version of this script made the checkpoint, of format 1 where .* 2'):
+    monkeypatch.setattr(train_ssl, 'CHECKPOINT_FORMAT', 99)
+    with pytest.raises(UsageError, match=r'another version of this script made the checkpoint, of format \d .* 99'):
         train('run', *CALMIX, '--resume', checkpoint)
 
 
@@ -550,6 +587,42 @@ def test_a_resume_that_is_refused_or_finds_the_run_finished_leaves_its_arguments
         train('run', *CALMIX, '--resume', 'auto', '--model', 'wide_resnet16_2')
     train('run', *CALMIX, '--resume', 'auto', '--lr', 7)
     assert (folder / 'args.yaml').read_bytes() == before
+
+
+def test_going_back_leaves_the_abandoned_checkpoints_behind_for_good(train, uninterrupted, tmp_path):
+    """From update 2 on with another learning rate: neither does --resume auto return, nor are new ones pruned."""
+    folder = shutil.copytree(uninterrupted, tmp_path / 'run')
+    back = folder / 'checkpoint-2.safetensors'
+    flags = ('--calibratemix', '--calmix-warmup-epochs', 0.5, '--lr', 0.01, '--recovery-interval', 1)
+    train('run', *flags, '--resume', back, '--epochs', 1, '--checkpoint-hist', 2)
+    assert [path.name for path in train_ssl.list_checkpoints(folder)] == [
+        'checkpoint-4.safetensors', 'checkpoint-3.safetensors']
+    assert {path.name for path in folder.glob('abandoned-*')} == {f'abandoned-{n}.safetensors' for n in range(3, 9)}
+    assert train_ssl.read_checkpoint(train_ssl.newest_intact(folder))['args']['lr'] == 0.01
+
+
+def test_changed_settings_of_the_optimizer_hold_after_a_resume(train, uninterrupted, tmp_path):
+    folder = rewind(uninterrupted, tmp_path / 'run', 4)
+    train('run', *CALMIX, '--resume', 'auto', '--weight-decay', 0.5, '--momentum', 0.8)
+    state = train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0])
+    groups = state['optimizer']['param_groups']
+    assert sorted(group['weight_decay'] for group in groups) == [0, 0.5]
+    assert {group['momentum'] for group in groups} == {0.8}
+
+
+def test_a_run_resumed_into_another_folder_has_a_best_of_its_own(train, uninterrupted, tmp_path):
+    folder = train('other', *CALMIX, '--resume', uninterrupted / 'checkpoint-4.safetensors')
+    assert (folder / 'best' / 'model.safetensors').is_file()
+    with pytest.raises(UsageError, match='checkpoint-8.safetensors: it is at the end of its 2 epochs; raise --epochs'):
+        train('third', *CALMIX, '--resume', uninterrupted / 'checkpoint-8.safetensors')
+
+
+def test_a_finished_run_gives_the_result_of_the_run_that_finished(train, tmp_path, monkeypatch):
+    results, main = [], train_ssl.main
+    monkeypatch.setattr(train_ssl, 'main', lambda args: results.append(main(args)))
+    for _ in range(2):
+        train('run', '--resume', 'auto')
+    assert results[0] == results[1] and 'ece' in results[0]
 
 
 def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted, tmp_path):
@@ -678,6 +751,28 @@ def test_a_corrupt_image_stops_a_run_with_its_name_and_exit_code_1(tmp_path):
     assert summary(tmp_path / 'skipping')[-1]['train_skipped_images'] == '1'
 
 
+def test_skipped_images_are_those_of_all_processes_and_of_before_a_resume(tmp_path):
+    """Every second evaluation image is broken, and both processes meet two; of training one, in the first epoch."""
+    folder = digits_folder(tmp_path / 'images', broken=True)
+    for path in (folder / 'test').glob('*/*.png'):
+        if int(path.stem) % 2:
+            path.write_bytes(b'')
+    broken = sum(not path.stat().st_size for path in (folder / 'test').glob('*/*.png'))
+    assert 2 < broken < 14
+    flags = (*TINY, '--dataset', folder, '--img-size', 8, '--num-labels', 4, '--skip-bad-images', '--output', tmp_path,
+             '--experiment', 'run')
+    result = run_script('train_ssl.py', *flags, '-vb', 4, processes=2)
+    assert result.returncode == 0 and 'on 2 process(es)' in result.stderr, result.stderr
+    assert [row['train_skipped_images'] for row in summary(tmp_path / 'run')] == [str(broken + 1)] * 2
+    state = train_ssl.read_checkpoint(train_ssl.list_checkpoints(tmp_path / 'run')[0])
+    assert [len(skipped) for skipped in state['skipped_images']] in ([0, 1], [1, 1])
+    before = (tmp_path / 'run' / 'summary.csv').read_bytes()
+    train_ssl.list_checkpoints(tmp_path / 'run')[0].unlink()
+    result = run_script('train_ssl.py', *flags, '-vb', 4, '--resume', 'auto', processes=2)
+    assert result.returncode == 0 and 'at update 4' in result.stderr, result.stderr
+    assert (tmp_path / 'run' / 'summary.csv').read_bytes() == before
+
+
 def digits_folder(root: Path, broken: bool = False) -> Path:
     """A few digits of two classes as an image folder."""
     for split in ('train', 'test'):
@@ -705,6 +800,13 @@ def digits_folder(root: Path, broken: bool = False) -> Path:
     (('--calibratemix', '--calmix-topk', '7'), '--calmix-topk: expected a share'),
     (('--calibratemix', '--calmix-gamma', '2'), '--calmix-gamma: expected a number in'),
     (('--mean', '0.1', '0.2'), 'expected 3 numbers or one'),
+    (('--val-split', 'test[:0%]'), 'no image in it'),
+    (('--momentum', '-1'), '--opt sgd: Invalid momentum'),
+    (('--opt', 'adamw', '--opt-betas', '0.9'), '--opt adamw: '),
+    (('--opt-eps', '0.1'), '--opt-eps: sgd has no eps'),
+    (('--grad-checkpointing', '--model', 'vgg11', '--img-size', '32'), '--grad-checkpointing: vgg11 does not support'),
+    (('--sync-bn',), '--sync-bn: needs GPUs'),
+    (('--amp', '--amp-dtype', 'float16'), '--amp-dtype float16: not available on the device cpu'),
 ])
 def test_a_mistake_is_told_by_what_it_is(train, flags, message):
     with pytest.raises(UsageError, match=message):
@@ -716,6 +818,9 @@ def test_a_mistake_is_told_by_what_it_is(train, flags, message):
     (('--calibratemix', '--algorithm', 'supervised'), 'needs pseudo-labels'),
     (('--opt', 'sdg'), '--opt sdg: unknown'),
     (('--epochs', '0'), '--epochs 0: expected 1 or more'),
+    (('-vb', '0'), '--validation-batch-size 0: expected 1 or more'),
+    (('--torchcompile', 'nosuch'), '--torchcompile nosuch: unknown; there are '),
+    (('--resume', 'auto'), '--resume auto: the default run folder is named by the time'),
     (('--threshold', '1.5'), '--threshold 1.5: expected a number in'),
     (('--calmix-pair', 'random'), 'unrecognized arguments: --calmix-pair'),
 ])
@@ -748,6 +853,18 @@ def test_the_command_line_wins_over_the_config_file_and_the_file_over_defaults(t
     args = train_ssl._parse_args(['--config', str(path), '--epochs', '6'])
     assert (args.epochs, args.lr, args.model_ema, args.opt_betas) == (6, 0.1, False, [0.8, 0.9])
     assert args.model_kwargs == {'act_layer': 'relu'}
+
+
+def test_the_command_line_puts_out_what_the_config_file_says_of_the_same_choice(tmp_path):
+    path = tmp_path / 'config.yaml'
+    train_ssl.write_args(path, train_ssl._parse_args(['--num-labels', '40', '-b', '8']))
+    asked = train_ssl._parse_args(['-c', str(path), '--global-batch-size', '64', '--labels-per-class', '3',
+                                   '--algorithm', 'pseudo_label'])
+    assert (asked.batch_size, asked.global_batch_size) == (None, 64)
+    assert (asked.num_labels, asked.labels_per_class) == (None, 3)
+    plain = train_ssl._parse_args(['--algorithm', 'pseudo_label'])
+    assert train_ssl.lambda_u(1000, asked) == train_ssl.lambda_u(1000, plain) < 0.01
+    assert train_ssl._parse_args(['-c', str(path)]).batch_size == 8
 
 
 def test_a_run_folder_is_never_overwritten_unasked(train):

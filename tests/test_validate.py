@@ -573,6 +573,26 @@ def test_other_classes_than_the_models_are_refused(run_folder, broken_folder, ev
         evaluate('--checkpoint', run_folder / 'best', '--dataset', broken_folder)
 
 
+def test_a_calibration_split_of_other_classes_is_refused(run_folder, tmp_path, evaluate):
+    for grey, (split, names) in enumerate([('test', '0123456789'), ('cal', '123456789x'), ('fit', '0123456789')]):
+        for name in names:
+            (tmp_path / 'set' / split / name).mkdir(parents=True)
+            Image.new('RGB', (8, 8), (grey, ord(name), 0)).save(tmp_path / 'set' / split / name / '0.png')
+    flags = ('--checkpoint', run_folder / 'best', '--dataset', tmp_path / 'set', '--split', 'test')
+    with pytest.raises(UsageError, match='--calibration-split cal: it has other classes than split test'):
+        evaluate(*flags, '--calibration-split', 'cal')
+    evaluate(*flags, '--calibration-split', 'fit')
+
+
+def test_a_temperature_is_stored_in_checkpoint_folders_only(capsys):
+    for given in ([], ['--checkpoint', 'weights.pth']):
+        with pytest.raises(SystemExit) as stopped:
+            validate._parse_args(['--model', 'resnet18', '--pretrained', '--dataset', 'digits', '--calibration-split',
+                                  'train', '--save-temperature', *given])
+        assert stopped.value.code == 2
+        assert '--save-temperature: only checkpoint folders' in capsys.readouterr().err
+
+
 def test_checkpoints_of_different_data_are_compared_only_on_the_same_images(run_folder, run_copy, evaluate):
     run = yaml.safe_load((run_copy / 'args.yaml').read_text())
     (run_copy / 'args.yaml').write_text(yaml.safe_dump(dict(run, val_split='train')))
