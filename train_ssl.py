@@ -1241,12 +1241,11 @@ class Monitor:
         self.seen = self.sums.clone()
 
     def add(self, terms: dict[str, torch.Tensor], step: int) -> None:
-        # ones_like, as new_tensor would wait for a GPU
+        # A GPU would be waited for by new_tensor, and by a number that is assigned to an element.
         row = torch.stack([torch.ones_like(terms['loss']), *(
             terms[name] if name in terms else torch.zeros_like(terms['loss']) for name in self.TERMS
         )]).detach()
-        note = row.clone()
-        note[0] = step
+        note = torch.cat([row.new_full((1,), step), row[1:]])
         self.bad = torch.where((self.bad[0] < 0) & ~terms['loss'].isfinite(), note, self.bad)
         self.sums = self.sums + row
 

@@ -11,6 +11,7 @@ from PIL import Image
 from test_train import Toy, step_args, take_step, toy_batches
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
 import train_ssl
@@ -111,6 +112,18 @@ def on_fake_gpu(module: nn.Module) -> nn.Module:
     return module
 
 
+class NoBlockingCopies(TorchDispatchMode):
+    """Raises at a copy from main memory to the GPU that waits for it, as that of a Python number by `new_tensor`."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        copied = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(function)
+        if copied is not None and out.is_cuda and not args[copied].is_cuda:
+            assert kwargs.get('non_blocking') or args[2:3] == (True,), 'a copy to the GPU waits for it'
+        return out
+
+
 @pytest.mark.parametrize('flags', [
     ['--algorithm', 'fixmatch'],
     ['--algorithm', 'fixmatch', '--calmix-split', 'bank', '--calmix-gamma-dist', 'beta-pair'],
@@ -121,7 +134,9 @@ def on_fake_gpu(module: nn.Module) -> nn.Module:
     ['--algorithm', 'freematch'], ['--algorithm', 'marginmatch'],
 ], ids=' '.join)
 def test_no_step_waits_for_a_gpu(flags):
-    """A tensor without content cannot be read: `.item()`, `bool()` or a boolean index would raise."""
+    """A tensor without content cannot be read: `.item()`, `bool()` or a boolean index would raise. Nor are there copies
+    to the GPU that wait.
+    """
     args = train_ssl._parse_args(['--calibratemix', '--calmix-warmup-epochs', '0', '--device', 'cpu', *flags])
     accelerator = Accelerator(cpu=True)
     model = Toy(4 + (args.algorithm == 'marginmatch'))
@@ -143,13 +158,17 @@ def test_no_step_waits_for_a_gpu(flags):
         unlabeled = dict(weak=images(12), strong=images(12), target=integers(4, 12), index=integers(40, 12))
         if args.algorithm == 'pseudo_label':
             del unlabeled['strong']
-        terms = train_ssl.semi_supervised_step(
-            model, labeled, unlabeled, method, calmix, 5, accelerator, args,
-        )
-        monitor.add(terms, 5)
+        with NoBlockingCopies():
+            terms = train_ssl.semi_supervised_step(
+                model, labeled, unlabeled, method, calmix, 5, accelerator, args,
+            )
+            monitor.add(terms, 5)
         assert terms['loss'].is_cuda and calmix.apm.value.is_cuda and monitor.sums.is_cuda
         with pytest.raises(DataDependentOutputException):
             terms['loss'].item()
+        for copy_number in (terms['loss'].new_tensor, lambda x: monitor.sums.__setitem__(0, x)):
+            with pytest.raises(AssertionError, match='waits'), NoBlockingCopies():
+                copy_number(1.)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
