@@ -2,7 +2,8 @@
 # What the launchers share; they source it. They all take, from the environment:
 #
 #   SCALE            paper (default): the published recipe, 2^20 updates
-#                    cpu: the data set's own images at 16 pixels, a small network, 2,500 updates: for two CPU cores
+#                    cpu: the data set's own images at 16 pixels, 1,000 labels in place of each number, a small network,
+#                    2,500 updates: for two CPU cores
 #                    smoke: the same grid in minutes, offline: 8 updates on the bundled digits IN PLACE OF the data set.
 #                    It shows that a launcher works, and nothing else
 #   DATA_DIR         where the data set lies (default: it comes from the hub)
@@ -129,13 +130,15 @@ of_1024() {
     awk "BEGIN { printf \"%g\", $1 * $value / 1024 }"
 }
 
-runs=() pids=() names=() keys=() began=()
+runs=() pids=() names=() keys=() began=() told=()
 count=0 reaped=0 stopped='' interrupted='' failed='' status_of_failed=0
 
-# The runs in progress are told to stop, which can be resumed.
+# The runs in progress are told to stop, which can be resumed; once, as a second signal would end them as they are.
 stop_runs() {
     local i
     for ((i = reaped; i < ${#pids[@]}; i++)); do
+        if [ -n "${told[i]:-}" ]; then continue; fi
+        told[i]=1
         if [ "${launch[0]}" = accelerate ] && [ "$NUM_PROCESSES" = 1 ]; then
             pkill -TERM -P "${pids[i]}" || true  # accelerate does not pass it on to its only child
         else
@@ -143,7 +146,7 @@ stop_runs() {
         fi
     done
 }
-trap 'interrupted=1 stopped=1; stop_runs' INT TERM HUP USR1
+trap 'interrupted=1 stopped=1 told=(); stop_runs' INT TERM HUP USR1  # a second one is passed on too
 
 # Waits for the oldest run in progress.
 reap() {

@@ -7,7 +7,11 @@
 # SIGTERM or Ctrl-C on one host stops the run on all of them with a checkpoint; the launcher then exits with status 1.
 set -euo pipefail
 : "${NNODES:?the number of hosts}" "${NODE_RANK:?the number of this host, from 0}" "${MASTER_ADDR:?address of host 0}"
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+if [ -z "${NPROC:-}" ] && ! command -v nvidia-smi > /dev/null; then
+    echo "multinode.sh: error: no nvidia-smi to count the GPUs: set NPROC" >&2
+    exit 2
+fi
 nproc=${NPROC:-$(nvidia-smi --list-gpus | wc -l)}
 exec accelerate launch --multi_gpu --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
     --num_processes "$((NNODES * nproc))" --main_process_ip "$MASTER_ADDR" \

@@ -22,7 +22,8 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 # SC2016: the tasks are to expand it. --wait: a task that died takes the others along after a minute.
 # shellcheck disable=SC2016
-srun --wait=60 bash -c '
+# srun does not take --cpus-per-task over from sbatch since Slurm 22.05.
+srun --wait=60 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     exec python train_ssl.py "$@"
 ' task "$@" --resume auto
