@@ -18,8 +18,9 @@
 #   ONLY             N: the N-th run of the grid alone, from 1. report: the table of the runs that are finished
 #   COUNT=1          print the number of runs in the grid, and run nothing
 #
-# Arguments of a launcher go to every run, last, so that they win. A run that is finished is skipped, one that was
-# broken off goes on from its newest checkpoint. A signal (Ctrl-C, TERM, USR1) stops the runs, and the launcher ends
+# Arguments of a launcher go to every run, last, so that they win (but --global-batch-size and other ways to draw the
+# labels exclude the recipe's -b and --num-labels; with NUM_PROCESSES -b is per process). A run that is finished is
+# skipped, one that was broken off goes on from its newest checkpoint. A signal (Ctrl-C, TERM, USR1) stops the runs, and the launcher ends
 # with status 75, as runs do that can be resumed.
 
 set -euo pipefail

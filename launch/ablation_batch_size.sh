@@ -5,7 +5,7 @@
 # eighth of each batch.
 # The paper's figures: none.
 # Measured by us: at SCALE=cpu for 1,000 updates, in results/README.md; the full recipe was not run.
-# Time: so and with --amp one minute (16) to five and a half (256) a run on one core of an AMD EPYC server.
+# Time: in that setting with --amp one minute (16) to five and a half (256) a run on one core of an AMD EPYC server.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 

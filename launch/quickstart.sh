@@ -2,8 +2,8 @@
 # FixMatch alone and with CalibrateMix on 200 of the bundled digits, 20 of them labeled, and 500 to test.
 # Two runs of 1,600 updates, then a table, pictures and CSV files in output/quickstart. So few images let FixMatch
 # learn its own mistakes by heart. CalibrateMix joins for the second half, with half its weight. Flags go to both runs:
-#   bash launch/quickstart.sh --seed 1
-# OUTPUT=DIR puts the runs elsewhere; a run that is there already is not repeated, and one that was stopped goes on.
+#   OUTPUT=output/seed1 bash launch/quickstart.sh --seed 1
+# OUTPUT=DIR puts the runs elsewhere, which other flags need. A finished run is not repeated, a stopped one goes on.
 # It has one scale, and one seed. Time: 67 s on two idle cores of a shared AMD EPYC server.
 SCALE=own
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"

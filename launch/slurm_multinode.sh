@@ -15,7 +15,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
-trap : TERM # SLURM tells the tasks too; wait for them
+requeue=1
+trap 'requeue=' TERM # SLURM tells the tasks too; wait for them. A job that is cancelled is not requeued
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -28,5 +29,5 @@ srun --wait=60 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" bash -c '
     exec python train_ssl.py "$@"
 ' task "$@" --resume auto
 status=$?
-[ "$status" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
+[ "$status" -eq 75 ] && [ -n "$requeue" ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$status"
