@@ -758,6 +758,9 @@ def build_datasets(
     unlabeled_index = torch.arange(len(unlabeled))
     position = locate(train, unlabeled)[index]
     if args.exclude_labeled:
+        if (position < 0).all():
+            _logger.warning(f'--exclude-labeled: no labeled image is known to be in split {unlabeled_split(args)}, and '
+                            'none is left out')
         unlabeled_index = unlabeled_index[~torch.isin(unlabeled_index, position)]
         position = None
     if not len(unlabeled_index):

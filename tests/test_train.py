@@ -301,7 +301,7 @@ def test_precision_layout_clipping_and_the_cheaper_forward_train_and_export(trai
 
 
 @pytest.mark.parametrize('split', ['train', 'test+train', 'train+test', 'train[:50%]+train[50%:]'])
-def test_labeled_images_are_excluded_or_known_wherever_the_unlabeled_set_has_them(split):
+def test_labeled_images_are_excluded_or_known_wherever_the_unlabeled_set_has_them(split, caplog):
     args = train_ssl._parse_args(['--dataset', 'digits', '--unlabeled-split', split, '--num-labels', '20'])
     sources = train_ssl.open_sources(args)
     config = train_ssl.DataConfig((3, 8, 8), (0.,) * 3, (1.,) * 3, 'bilinear', 1.)
@@ -314,7 +314,10 @@ def test_labeled_images_are_excluded_or_known_wherever_the_unlabeled_set_has_the
     labeled = pictures(sources[0], known.source_index)
     assert pictures(sources[1], known.labeled_to_unlabeled) == labeled
     assert len(excluded.unlabeled) == len(known.unlabeled) - 20 and excluded.labeled_to_unlabeled is None
-    assert not {*labeled} & {*pictures(sources[1], excluded.unlabeled.index)}
+    assert not {*labeled} & {*pictures(sources[1], excluded.unlabeled.index)} and not caplog.text
+    args.unlabeled_split = 'test'
+    disjoint = train_ssl.build_datasets(args, train_ssl.open_sources(args), 10, config)
+    assert len(disjoint.unlabeled) == 500 and 'no labeled image is known to be in split test' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['efficientnet_b0', 'densenet121'])
