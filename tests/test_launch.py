@@ -302,7 +302,7 @@ def test_a_failed_run_stops_the_launcher_unless_told_to_keep_going(stand_in):
 
 @pytest.mark.parametrize('jobs', [1, 2])
 def test_a_signal_stops_all_runs_once_and_nothing_else_is_started(stand_in, jobs):
-    """A second signal would end a run without its checkpoint, and the second run takes longer to stop than the first."""
+    """A second signal would end a run without its checkpoint; the second run takes longer to stop than the first."""
     environment = clean_environment({**stand_in.environment, 'SLOW': '1', 'JOBS': str(jobs)})
     command = ['bash', str(ROOT / 'launch' / 'ood.sh')]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
