@@ -2,8 +2,8 @@
 # What the launchers share; they source it. They all take, from the environment:
 #
 #   SCALE            paper (default): the published recipe, 2^20 updates
-#                    cpu: the data set's own images at 16 pixels, 1,000 labels in place of each number, a small network,
-#                    2,500 updates: for two CPU cores
+#                    cpu: the data set's own images at 16 pixels, 1,000 labels in place of each number, a small
+#                    network, 2,500 updates: for two CPU cores
 #                    smoke: the same grid in minutes, offline: 8 updates on the bundled digits IN PLACE OF the data set.
 #                    It shows that a launcher works, and nothing else
 #   DATA_DIR         where the data set lies (default: it comes from the hub)
@@ -20,8 +20,8 @@
 #
 # Arguments of a launcher go to every run, last, so that they win (but --global-batch-size and other ways to draw the
 # labels exclude the recipe's -b and --num-labels; with NUM_PROCESSES -b is per process). A run that is finished is
-# skipped, one that was broken off goes on from its newest checkpoint. A signal (Ctrl-C, TERM, USR1) stops the runs, and the launcher ends
-# with status 75, as runs do that can be resumed.
+# skipped, one that was broken off goes on from its newest checkpoint. A signal (Ctrl-C, TERM, USR1) stops the runs, and
+# the launcher ends with status 75, as runs do that can be resumed.
 
 set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

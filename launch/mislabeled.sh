@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Mislabeled samples: 20 and 40 % of the labels are flipped, and mislabeled.py ranks the labeled images by AUM, flags
 # those below the threshold samples' AUM and tells how many flipped ones it finds (into OUTPUT/found-*). FixMatch with
-# CalibrateMix on CIFAR-10. Two runs for each noise and seed, with disjoint threshold samples, so that every image is judged.
-# Settings: as table1_cifar10.sh, with 4,000 labels (at SCALE=cpu 1,000, at SCALE=smoke 100). Noise and number of labels are our choice.
+# CalibrateMix on CIFAR-10. Two runs for each noise and seed, with disjoint threshold samples: every image is judged.
+# Settings: as table1_cifar10.sh, with 4,000 labels (at SCALE=cpu 1,000, at SCALE=smoke 100). Noise and number of labels
+# are our choice.
 # The paper's figures: not at hand. Measured by us: not run. Time: not measured.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
