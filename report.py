@@ -83,8 +83,9 @@ def read_run(folder: Path) -> dict:
     try:
         metrics = json.loads(path.read_text())
         args = yaml.safe_load((folder / 'args.yaml').read_text())
-        for key in ('data_dir', 'calmix_warmup_epochs', *NAMED):
-            args[key]
+        missing = [key for key in ('data_dir', 'calmix_warmup_epochs', *NAMED) if key not in args]
+        if missing:
+            raise KeyError(f'args.yaml has no {", ".join(missing)}')
         labels = json.loads((folder / 'labels.json').read_text())['num_labels']
         with open(folder / 'summary.csv', newline='') as file:
             curve = [{key: float(row[key]) for key in ('num_updates', 'eval_error', 'eval_ece')}
@@ -126,13 +127,12 @@ def add_settings(runs: list[dict]) -> list[str]:
     dataset, labels, algorithm and variant, and every other argument that differs among runs of one data set and number
     of labels. CalibrateMix's own are compared only among the runs that have it, and are None (–) in the others.
     """
-    differ, folders = [], {}
-    for run in runs:
-        folder = run['args']['data_dir'] or ''
-        folders.setdefault(Path(folder).name, set()).add(folder)
+    differ = []
+    folders = {run['args']['data_dir'] or '' for run in runs if not run['args']['dataset']}
+    alike = Counter(Path(folder).name for folder in folders)
     for run in runs:
         args, folder = run['args'], run['args']['data_dir'] or ''
-        dataset = args['dataset'] or (Path(folder).name if len(folders[Path(folder).name]) == 1 else folder)
+        dataset = args['dataset'] or (Path(folder).name if alike[Path(folder).name] == 1 else folder)
         run['settings'] = dict(dataset=dataset, labels=run['labels'], algorithm=args['algorithm'],
                                variant=variant(args))
     for key in {key: None for run in runs for key in run['args'] if key not in IGNORED + NAMED}:

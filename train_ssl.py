@@ -1593,9 +1593,11 @@ CHECKPOINT_FORMAT = 2  # goes up when the contents of a checkpoint take another 
 # Differences that would attach a margin or a table to another image or class.
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
               'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
-OPTIMIZER_ARGS = dict(weight_decay='weight_decay', momentum='momentum', opt_eps='eps', opt_betas='betas')
+# Differences that nobody needs to be told of.
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
              'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
+# Arguments that an optimizer keeps in its groups, by the names there; from a checkpoint it would take the old values.
+OPTIMIZER_ARGS = dict(weight_decay='weight_decay', momentum='momentum', opt_eps='eps', opt_betas='betas')
 
 
 def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
