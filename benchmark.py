@@ -31,10 +31,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.optim import create_optimizer_v2
 
 import train_ssl
-from calibratemix import MarginBank, pair_dissimilar
-from data import SMALL, ArraySource, BatchDataset, EndlessBatches, ViewDataset, create_loader, seeded
+from backbone import FeaturesAndLogits, build_model
+from calibratemix import CalibrateMix, MarginBank, pair_dissimilar
+from checkpoint import Run
+from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
+from methods import ALGORITHMS, has_extra_class
+from program import setup_accelerator
+from seeds import seeded
+from sources import ArraySource
 from views import BatchViews, build_views
 
 NUM_CLASSES = 10
@@ -111,34 +118,34 @@ def create_run(
         options: argparse.Namespace,
         *flags: str,
         cheap: bool = False,
-) -> tuple[train_ssl.Run, argparse.Namespace]:
+) -> tuple[Run, argparse.Namespace]:
     """What train_ssl.py trains, without its data."""
     argv = ['--model', options.model, '-b', str(options.batch_size), '--mu', str(options.mu), *flags]
     argv += ['--calmix-warmup-epochs', '0', '--device', options.device]
     argv += [flag for flag, given in (('--amp', options.amp), ('--channels-last', options.channels_last)) if given]
     argv += ['--torchcompile'] if options.torchcompile else []
     args = train_ssl._parse_args(argv)
-    accelerator = train_ssl.setup_accelerator(args)
+    accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
     torch.manual_seed(0)
-    timm_model = train_ssl.build_model(args, NUM_CLASSES + train_ssl.has_extra_class(args)).to(accelerator.device)
+    timm_model = build_model(args, NUM_CLASSES + has_extra_class(args)).to(accelerator.device)
     if args.channels_last:
         timm_model.to(memory_format=torch.channels_last)
-    model = Cheap(timm_model.num_features) if cheap else train_ssl.FeaturesAndLogits(timm_model)
+    model = Cheap(timm_model.num_features) if cheap else FeaturesAndLogits(timm_model)
     model.to(accelerator.device)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile)
     trained = model if cheap else timm_model
     ema = train_ssl.build_ema(trained, args)
-    optimizer = train_ssl.create_optimizer_v2(trained, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = create_optimizer_v2(trained, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
     scheduler = train_ssl.build_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
-    method = train_ssl.ALGORITHMS[args.algorithm](options.num_images, NUM_CLASSES, args).to(accelerator.device)
+    method = ALGORITHMS[args.algorithm](options.num_images, NUM_CLASSES, args).to(accelerator.device)
     calmix = None
     if args.calibratemix:
-        calmix = train_ssl.CalibrateMix(options.num_images, options.num_images, NUM_CLASSES, warmup_steps=0)
+        calmix = CalibrateMix(options.num_images, options.num_images, NUM_CLASSES, warmup_steps=0)
         calmix.to(accelerator.device)
     monitor = train_ssl.Monitor(accelerator)
-    run = train_ssl.Run(
+    run = Run(
         model, trained, optimizer, scheduler, ema, method, calmix, monitor, accelerator, torch.arange(4), NUM_CLASSES,
     )
     return run, args
@@ -340,7 +347,7 @@ def bank_rows(options: argparse.Namespace, device: torch.device) -> dict[str, li
 
 
 def pairing_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    calmix = train_ssl.CalibrateMix(64, 448, NUM_CLASSES)
+    calmix = CalibrateMix(64, 448, NUM_CLASSES)
     features, others = torch.randn(64, 128, device=device), torch.randn(448, 128, device=device)
     allowed = (torch.arange(64, device=device) % 2)[:, None] != torch.arange(448, device=device) % 2
 
@@ -389,10 +396,10 @@ def loader_rows(options: argparse.Namespace, device: torch.device) -> dict[str, 
         batch_views = BatchViews(kinds, size, (0.5,) * 3)
         on_gpu = device.type == 'cuda'
         dataset = BatchDataset(dataset, torch.from_numpy(pixels), torch.arange(number), batch_views, on_gpu)
-    config = train_ssl.DataConfig((3, size, size), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
+    config = DataConfig((3, size, size), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
     loader = create_loader(dataset, EndlessBatches(number, options.batch_size * options.mu), options.workers,
                            pin_memory=device.type == 'cuda')
-    batches = iter(train_ssl.Feed(loader, config, device, options.channels_last))
+    batches = iter(Feed(loader, config, device, options.channels_last))
     run, args = create_run(options, '--calibratemix')
 
     def step(unlabeled_batches):
@@ -435,7 +442,7 @@ def complexity_rows(options: argparse.Namespace, device: torch.device) -> dict[s
         for value in values:
             at = dict(usual, **{size: value})
             b, u, classes = at['batch'], at['batch'] * at['ratio'], at['classes']
-            calmix = train_ssl.CalibrateMix(at['rows'], at['rows'], classes, warmup_steps=0).to(device)
+            calmix = CalibrateMix(at['rows'], at['rows'], classes, warmup_steps=0).to(device)
             calmix.apm.value.normal_()  # its memory is the system's to hand out at the first touch
             x, weak = (torch.randn(n, 3, 32, 32, device=device) for n in (b, u))
             f, f_weak = torch.randn(b, 128, device=device), torch.randn(u, 128, device=device)

@@ -29,10 +29,10 @@ import torch
 from PIL import ImageOps
 from timm.utils import setup_default_logging
 
-from data import Source, UsageError
+from checkpoint import read_args
 from metrics import GREY, ORANGE, auroc, average_precision
-from train_ssl import create_parser, open_source, replace_file, run_program
-from validate import read_args
+from program import UsageError, replace_file, run_program
+from sources import SOURCE_FLAGS, Source, open_source
 
 COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')
 SHEET_COLUMNS = 8
@@ -309,7 +309,7 @@ def main(args: Namespace) -> None:
     ranking = rank_labels(runs, args.threshold_percentile)
     if np.isnan(ranking.aum).all():
         raise UsageError(f'{args.runs[0]}: no labeled image has an AUM yet; train longer')
-    data = Namespace(**{**vars(create_parser().parse_args([])), **read_args(args.runs[0] / 'args.yaml')})
+    data = Namespace(**{**SOURCE_FLAGS, **read_args(args.runs[0] / 'args.yaml')})
     data.data_dir = args.data_dir or data.data_dir
     source = open_source(data, data.train_split)
     if ranking.index.max() >= len(source):

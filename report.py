@@ -33,8 +33,8 @@ import torch
 import yaml
 
 from calibratemix import PRESETS
-from data import UsageError
 from metrics import GREY, LINES, ReliabilityBins, _figure, reliability_diagram
+from program import UsageError
 
 COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
 SHOWN = {'error': 'error %', 'ece': 'ECE %', 'nll': 'NLL'}  # in the table; less is better in all of them

@@ -32,7 +32,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
@@ -43,19 +42,9 @@ from torch import nn
 from torchvision import transforms
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from data import (
-    KNOWN,
-    HFSource,
-    RunError,
-    Source,
-    UsageError,
-    ViewDataset,
-    create_loader,
-    create_source,
-    evaluation_batches,
-    open_tables,
-    read_labels,
-)
+from checkpoint import read_args
+from data import DataConfig, Feed, ViewDataset, create_loader, evaluation_batches
+from labels import read_labels
 from metrics import (
     bin_edges,
     calibration_report,
@@ -69,7 +58,8 @@ from metrics import (
     reliability_diagram,
     risk_coverage_diagram,
 )
-from train_ssl import DataConfig, Feed, create_parser, open_source, replace_file, run_program, setup_accelerator
+from program import RunError, UsageError, replace_file, run_program, setup_accelerator
+from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source, open_tables
 
 _logger = logging.getLogger('validate')
 
@@ -231,17 +221,6 @@ def read_run(checkpoint: Path) -> dict:
     return read_args(path) if path.exists() else {}
 
 
-def read_args(path: Path) -> dict:
-    """A run's args.yaml; raises UsageError if it cannot be read or is no mapping."""
-    try:
-        run = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f'{path}: {" ".join(str(error).split())}') from error
-    if not isinstance(run, dict):
-        raise UsageError(f'{path}: expected a mapping of argument names to values')
-    return run
-
-
 def name_checkpoints(checkpoints: list[Path]) -> list[str]:
     """Short and different names: the run's, else the run's and the folder's, else numbered ones."""
     names = [path.parent.name if (path.parent / 'args.yaml').exists() else path.name for path in checkpoints]
@@ -260,7 +239,7 @@ def choose_data(args: Namespace, run: dict) -> Namespace:
     """
     given = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key) is not None}
     own = bool(run) and given.get('dataset', run.get('dataset')) == run.get('dataset')
-    return Namespace(**{**vars(create_parser().parse_args([])), **(run if own else {}), **given, 'own': own})
+    return Namespace(**{**SOURCE_FLAGS, **(run if own else {}), **given, 'own': own})
 
 
 def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
@@ -995,7 +974,7 @@ def evaluate_checkpoint(
 
 
 def main(args: Namespace) -> None:
-    accelerator = setup_accelerator(Namespace(**{**vars(create_parser().parse_args([])), **vars(args)}))
+    accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     checkpoints = [Path(path).resolve() for path in args.checkpoint] or [None]
     runs = [read_run(path) if path else {} for path in checkpoints]

@@ -16,7 +16,7 @@ from timm.data.auto_augment import AugmentOp
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
-from data import UsageError
+from program import UsageError
 
 # --- Images through PIL -----------------------------------------------------------------------------------------------
 

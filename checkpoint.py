@@ -1,0 +1,460 @@
+"""A run's folder: its lock, arguments, checkpoints, weights, summary and margins; saving and resuming."""
+import argparse
+import copy
+import csv
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from calibratemix import CalibrateMix, MarginBank, split_easy_hard
+from data import DataConfig, Datasets
+from labels import label_seed
+from program import RunError, UsageError, replace_file
+from sources import unlabeled_split
+
+_logger = logging.getLogger('train')
+
+TRAIN_COLUMNS = (
+    'loss', 'loss_labeled', 'loss_unlabeled', 'loss_mixup', 'mask_rate', 'pseudo_label_accuracy', 'skipped_updates',
+    'skipped_images',
+)
+EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10', 'mce', 'confidence')
+SUMMARY_COLUMNS = (
+    'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS), 'lr',
+)
+
+
+# --- The folder -------------------------------------------------------------------------------------------------------
+
+def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size: int) -> tuple:
+    """The run folder, the checkpoint to go on from, and on the main process the lock to keep while the run goes on."""
+    found, lock = [None], None
+    if accelerator.is_main_process:
+        name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, str(img_size)])
+        folder = Path(args.output) / name.replace('/', '_')
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
+            if not args.resume and (folder / 'args.yaml').exists():
+                raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
+                                 '--experiment')
+            checkpoint = newest_intact(folder) if args.resume == 'auto' else Path(args.resume) if args.resume else None
+            found = [(folder, checkpoint)]
+        except OSError as error:
+            found = [UsageError(f'--output {args.output}: {folder} cannot be written: {error.strerror}')]
+        except (UsageError, RunError) as error:
+            found = [error]
+    broadcast_object_list(found)  # what the first process found, also that it cannot go on
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return *found[0], lock
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Keeps other runs out of a folder while this process lives; returns the open file, which the caller has to keep.
+
+    The kernel releases the lock however the process ends. It is a POSIX record lock, which data workers do not inherit:
+    a killed run's orphans, alive for some more seconds, cannot keep its resume out. Over NFS it holds between hosts.
+    Where a file system has no locks (Lustre mounted without `flock`), nothing but a warning keeps two runs apart.
+
+    Raises:
+        UsageError: If another process holds the lock.
+    """
+    file = open(folder / '.lock', 'a+')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UsageError(f'{folder} is in use by {file.read() or "another process"}: wait for it, or choose another '
+                         '--experiment') from error
+    except OSError as error:
+        _logger.warning(f'{folder} cannot be locked ({error.strerror}): see that no other run uses it')
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}')
+    file.flush()
+    return file
+
+
+def newest_intact(folder: Path) -> Path | None:
+    for path in list_checkpoints(folder):
+        try:
+            read_checkpoint(path)
+            return path
+        except UsageError as error:
+            _logger.warning(f'{error}; trying an older one')
+    return None
+
+
+def write_args(path: Path, args: argparse.Namespace) -> None:
+    """Writes the arguments as --config takes them."""
+    replayable = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
+    if args.global_batch_size is not None:
+        replayable['batch_size'] = None  # follows from it
+    text = yaml.safe_dump(replayable, sort_keys=False)
+    replace_file(path, lambda part: part.write_text(text))
+
+
+def read_args(path: Path) -> dict:
+    """A run's args.yaml; raises UsageError if it cannot be read or is no mapping."""
+    try:
+        run = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f'{path}: {" ".join(str(error).split())}') from error
+    if not isinstance(run, dict):
+        raise UsageError(f'{path}: expected a mapping of argument names to values')
+    return run
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What changes while a run goes on, and all that a checkpoint holds."""
+    model: nn.Module  # what Accelerate made of it: features and logits, perhaps compiled, perhaps DDP
+    timm_model: nn.Module  # the network itself
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    ema: ModelEmaV3 | None
+    method: nn.Module | None
+    calmix: CalibrateMix | None
+    monitor: Any  # train_ssl.Monitor, whose sums are those of the epoch so far
+    accelerator: Accelerator
+    labels: torch.Tensor  # [2, L] int64, the labeled images' positions in the training split and their targets
+    num_classes: int  # K, without an extra class
+    num_updates: int = 0
+    num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
+    skipped_updates: int = 0
+    skipped_images: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # labeled, unlabeled
+    recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
+    best_metric: float | None = None
+
+    @property
+    def eval_model(self) -> nn.Module:
+        return self.ema.module if self.ema is not None else self.timm_model
+
+
+def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
+    """JSON form of a nested state: its tensors go to `tensors`, and their names take their places."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {'tensor': name}
+    if isinstance(value, dict):  # as pairs: JSON keys would turn an optimizer's integers into strings
+        return {'dict': [[key, pack(item, tensors, f'{name}.{key}')] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [pack(item, tensors, f'{name}.{i}') for i, item in enumerate(value)]
+    return value
+
+
+def unpack(value, tensors: dict[str, torch.Tensor]):
+    """Inverse of `pack`; tuples come back as lists."""
+    if isinstance(value, dict):
+        if 'tensor' in value:
+            return tensors[value['tensor']]
+        return {key: unpack(item, tensors) for key, item in value['dict']}
+    return [unpack(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def whole_bank(bank: MarginBank, accelerator: Accelerator) -> MarginBank:
+    """The main process's copy, in its memory, of a bank that the processes hold in parts; a whole bank is its own.
+
+    All processes take part; what the others return has no rows.
+    """
+    rank, parts = bank.part
+    if parts == 1:
+        return bank
+    whole = MarginBank(
+        bank.num_samples if accelerator.is_main_process else 0, bank.value.shape[1], bank.smoothing, bank.value.dtype,
+    )
+    for name, buffer in bank.named_buffers():
+        for source in range(parts):  # one after the other, so that no process needs the memory for all at once
+            rows = len(range(source, bank.num_samples, parts))
+            rows = buffer if source == rank else buffer.new_empty(rows, *buffer.shape[1:])
+            rows = broadcast(rows, from_process=source)
+            if accelerator.is_main_process:
+                getattr(whole, name)[source::parts] = rows.cpu()
+    return whole
+
+
+def join_skipped(skipped: Sequence[set[int]], accelerator: Accelerator, args: argparse.Namespace) -> list[set[int]]:
+    """Each set joined over the processes, all of which take part."""
+    if not args.skip_bad_images:
+        return [set() for _ in skipped]
+    return [set().union(*gather_object([part])) for part in skipped]
+
+
+def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
+    """Writes `checkpoint-<updates>.safetensors`, and removes older ones beyond `--checkpoint-hist`.
+
+    One file, renamed into place: there is no moment at which the newest checkpoint is incomplete.
+    """
+    run.monitor.check()
+    calmix = None
+    if run.calmix is not None:
+        calmix = run.calmix.state_dict()
+        bank = whole_bank(run.calmix.apm, run.accelerator)
+        calmix.update((f'apm.{name}', table) for name, table in bank.state_dict().items())
+    state = dict(
+        format=CHECKPOINT_FORMAT,
+        model=run.timm_model.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        ema=run.ema.module.state_dict() if run.ema is not None else None,
+        method=run.method.state_dict() if run.method is not None else None,
+        calmix=calmix,
+        scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
+        sums=run.accelerator.gather(run.monitor.sums[None]),
+        labels=run.labels,
+        num_updates=run.num_updates,
+        num_draws=run.num_draws,
+        skipped_updates=run.skipped_updates,
+        skipped_images=[sorted(skipped) for skipped in join_skipped(run.skipped_images, run.accelerator, args)],
+        recorded=run.recorded,
+        best_metric=run.best_metric,
+        num_processes=run.accelerator.num_processes,
+        args=vars(args),
+    )
+    if not run.accelerator.is_main_process:
+        return
+    tensors = {}
+    metadata = {'state': json.dumps(pack(state, tensors))}
+    tensors = {key: value.clone() for key, value in tensors.items()}  # safetensors refuses shared memory
+    path = folder / f'checkpoint-{run.num_updates}.safetensors'
+    replace_file(path, lambda part: save_file(tensors, part, metadata))
+    for old in list_checkpoints(folder)[args.checkpoint_hist:]:
+        old.unlink()
+
+
+def retire_checkpoints(folder: Path, num_updates: int) -> None:
+    """Renames checkpoints of more updates than the run goes on from, to `abandoned-<updates>.safetensors`.
+
+    They are of a course that the run leaves, or broken. --resume auto must not go back to them, and new ones, which
+    have smaller numbers, must not count as older.
+    """
+    for path in list_checkpoints(folder):
+        if int(path.stem.split('-')[1]) > num_updates:
+            path.rename(path.with_name(path.name.replace('checkpoint-', 'abandoned-')))
+            _logger.warning(f'{path} is ahead of the run, at update {num_updates}: renamed to abandoned-...')
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run folder, newest first."""
+    found = [path for path in folder.glob('checkpoint-*.safetensors') if path.stem.split('-')[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.split('-')[1]), reverse=True)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The state in a checkpoint, tensors on the CPU. Nothing in the file is executed.
+
+    Raises:
+        UsageError: If it is missing, truncated or none of ours.
+    """
+    try:
+        with safe_open(path, 'pt') as file:
+            state = json.loads(file.metadata()['state'])
+            return unpack(state, {key: file.get_tensor(key) for key in file.keys()})
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f'--resume {path}: no intact checkpoint of this script ({error})') from error
+
+
+CHECKPOINT_FORMAT = 2  # goes up when the contents of a checkpoint take another form or meaning
+
+# Differences that would attach a margin or a table to another image or class.
+FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
+              'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
+# Differences that nobody needs to be told of.
+FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
+             'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
+# Arguments that an optimizer keeps in its groups, by the names there; from a checkpoint it would take the old values.
+OPTIMIZER_ARGS = dict(weight_decay='weight_decay', momentum='momentum', opt_eps='eps', opt_betas='betas')
+
+
+def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) -> dict[str, tuple]:
+    """Arguments that differ from those of a checkpoint, by name: the old value and the new one. Tells them.
+
+    Raises:
+        UsageError: If the checkpoint belongs to other data, labels, classes, another method or version of this script.
+    """
+    if state.get('format') != CHECKPOINT_FORMAT:
+        raise UsageError(f'--resume {path}: another version of this script made the checkpoint, of format '
+                         f'{state.get("format", "0")} where this one reads {CHECKPOINT_FORMAT}; resume with that one')
+    changed = {key: (old, getattr(args, key)) for key, old in state['args'].items()
+               if key not in FREE_ARGS and hasattr(args, key) and getattr(args, key) != old}
+    if args.global_batch_size is not None:
+        changed.pop('batch_size', None)  # follows from the other, and from the number of processes
+    told = ', '.join(f'--{key.replace("_", "-")} {old} -> {new}' for key, (old, new) in changed.items())
+    if changed.keys() & set(FIXED_ARGS):
+        raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
+    if not torch.equal(state['labels'], run.labels):
+        raise UsageError(f'--resume {path}: the checkpoint was made with other labeled images or labels; give its '
+                         'labels.json as --labels-file')
+    if run.calmix is not None and state['calmix'] is None:
+        raise UsageError(f'--resume {path}: the checkpoint holds no margins; --save-margins keeps them from the start')
+    if told:
+        _logger.warning(f'Resuming with changed arguments: {told}')
+    return changed
+
+
+def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
+    """Puts a run where the checkpoint was.
+
+    Raises:
+        UsageError: If the checkpoint belongs to other data, labels, classes, another method or version of this script.
+    """
+    changed = check_same_run(run, state, path, args)
+    world, old_world = run.accelerator.num_processes, state['num_processes']
+    step, old_step = args.batch_size * world, state['args']['batch_size'] * old_world  # labeled images a step
+    if world != old_world:
+        joined, old_joined = step * args.grad_accum_steps, old_step * state['args']['grad_accum_steps']
+        kept = f'stays {joined}' if joined == old_joined else f'changes from {old_joined} to {joined}'
+        _logger.warning(
+            f'Resuming on {world} instead of {old_world} process(es): the joined batch {kept} labeled images, and '
+            'random partners are drawn anew'
+        )
+    try:
+        run.timm_model.load_state_dict(state['model'])
+        if not args.no_resume_opt:
+            asked = [{key: group[key] for name, key in OPTIMIZER_ARGS.items() if name in changed and key in group}
+                     for group in run.optimizer.param_groups]
+            run.optimizer.load_state_dict(state['optimizer'])
+            for group, values in zip(run.optimizer.param_groups, asked):
+                group.update(values)
+        if run.ema is not None:
+            run.ema.module.load_state_dict(state['ema'])
+        if run.method is not None:
+            run.method.load_state_dict(state['method'])
+        if run.calmix is not None:
+            rank, parts = run.calmix.apm.part
+            run.calmix.load_state_dict({
+                key: table[rank::parts] if key.startswith('apm.') else table for key, table in state['calmix'].items()
+            })
+        for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
+            setattr(run, key, state[key])
+        for skipped, saved in zip(run.skipped_images, state['skipped_images']):
+            skipped.update(saved)
+        run.num_draws = -(-run.num_draws * old_step // step)  # the same place in the data, in batches of the new size
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
+    if run.accelerator.scaler is not None and state['scaler']:
+        run.accelerator.scaler.load_state_dict(state['scaler'])
+    sums = state['sums'].to(run.accelerator.device)
+    if len(sums) != run.accelerator.num_processes:  # the first process takes them all
+        sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))
+    run.monitor.sums, run.monitor.seen = sums[run.accelerator.process_index].clone(), sums.sum(0)
+
+
+# --- What a run leaves ------------------------------------------------------------------------------------------------
+
+def exportable(run: Run) -> nn.Module:
+    """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class."""
+    model = copy.deepcopy(run.eval_model).to('cpu', memory_format=torch.contiguous_format)
+    if model.num_classes > run.num_classes:
+        wide = model.get_classifier()
+        model.reset_classifier(run.num_classes)
+        with torch.no_grad():
+            for name, parameter in model.get_classifier().named_parameters():
+                parameter.copy_(getattr(wide, name)[:-1])
+    return model
+
+
+def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
+    """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes."""
+    scratch = folder / 'part'
+    try:
+        folder.mkdir(exist_ok=True)
+        save_for_hf(
+            exportable(run),
+            scratch,
+            safe_serialization=True,
+            data_config=dict(vars(data_config)),
+        )
+        for name in ('model.safetensors', 'config.json'):
+            os.replace(scratch / name, folder / name)
+        scratch.rmdir()
+    except (OSError, SafetensorError) as error:
+        raise RunError(f'{folder} cannot be written: {getattr(error, "strerror", None) or error}') from error
+    replace_file(folder / 'metrics.json', lambda part: part.write_text(json.dumps(metrics, indent=1) + '\n'))
+
+
+def write_summary(path: Path, row: dict) -> None:
+    """Appends a row to summary.csv, and drops rows of this epoch or later that a run left which was then resumed."""
+    rows = []
+    if path.exists():
+        with open(path, newline='') as file:
+            rows = [old for old in csv.DictReader(file) if int(old['epoch']) < row['epoch']]
+
+    def write(part):
+        with open(part, 'w', newline='') as file:
+            writer = csv.DictWriter(file, SUMMARY_COLUMNS, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+    replace_file(path, write)
+
+
+def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Namespace) -> None:
+    """Writes a table of all labeled, then all unlabeled images.
+
+    Columns: set (labeled, unlabeled); index (position in the training or the unlabeled split); label (that of a labeled
+    image, else the last pseudo-label, -1 if never seen); margin (its AUM or APM, of a threshold sample that of the
+    extra class, null if never seen); visits; easy (of the upper half of its set, by rank; null if never seen); and of
+    labeled images threshold_sample, and where labels were flipped on purpose flipped and true_label.
+    """
+    def rows(name: str, bank: MarginBank, index: torch.Tensor, label: torch.Tensor, **known: torch.Tensor) -> pa.Table:
+        last = bank.label.long().clamp(min=0)
+        value = bank.lookup(torch.arange(len(last), device=last.device), last).cpu()
+        seen = bank.count.cpu() > 0
+        easy = torch.zeros_like(seen).masked_scatter(seen, split_easy_hard(value[seen]))
+        return pa.table(dict(
+            set=pa.array([name] * len(index)),
+            index=index.numpy(),
+            label=label.cpu().long().numpy(),
+            margin=pa.array(value.numpy(), mask=~seen.numpy()),
+            visits=bank.count.cpu().numpy(),
+            easy=pa.array(easy.numpy(), mask=~seen.numpy()),
+            **{key: column.numpy() for key, column in known.items()},
+        ))
+
+    known, noise = dict(threshold_sample=datasets.labeled.targets == run.num_classes), 0.
+    if datasets.labels.original is not None:
+        known.update(flipped=datasets.labels.label != datasets.labels.original, true_label=datasets.labels.original)
+        noise = float(known['flipped'].double().mean())
+    apm = whole_bank(run.calmix.apm, run.accelerator)
+    if not run.accelerator.is_main_process:
+        return
+    parts = [rows('labeled', run.calmix.aum, datasets.labels.index, datasets.labels.label, **known)]
+    if datasets.unlabeled is not None:
+        parts.append(rows('unlabeled', apm, datasets.unlabeled.index, apm.label))
+    schema = pa.schema(dict(
+        set=pa.string(), index=pa.int64(), label=pa.int64(), margin=pa.float32(), visits=pa.int32(), easy=pa.bool_(),
+        threshold_sample=pa.bool_(), flipped=pa.bool_(), true_label=pa.int64(),
+    ), metadata=dict(
+        dataset=args.dataset or args.data_dir,
+        split=args.train_split,
+        unlabeled_split=unlabeled_split(args),
+        label_noise=str(noise),
+        label_seed=str(label_seed(args)),
+        seed=str(args.seed),
+        num_updates=str(run.num_updates),
+    ))
+    table = pa.concat_tables([schema.empty_table(), *parts], promote_options='default')
+    replace_file(path, lambda part: pq.write_table(table, part))

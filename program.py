@@ -1,0 +1,289 @@
+"""What every program here shares: errors in one line, exit status, signals, Accelerate, writing a file whole."""
+import argparse
+import copy
+import importlib.util
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from safetensors import SafetensorError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: not done, go on later
+
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+class UsageError(ValueError):
+    """A user's mistake, told in one line: what, where, and what to do."""
+
+
+class RunError(RuntimeError):
+    """A fault while running, told in one line."""
+
+
+class Stopped(Exception):
+    """A signal asked this run to stop; `signal` is its number."""
+
+    def __init__(self, number: int):
+        super().__init__(f'stopped by {signal.Signals(number).name}')
+        self.signal = number
+        self.signal = number
+
+
+def explain(error: Exception, resume: str = '') -> RunError | None:
+    """What an error of a library or the system says about the run, in one line; None if it is no known fault.
+
+    Args:
+        error: The error.
+        resume: What the line ends with: how nothing that was saved is lost.
+    """
+    text = ' '.join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunError(f'the device is out of memory; a smaller --batch-size or --amp needs less, and in training '
+                        f'--grad-accum-steps and --grad-checkpointing ({text})')
+    if isinstance(error, MemoryError):
+        return RunError(f'out of memory, in this process or in a data worker; fewer --workers need less{resume}')
+    distributed = isinstance(error, torch.distributed.DistError) or re.search('gloo|nccl', text, re.IGNORECASE)
+    # A worker that dies while it hands a batch over leaves a broken connection.
+    if text.startswith('DataLoader worker') or (isinstance(error, (ConnectionError, EOFError)) and not distributed):
+        return RunError(f'a data worker died: {text.rstrip(".")}. If the system was out of memory, fewer --workers '
+                        f'need less{resume}')
+    if isinstance(error, OSError) and error.errno is not None:
+        return RunError(f'{error.filename or "the system"}: {error.strerror}{resume}')
+    if distributed and re.search('connect|timed? ?out|broken pipe|reset by peer|remote process', text, re.IGNORECASE):
+        reason = re.sub(r'^\[[^]]*\] ', '', text)
+        return RunError(f'another process ended, as it will say itself, or does not answer ({reason}){resume}')
+    return None
+
+
+def exit_with(error: UsageError | RunError | Stopped) -> None:
+    """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault, 75 when stopped."""
+    code = 2 if isinstance(error, UsageError) else 1
+    line = f'error: {error}'
+    if isinstance(error, Stopped):
+        code, line = STOPPED, f'{error}; --resume auto goes on from there'
+        for number in STOP_SIGNALS:  # nothing is left to interrupt, and the status shall be this one
+            signal.signal(number, signal.SIG_IGN)
+    # A usage error is the same on all processes of a machine, and the first tells it; a fault may be one process's own.
+    if code == 1 or os.environ.get('LOCAL_RANK', '0') == '0':
+        print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr, flush=True)
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        os._exit(code)  # others may wait in a collective, on which an orderly exit would hang or abort
+    sys.exit(code)
+
+
+def run_program(program: Callable[[], Any], resume: str = '') -> Any:
+    """Returns what the program does; an error of it is told in one line and ends the process (see `exit_with`).
+
+    Only a fault that `explain` does not know shows its traceback.
+    """
+    try:
+        try:
+            return program()
+        except BaseException:
+            # For a data worker that died, torch's handler raises wherever the main thread happens to be: no longer, or
+            # the worker's end could break off the telling of what was raised because of it.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
+    except (UsageError, RunError, Stopped) as error:
+        exit_with(error)
+    except Exception as error:
+        fault = explain(error, resume)
+        if fault is None:
+            traceback.print_exc()
+            fault = RunError('the traceback above is no known fault; please report it')
+        exit_with(fault)
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line over the YAML file that its --config names over defaults.
+
+    The file's entries become arguments in front of the command line's, so that argparse checks them alike.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument('-c', '--config', default=None)
+    path = config.parse_known_args(argv)[0].config
+    if path is None:
+        return parser.parse_args(argv)
+    try:
+        entries = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f'--config {path}: {" ".join(str(error).split())}')
+    if not isinstance(entries, dict):
+        parser.error(f'--config {path}: expected a mapping of argument names to values')
+    actions = {action.dest: action for action in parser._actions}
+    unknown = sorted(str(key) for key in entries if key not in actions)
+    if unknown:
+        parser.error(f'--config {path}: unknown {", ".join(unknown)}')
+    # Of arguments that exclude each other, the command line's puts the file's out.
+    given = copy.deepcopy(parser)
+    for action in given._actions:
+        action.default = argparse.SUPPRESS
+    given = vars(given.parse_args(argv)).keys()
+    for group in parser._mutually_exclusive_groups:
+        names = {action.dest for action in group._group_actions}
+        if names & given:
+            entries = {key: value for key, value in entries.items() if key not in names}
+    front = []
+    for key, value in entries.items():
+        action = actions[key]
+        if value is None or value in ([], {}) or key == 'config':
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                parser.error(f'--config {path}: {key} must be true or false, not {value!r}')
+            front += action.option_strings[0 if value else 1:][:1]  # a plain flag has no second, negative form
+        elif isinstance(value, dict):
+            front += [action.option_strings[-1], *(f'{k}={v!r}' for k, v in value.items())]
+        elif isinstance(value, list):
+            front += [action.option_strings[-1], *map(str, value)]
+        else:
+            front.append(f'{action.option_strings[-1]}={value}')
+    return parser.parse_args(front + argv)
+
+
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+caught = []  # the first of STOP_SIGNALS that came; a list of the module, as handlers are the whole process's
+
+
+def catch_signals() -> None:
+    """Notes a signal of STOP_SIGNALS in `caught`; a second one ends the process, with status 128 + its number.
+
+    A thread reads them, since a handler in Python waits for the main thread, which may hang in a collective or in a
+    file system. Within a second they count as one: a launcher and a terminal or scheduler may both pass on the same.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+    def listen():
+        first = math.inf
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in STOP_SIGNALS:  # torch handles SIGCHLD, to see its data workers end
+                continue
+            if not caught:
+                first = time.monotonic()
+                caught.append(number)
+            elif time.monotonic() > first + 1:
+                os._exit(128 + number)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+class StopRequest:
+    """Whether to stop after the update at hand: `ask` before it, `check` after it.
+
+    A single process just looks. Several have to stop after the same update, whichever of them the signal reached. Their
+    answer is a maximum over a group of gloo's, in main memory, that travels while the update is computed: the device is
+    never waited for, as it would be for a flag in one of the step's own collectives, and stopping takes an update more
+    at the most. A process that died is also noticed here at once, where NCCL would wait for its timeout.
+    """
+
+    def __init__(self, accelerator: Accelerator, timeout: float):
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(backend='gloo', timeout=timedelta(seconds=timeout))
+
+    def ask(self) -> None:
+        if self.group is not None:
+            self.flag = torch.tensor([caught[0] if caught else 0])
+            self.answer = torch.distributed.all_reduce(
+                self.flag, torch.distributed.ReduceOp.MAX, self.group, async_op=True,
+            )
+
+    def check(self) -> None:
+        """Raises Stopped, on all processes alike, if one of them was asked to stop."""
+        if self.group is not None:
+            self.answer.wait()
+            number = int(self.flag)
+        else:
+            number = caught[0] if caught else 0
+        if number:
+            raise Stopped(number)
+
+
+# --- Set-up and files -------------------------------------------------------------------------------------------------
+
+def setup_accelerator(
+        device: str | None = None,
+        amp: bool = False,
+        amp_dtype: str = 'bfloat16',
+        dist_timeout: float = 1800.,
+        sync_bn: bool = False,
+        trackers: Sequence[str] = (),
+        project_dir: str | None = None,
+) -> Accelerator:
+    """Accelerate for this process, with what the flags of these names ask for.
+
+    Raises:
+        UsageError: If the device, the precision, a tracker or Accelerate's own configuration cannot be had here.
+    """
+    # The argument's new name is not yet one that Accelerate passes on.
+    warnings.filterwarnings('ignore', message='`broadcast_buffers` is deprecated', category=FutureWarning)
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f'--log-{missing[0]}: needs the package {missing[0]} (pip install {missing[0]})')
+    accelerator = Accelerator(
+        mixed_precision={'bfloat16': 'bf16', 'float16': 'fp16'}[amp_dtype] if amp else 'no',
+        log_with=list(trackers) or None,
+        project_dir=project_dir,
+        cpu=device == 'cpu',
+        # The script divides the loss itself; the plugin keeps ACCELERATE_GRADIENT_ACCUMULATION_STEPS from doing so too.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
+        # first one's graph needs; share_batch_norm does it after the update.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=dist_timeout)),
+        ],
+    )
+    found = accelerator.device.type
+    if device and found != device:
+        raise UsageError(f'--device {device}: not available here; Accelerate found {found}')
+    if sync_bn and found != 'cuda':
+        raise UsageError(f'--sync-bn: needs GPUs, and the device is {found}')
+    if amp and not accelerator.native_amp:
+        raise UsageError(f'--amp-dtype {amp_dtype}: not available on the device {found}; bfloat16 may be')
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UsageError(f'Accelerate is configured for {accelerator.distributed_type.value}, which this script does '
+                         'not support: launch it with --multi_gpu, or change the configuration (accelerate config)')
+    return accelerator
+
+
+def replace_file(path: Path, write) -> None:
+    """Writes a file whole or not at all: under another name, synced, renamed."""
+    part = path.with_name(path.name + '.part')
+    try:
+        write(part)
+        with open(part, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise RunError(f'{path} cannot be written: {reason}; what was saved before is intact') from error
+    finally:
+        with suppress(OSError):  # a disk that went read-only refuses this too, and the first error is the one to tell
+            part.unlink(missing_ok=True)
