@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image
 
-from data import ArraySource
+from sources import ArraySource
 
 
 def plain(color, size=(6, 5)):

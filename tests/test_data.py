@@ -21,25 +21,12 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms
 from torchvision.transforms import functional
 
-import data
-from data import (
-    KNOWN,
-    ArraySource,
-    EndlessBatches,
-    HFSource,
-    ImageError,
-    UsageError,
-    ViewDataset,
-    create_loader,
-    create_source,
-    decode_image,
-    evaluation_batches,
-    match_classes,
-    read_fold,
-    read_labels,
-    select_labeled,
-    write_labels,
-)
+import seeds
+import sources
+from data import EndlessBatches, ViewDataset, create_loader, evaluation_batches
+from labels import match_classes, read_fold, read_labels, select_labeled, write_labels
+from program import UsageError
+from sources import KNOWN, ArraySource, HFSource, ImageError, create_source, decode_image
 from views import build_views
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,7 +83,9 @@ TARGETS = torch.arange(400) % 10
 
 PRINT_DRAWS = '''
 import torch
-from data import EndlessBatches, item_seed, select_labeled
+from data import EndlessBatches
+from labels import select_labeled
+from seeds import item_seed
 batches = iter(EndlessBatches(50, 8, stream='unlabeled', seed=1))
 print([select_labeled(torch.arange(400) % 10, 40, 10, 1).tolist(), item_seed(1, 'unlabeled', 2, 3), next(batches)])
 '''
@@ -111,7 +100,7 @@ def test_forty_labels_are_four_a_class_and_the_same_in_every_process():
     command = [sys.executable, '-c', PRINT_DRAWS]
     told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     batches = iter(EndlessBatches(50, 8, stream='unlabeled', seed=1))
-    assert told == f'{[index.tolist(), data.item_seed(1, "unlabeled", 2, 3), next(batches)]}\n'
+    assert told == f'{[index.tolist(), seeds.item_seed(1, "unlabeled", 2, 3), next(batches)]}\n'
 
 
 @pytest.mark.parametrize('num_labels', [10, 43, 99])
@@ -535,7 +524,7 @@ def test_an_image_is_located_in_another_source_of_the_same_data(split, other):
         return [of.image(i).tobytes() for i in range(len(of))]
     places = {content: i for i, content in enumerate(pixels(other))}
     assert len(places) == len(where)
-    assert data.locate(source, other).tolist() == [places.get(content, -1) for content in pixels(source)]
+    assert sources.locate(source, other).tolist() == [places.get(content, -1) for content in pixels(source)]
 
 
 def test_an_empty_split_is_an_error():
@@ -556,7 +545,7 @@ def test_lists_as_labels_and_a_loading_script_are_told_in_one_line(tmp_path):
     image = [dict(bytes=encoded(plain(RED)), path=None)]
     rows = datasets.Dataset.from_dict(dict(image=image, label=[[0, 1]])).cast_column('image', datasets.Image())
     with pytest.raises(UsageError, match='must be whole numbers, not List'):
-        data.HFSource(rows, 'toy')
+        sources.HFSource(rows, 'toy')
     (tmp_path / 'toy').mkdir()
     (tmp_path / 'toy' / 'toy.py').write_text('')
     with pytest.raises(UsageError, match='scripts are no longer supported'):
@@ -565,7 +554,7 @@ def test_lists_as_labels_and_a_loading_script_are_told_in_one_line(tmp_path):
 
 @pytest.mark.parametrize('name', ['SVHN', 'STL10', 'CIFAR100', 'MNIST'])
 def test_torchvisions_own_spelling_of_a_set_implies_the_same_as_ours(name):
-    assert data.known_facts(f'torch/{name}') == data.known_facts(f'torch/{name.lower()}') != {}
+    assert sources.known_facts(f'torch/{name}') == sources.known_facts(f'torch/{name.lower()}') != {}
 
 
 def test_folders_have_classes_in_timms_order(tmp_path):
@@ -780,9 +769,9 @@ def test_stl10s_predefined_folds(stl10):
         read_fold(str(stl10 / 'stl10_binary'), 0, 4)
 
 
-@pytest.mark.parametrize('name', data.TORCHVISION)
+@pytest.mark.parametrize('name', sources.TORCHVISION)
 def test_torchvision_has_the_sets_that_are_offered(name):
-    cls = getattr(tv_datasets, data.TORCHVISION[name][0])
+    cls = getattr(tv_datasets, sources.TORCHVISION[name][0])
     parameters = inspect.signature(cls).parameters
     assert parameters.keys() & {'train', 'split', 'version'}
     arrays = ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist', 'qmnist', 'stl10', 'svhn', 'usps')
@@ -891,7 +880,7 @@ def test_only_the_first_five_missing_images_are_named(webvision):
 
 @pytest.mark.parametrize('kind', ['webvision', 'folder'])
 def test_a_large_listing_is_kept_until_a_folder_changes(request, monkeypatch, tmp_path, kind):
-    monkeypatch.setattr(data, 'INDEX_FROM', 2)
+    monkeypatch.setattr(sources, 'INDEX_FROM', 2)
     if kind == 'webvision':
         name, root = 'webvision', request.getfixturevalue('webvision')
         new = root / 'google' / 'q0002' / 'new.jpg'
@@ -930,7 +919,7 @@ def test_a_large_listing_is_kept_until_a_folder_changes(request, monkeypatch, tm
 
 
 def test_a_class_map_in_the_folder_is_watched_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, 'INDEX_FROM', 2)
+    monkeypatch.setattr(sources, 'INDEX_FROM', 2)
     for name in 'ab':
         write_images(tmp_path / 'train' / name, [RED])
     for n, order in enumerate(['a\nb\n', 'b\na\n']):
@@ -941,7 +930,7 @@ def test_a_class_map_in_the_folder_is_watched_too(monkeypatch, tmp_path):
 
 
 def test_a_listing_is_kept_only_once_it_is_settled_and_from_any_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, 'INDEX_FROM', 2)
+    monkeypatch.setattr(sources, 'INDEX_FROM', 2)
     monkeypatch.chdir(tmp_path)
     write_images(Path('set') / 'train' / 'a', [RED, GREEN])
     assert not create_source('set', None, 'train').dataset.cache_files  # more may come within the clock's tick

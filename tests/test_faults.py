@@ -29,9 +29,11 @@ import torch
 from conftest import ROOT, TINY
 from test_train import CALMIX, assert_same_run, summary
 
+import checkpoint
+import program
 import train_ssl
 from calibratemix import CalibrateMix
-from data import RunError, UsageError
+from program import RunError, UsageError
 
 # Long enough to be hit in the middle: 60 updates, CalibrateMix from the 30th on.
 RUN = (*TINY, *CALMIX, '--train-steps-per-epoch', '30')
@@ -133,7 +135,7 @@ def straight(tmp_path_factory) -> dict[int, Path]:
 
 
 def newest(folder: Path) -> int:
-    return int(train_ssl.list_checkpoints(folder)[0].stem.split('-')[1])
+    return int(checkpoint.list_checkpoints(folder)[0].stem.split('-')[1])
 
 
 # --- Signals ----------------------------------------------------------------------------------------------------------
@@ -161,16 +163,16 @@ def test_each_signal_stops_a_run_after_its_update_with_status_75_and_the_resumed
 
 def test_a_signal_during_an_evaluation_stops_there_and_the_resumed_run_evaluates(train, monkeypatch):
     straight = train('straight', *CALMIX)
-    asked = train_ssl.StopRequest.ask
+    asked = program.StopRequest.ask
 
     def ask(self):
         asked(self)
         if sys._getframe(1).f_code.co_name == 'validate':
-            train_ssl.caught.append(signal.SIGTERM)
+            program.caught.append(signal.SIGTERM)
 
-    monkeypatch.setattr(train_ssl, 'caught', [])
-    monkeypatch.setattr(train_ssl.StopRequest, 'ask', ask)
-    with pytest.raises(train_ssl.Stopped, match='stopped by SIGTERM'):
+    monkeypatch.setattr(program, 'caught', [])
+    monkeypatch.setattr(program.StopRequest, 'ask', ask)
+    with pytest.raises(program.Stopped, match='stopped by SIGTERM'):
         train('run', *CALMIX)
     monkeypatch.undo()
     folder = straight.parent / 'run'
@@ -304,7 +306,7 @@ def kill_and_resume(output: Path, kills: int, seed: int, *flags, updates: int = 
     for _ in range(kills):
         job = Job(output, 'run', *flags, '--recovery-interval', 1, '--workers', 2, '--resume', 'auto')
         at = resumed[-1] + chance.randint(1, updates // (kills + 3))
-        while not train_ssl.list_checkpoints(folder) or newest(folder) < at:
+        while not checkpoint.list_checkpoints(folder) or newest(folder) < at:
             assert job.processes[0].is_alive(), job.log()
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.03))
@@ -347,7 +349,7 @@ def _fail_just_before_a_data_worker_dies(log: Path) -> None:
     os.dup2(os.open(log, os.O_WRONLY), 2)
     loader = iter(torch.utils.data.DataLoader(range(100), num_workers=1, multiprocessing_context='fork'))
     next(loader)
-    explain = train_ssl.explain
+    explain = program.explain
 
     def explain_slowly(error, resume):
         loader._workers[0].kill()
@@ -356,8 +358,8 @@ def _fail_just_before_a_data_worker_dies(log: Path) -> None:
 
     def fail():
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-    train_ssl.explain = explain_slowly
-    train_ssl.run_program(fail)
+    program.explain = explain_slowly
+    program.run_program(fail)
 
 
 def test_a_data_worker_that_ends_while_a_fault_is_told_does_not_break_that_off(tmp_path):
@@ -413,8 +415,8 @@ def test_a_launcher_ends_the_run_in_time_when_one_of_its_processes_is_killed(tmp
 
 
 def test_an_unknown_error_keeps_its_traceback():
-    assert train_ssl.explain(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
-    assert train_ssl.explain(KeyError('gloom')) is None
+    assert program.explain(RuntimeError('mat1 and mat2 shapes cannot be multiplied')) is None
+    assert program.explain(KeyError('gloom')) is None
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
@@ -442,7 +444,7 @@ def test_a_resume_on_fewer_processes_says_what_becomes_of_the_joined_batch(strai
         (tmp_path / name / 'checkpoint-60.safetensors').unlink()
         with caplog.at_level(logging.WARNING):
             train(name, *flags, *batch, without='-b')
-        draws[name] = train_ssl.read_checkpoint(train_ssl.list_checkpoints(tmp_path / name)[0])['num_draws']
+        draws[name] = checkpoint.read_checkpoint(checkpoint.list_checkpoints(tmp_path / name)[0])['num_draws']
     told = [line for line in caplog.messages if line.startswith('Resuming on')]
     assert told[0].startswith('Resuming on 1 instead of 2 process(es): the joined batch stays 8 labeled images')
     assert told[1].startswith('Resuming on 1 instead of 2 process(es): the joined batch changes from 8 to 4 labeled')

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import checkpoint
 import train_ssl
 from calibratemix import PRESETS
 
@@ -263,8 +264,8 @@ def test_a_broken_run_goes_on_and_the_launcher_ends_with_its_table(tmp_path, tra
         save_checkpoint(*rest)
         raise KeyboardInterrupt
 
-    save_checkpoint = train_ssl.save_checkpoint
-    monkeypatch.setattr(train_ssl, 'save_checkpoint', save_and_break)
+    save_checkpoint = checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', save_and_break)
     monkeypatch.setattr(train_ssl, '_parse_args', lambda argv: args)
     with pytest.raises(KeyboardInterrupt):
         train(args.experiment)

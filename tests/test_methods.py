@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from test_train import assert_same_run, rewind, run_on, summary, weights
 
-import data
+import checkpoint
+import methods
+import sources
 import train_ssl
 
 CLASSES, IMAGES = 4, 30
@@ -23,7 +25,7 @@ def options(**changes) -> Namespace:
 
 
 def build(name: str, classes: int = CLASSES, **changes) -> torch.nn.Module:
-    return train_ssl.ALGORITHMS[name](IMAGES, classes, options(**changes))
+    return methods.ALGORITHMS[name](IMAGES, classes, options(**changes))
 
 
 def logits_of(probs: list) -> torch.Tensor:
@@ -157,7 +159,7 @@ def test_freematch_equals_its_paper_step_by_step():
     ratio = [m / (tops.count(k) / len(tops)) if k in tops else 0 for k, m in enumerate(mean)]
     target = [m / s for m, s in zip(p_model, share)]
     expected = sum(t / sum(target) * math.log(r / sum(ratio) + 1e-12) for t, r in zip(target, ratio))
-    fairness = method.fairness(strong, weight, Accelerator(cpu=True))
+    fairness = method.further_loss(strong, weight, Accelerator(cpu=True)) / method.factor
     assert fairness.item() == pytest.approx(expected, rel=1e-4)
     fairness.backward()
     assert strong.grad[weight > 0].abs().sum() > 0 and (strong.grad[weight == 0] == 0).all()
@@ -165,7 +167,7 @@ def test_freematch_equals_its_paper_step_by_step():
 
 def test_freematch_fairness_without_any_counted_image_is_zero_with_finite_gradients():
     strong = torch.randn(5, CLASSES, requires_grad=True)
-    fairness = build('freematch').fairness(strong, torch.zeros(5), Accelerator(cpu=True))
+    fairness = build('freematch').further_loss(strong, torch.zeros(5), Accelerator(cpu=True))
     fairness.backward()
     assert fairness.item() == 0 and strong.grad.isfinite().all()
 
@@ -185,10 +187,10 @@ def test_weights_are_finite_for_the_logits_of_a_half_precision_pass(name, dtype)
 def test_marginmatch_equals_a_literal_recomputation():
     args = options(threshold=0.5, epochs=1, train_steps_per_epoch=26, seed=3)
     images = 250
-    method = train_ssl.MarginMatch(images, CLASSES, args)
+    method = methods.MarginMatch(images, CLASSES, args)
     assert (method.first, method.every, method.last, method.num_wrong) == (2, 1, 23, 2)
     method.every = 7
-    flexmatch = train_ssl.FlexMatch(images, CLASSES, args)
+    flexmatch = methods.FlexMatch(images, CLASSES, args)
     apm, visits, wrong, drawn = {}, {}, {}, []
     generator = torch.Generator().manual_seed(0)
     passed = dropped = 0
@@ -231,7 +233,7 @@ def test_marginmatch_equals_a_literal_recomputation():
 def test_marginmatch_saves_the_real_classes_only_and_measures_them(train):
     folder = train('run', '--algorithm', 'marginmatch', '--train-steps-per-epoch', 10, '--threshold', 0.2)
     model = timm.create_model(f'local-dir:{folder / "last"}', pretrained=True).eval()
-    source = data.create_source('digits', None, 'test')
+    source = sources.create_source('digits', None, 'test')
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
     with torch.no_grad():
         logits = model(torch.stack([transform(source.image(i)) for i in range(len(source))]))
@@ -247,10 +249,10 @@ def test_the_logit_margin_penalty_adds_what_exceeds_the_margin():
 
 def test_the_unlabeled_loss_of_pseudo_label_grows_over_its_warmup():
     args = options(lambda_u=2.0, lambda_u_warmup=0.5, epochs=2, train_steps_per_epoch=10)
-    assert [train_ssl.lambda_u(t, args) for t in (0, 5, 10, 15)] == [0, 1, 2, 2]
+    assert [methods.lambda_u(methods.PseudoLabel, t, args) for t in (0, 5, 10, 15)] == [0, 1, 2, 2]
     asked = train_ssl._parse_args(['--algorithm', 'pseudo_label', '--epochs', '10', '--train-steps-per-epoch', '10'])
-    assert [train_ssl.lambda_u(t, asked) for t in (0, 20, 40, 60)] == [0, 0.5, 1, 1]
-    assert train_ssl.lambda_u(0, train_ssl._parse_args([])) == 1
+    assert [methods.lambda_u(methods.PseudoLabel, t, asked) for t in (0, 20, 40, 60)] == [0, 0.5, 1, 1]
+    assert methods.lambda_u(methods.FixMatch, 0, train_ssl._parse_args([])) == 1
 
 
 def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):
@@ -284,7 +286,7 @@ def test_two_processes_keep_the_statistics_and_weights_of_one(train, tmp_path, n
     flags = ('--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15, '--stat-momentum', 0.9,
              '--freematch-fairness', 1)
     folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
-    one, two = (train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0])['method'] for folder in folders)
+    one, two = (checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['method'] for folder in folders)
     fresh = build(name, classes=10).state_dict()
     for key in one:
         assert torch.allclose(one[key].float(), two[key].float(), atol=1e-5), key

@@ -18,10 +18,14 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 from test_train import assert_same_run, rewind, run_on, weights
 
-import data
+import backbone
+import labels
+import methods
 import mislabeled
+import sources
 import train_ssl
-from data import UsageError, flip_labels
+from labels import flip_labels
+from program import UsageError
 
 NOISY = ('--algorithm', 'supervised', '--num-labels', 300, '-b', 32, '--epochs', 1, '--train-steps-per-epoch', 200,
          '--label-noise', 0.2, '--save-margins')
@@ -146,7 +150,7 @@ def test_without_threshold_samples_or_known_flips_there_is_the_ranking_alone(tra
 def record_steps(monkeypatch, name: str, images: int) -> list[tuple]:
     """Keeps of each step the batches and the logits of its first forward pass."""
     steps, outputs = [], []
-    forward, step = train_ssl.FeaturesAndLogits.forward, getattr(train_ssl, name)
+    forward, step = backbone.FeaturesAndLogits.forward, getattr(train_ssl, name)
 
     def recorded_forward(self, x):
         result = forward(self, x)
@@ -159,7 +163,7 @@ def record_steps(monkeypatch, name: str, images: int) -> list[tuple]:
         steps.append((*arguments[:images], outputs[0]))
         return result
 
-    monkeypatch.setattr(train_ssl.FeaturesAndLogits, 'forward', recorded_forward)
+    monkeypatch.setattr(backbone.FeaturesAndLogits, 'forward', recorded_forward)
     monkeypatch.setattr(train_ssl, name, recorded_step)
     return steps
 
@@ -181,7 +185,7 @@ def test_the_file_holds_the_margins_of_the_logits_in_training_at_the_right_image
     supervised = 'supervised' in flags
     steps = record_steps(monkeypatch, *(('supervised_step', 1) if supervised else ('semi_supervised_step', 2)))
     folder = train('run', *SMALL, *flags)
-    columns, source = read(folder), data.create_source('digits', None, 'train')
+    columns, source = read(folder), sources.create_source('digits', None, 'train')
     assert [source.targets[i].item() for i in columns['index']] == columns['true_label'].tolist()
     assert ((columns['label'] != columns['true_label']) == columns['flipped']).all() and columns['flipped'].sum() == 8
     assert columns['threshold_sample'].sum() == (40 // 11 if '--aum-threshold-samples' in flags else 0)
@@ -310,22 +314,22 @@ def test_flipped_labels_are_replayed_by_a_labels_file_and_a_resume_refuses_other
 
 def test_the_two_draws_of_threshold_samples_are_disjoint_seeded_and_one_in_k_plus_1():
     for number, classes in ((300, 10), (12, 10), (3, 2), (1000, 3)):
-        first, second = (data.draw_threshold_samples(number, classes, 0, which) for which in (1, 2))
+        first, second = (labels.draw_threshold_samples(number, classes, 0, which) for which in (1, 2))
         assert len(first) == len(second) == number // (classes + 1)
         rows = torch.cat([first, second])
         assert len(rows.unique()) == len(rows) and 0 <= rows.min() and rows.max() < number
-        assert torch.equal(first, data.draw_threshold_samples(number, classes, 0, 1))
-    assert not torch.equal(first, data.draw_threshold_samples(number, classes, 1, 1))
+        assert torch.equal(first, labels.draw_threshold_samples(number, classes, 0, 1))
+    assert not torch.equal(first, labels.draw_threshold_samples(number, classes, 1, 1))
     with pytest.raises(UsageError, match='needs 11 labeled images or more, not 10'):
-        data.draw_threshold_samples(10, 10, 0, 1)
+        labels.draw_threshold_samples(10, 10, 0, 1)
 
 
-@pytest.mark.parametrize('name', [name for name in train_ssl.ALGORITHMS if name != 'marginmatch'])
+@pytest.mark.parametrize('name', [name for name in methods.ALGORITHMS if name != 'marginmatch'])
 def test_every_method_trains_threshold_samples_but_saves_and_measures_the_real_classes(train, name):
     folder = train('run', '--algorithm', name, '--save-margins', '--aum-threshold-samples', 1, '--threshold', 0.2,
                    '--freematch-fairness', 1, '--logit-margin-penalty', 0.1)
     model = timm.create_model(f'local-dir:{folder / "last"}', pretrained=True).eval()
-    source = data.create_source('digits', None, 'test')
+    source = sources.create_source('digits', None, 'test')
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
     with torch.no_grad():
         logits = model(torch.stack([transform(source.image(i)) for i in range(len(source))]))
@@ -333,7 +337,7 @@ def test_every_method_trains_threshold_samples_but_saves_and_measures_the_real_c
     assert logits.shape == (500, 10)
     assert F.cross_entropy(logits, source.targets).item() == pytest.approx(metrics['nll'], abs=1e-5)
     labels = json.loads((folder / 'labels.json').read_text())
-    assert labels['target'] == [data.create_source('digits', None, 'train').targets[i] for i in labels['index']]
+    assert labels['target'] == [sources.create_source('digits', None, 'train').targets[i] for i in labels['index']]
 
 
 @pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch'])
@@ -353,7 +357,7 @@ def test_the_extra_class_is_no_pseudo_label_and_takes_no_confidence(name):
     for extra in (False, True):
         args = train_ssl._parse_args(['--algorithm', name])
         args.aum_threshold_samples = 1 if extra else None
-        method = train_ssl.ALGORITHMS[name](6, 4, args)
+        method = methods.ALGORITHMS[name](6, 4, args)
         labeled = dict(image=torch.zeros(2, 1), target=torch.tensor([0, 1]), index=torch.arange(2))
         unlabeled = dict(weak=torch.zeros(6, 1), strong=torch.zeros(6, 1), target=torch.ones(6).long(),
                          index=torch.arange(6))
@@ -389,7 +393,7 @@ def test_the_contact_sheet_takes_images_of_any_size_and_long_names(tmp_path, num
     names = ['an_unusually_long_name_of_a_class_that_goes_on', 'Coelacanth-of-the-Comoros', 'Rindfleischetikett'] * 2
     sizes = [(8, 8), (700, 20), (20, 700), (1, 1), (300, 300)][:number]
     red = [np.broadcast_to(np.array([255, 0, 0], np.uint8), (1, *size, 3)) for size in sizes]
-    source = data.JoinedSource([data.ArraySource(image, [k], names, 'toy') for k, image in enumerate(red)])
+    source = sources.JoinedSource([sources.ArraySource(image, [k], names, 'toy') for k, image in enumerate(red)])
     label, wrong = np.arange(number), np.arange(number) % 2 == 0
     ranking = mislabeled.Ranking(
         index=label, label=label, flipped=wrong, true_label=(label + 1) % 6, aum=np.linspace(-1, 1, number),

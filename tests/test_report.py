@@ -15,8 +15,8 @@ from PIL import Image
 
 import report
 import train_ssl
-from data import UsageError
 from metrics import reliability_bins
+from program import UsageError
 
 
 def test_the_quickstart_ends_in_a_table_a_csv_file_and_a_picture(tmp_path):

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
+import data
+import methods
 import train_ssl
 from calibratemix import CalibrateMix
 
@@ -140,8 +142,8 @@ def test_no_step_waits_for_a_gpu(flags):
     args = train_ssl._parse_args(['--calibratemix', '--calmix-warmup-epochs', '0', '--device', 'cpu', *flags])
     accelerator = Accelerator(cpu=True)
     model = Toy(4 + (args.algorithm == 'marginmatch'))
-    method = train_ssl.ALGORITHMS[args.algorithm](40, 4, args)
-    datasets = train_ssl.Datasets(range(10), range(40), None, None, torch.arange(10), None, None, None)
+    method = methods.ALGORITHMS[args.algorithm](40, 4, args)
+    datasets = data.Datasets(range(10), range(40), None, None, torch.arange(10), None, None, None)
     calmix = train_ssl.build_calmix(args, datasets, 4, accelerator)
     monitor = train_ssl.Monitor(accelerator)
     with FakeTensorMode():

@@ -20,10 +20,14 @@ from conftest import ROOT, TINY, run_script
 from safetensors.torch import load_file
 from torch import nn
 
+import backbone
+import checkpoint
 import data
+import methods
+import sources
 import train_ssl
 from calibratemix import CalibrateMix
-from data import RunError, UsageError
+from program import RunError, UsageError
 from views import build_views
 
 CALMIX = ('--calibratemix', '--calmix-warmup-epochs', '1')
@@ -52,11 +56,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     """The very same weights, bank, table of results and labels."""
     for name in ('summary.csv', 'labels.json', 'last/model.safetensors', 'best/model.safetensors', 'last/metrics.json'):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    states = [train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0]) for folder in (a, b)]
+    states = [checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0]) for folder in (a, b)]
     tensors = [{}, {}]
     for state, found in zip(states, tensors):
         del state['args']
-        train_ssl.pack(state, found)
+        checkpoint.pack(state, found)
     assert tensors[0].keys() == tensors[1].keys() and len(tensors[0]) > 10
     for name, tensor in tensors[0].items():
         assert torch.equal(tensor, tensors[1][name]), name
@@ -65,7 +69,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 def rewind(folder: Path, to: Path, num_updates: int) -> Path:
     """A copy of a run that kept every checkpoint, as a kill after `num_updates` would have left it."""
     shutil.copytree(folder, to)
-    for path in train_ssl.list_checkpoints(to):
+    for path in checkpoint.list_checkpoints(to):
         if int(path.stem.split('-')[1]) > num_updates:
             path.unlink()
     return to
@@ -101,7 +105,7 @@ def step_args(**changes) -> Namespace:
 
 
 def take_step(model, labeled, unlabeled, args, calmix=None, num_updates=0) -> dict[str, torch.Tensor]:
-    method = train_ssl.ALGORITHMS[args.algorithm](len(unlabeled['index']), 4, args)
+    method = methods.ALGORITHMS[args.algorithm](len(unlabeled['index']), 4, args)
     accelerator = Accelerator(cpu=True)
     return train_ssl.semi_supervised_step(
         model, labeled, unlabeled, method, calmix, num_updates, accelerator, args,
@@ -240,7 +244,7 @@ def test_a_model_whose_head_cannot_be_split_is_refused(train):
 def test_features_and_logits_are_the_models_own():
     model = timm.create_model('wide_resnet10_1', drop_rate=0.0).eval()
     x = torch.randn(3, 3, 32, 32)
-    features, logits = train_ssl.FeaturesAndLogits(model)(x)
+    features, logits = backbone.FeaturesAndLogits(model)(x)
     assert torch.equal(logits, model(x))
     assert torch.equal(features, model.forward_head(model.forward_features(x), pre_logits=True))
 
@@ -303,18 +307,18 @@ def test_precision_layout_clipping_and_the_cheaper_forward_train_and_export(trai
 @pytest.mark.parametrize('split', ['train', 'test+train', 'train+test', 'train[:50%]+train[50%:]'])
 def test_labeled_images_are_excluded_or_known_wherever_the_unlabeled_set_has_them(split, caplog):
     args = train_ssl._parse_args(['--dataset', 'digits', '--unlabeled-split', split, '--num-labels', '20'])
-    sources = train_ssl.open_sources(args)
-    config = train_ssl.DataConfig((3, 8, 8), (0.,) * 3, (1.,) * 3, 'bilinear', 1.)
-    known = train_ssl.build_datasets(args, sources, 10, config)
+    opened = train_ssl.open_sources(args)
+    config = data.DataConfig((3, 8, 8), (0.,) * 3, (1.,) * 3, 'bilinear', 1.)
+    known = train_ssl.build_datasets(args, opened, 10, config)
     args.exclude_labeled = True
-    excluded = train_ssl.build_datasets(args, sources, 10, config)
+    excluded = train_ssl.build_datasets(args, opened, 10, config)
 
     def pictures(source, index):
         return [source.image(i).tobytes() for i in index.tolist()]
-    labeled = pictures(sources[0], known.source_index)
-    assert pictures(sources[1], known.labeled_to_unlabeled) == labeled
+    labeled = pictures(opened[0], known.labels.index)
+    assert pictures(opened[1], known.labeled_to_unlabeled) == labeled
     assert len(excluded.unlabeled) == len(known.unlabeled) - 20 and excluded.labeled_to_unlabeled is None
-    assert not {*labeled} & {*pictures(sources[1], excluded.unlabeled.index)} and not caplog.text
+    assert not {*labeled} & {*pictures(opened[1], excluded.unlabeled.index)} and not caplog.text
     args.unlabeled_split = 'test'
     disjoint = train_ssl.build_datasets(args, train_ssl.open_sources(args), 10, config)
     assert len(disjoint.unlabeled) == 500 and 'no labeled image is known to be in split test' in caplog.text
@@ -364,11 +368,11 @@ def test_evaluation_leaves_mode_statistics_and_random_state_alone(train):
     model.layer1.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    source = data.create_source('digits', None, 'test')
+    source = sources.create_source('digits', None, 'test')
     view = build_views(8, (0.5,) * 3)['eval']
-    config = train_ssl.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
+    config = data.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
     dataset = data.ViewDataset(source, {'image': view}, torch.arange(9))
-    feed = train_ssl.Feed(data.create_loader(dataset, data.evaluation_batches(9, 2)), config, accelerator.device, False)
+    feed = data.Feed(data.create_loader(dataset, data.evaluation_batches(9, 2)), config, accelerator.device, False)
     assert train_ssl.validate(model, feed, accelerator, 10, 2).compute()['count'] == 9
     assert torch.equal(random_state, torch.get_rng_state())
     assert model.training and not model.layer1.training and model.layer2.training
@@ -379,19 +383,19 @@ COUNTING = '''
 import sys
 import timm, torch
 sys.path.insert(0, {root!r})
-import data, train_ssl, views
+import data, program, train_ssl, views
 args = train_ssl._parse_args(['--device', 'cpu'])
-accelerator = train_ssl.setup_accelerator(args)
+accelerator = program.setup_accelerator(args.device)
 torch.manual_seed(0)
 model = timm.create_model('wide_resnet10_1')
 view = views.build_views(8, (0.5,) * 3)['eval']
-config = train_ssl.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
+config = data.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
 results = []
 for number, batch_size in ((9, 2), (3, 4), (1, 1)):
-    source = data.create_source('digits', None, 'test')
+    source = sources.create_source('digits', None, 'test')
     dataset = data.ViewDataset(source, {{'image': view}}, torch.arange(number))
     batches = data.evaluation_batches(number, batch_size, accelerator.process_index, accelerator.num_processes)
-    feed = train_ssl.Feed(data.create_loader(dataset, batches), config, accelerator.device, False)
+    feed = data.Feed(data.create_loader(dataset, batches), config, accelerator.device, False)
     results.append(train_ssl.validate(model, feed, accelerator, 10, batch_size).compute())
 if accelerator.is_main_process:
     import json
@@ -440,7 +444,7 @@ def test_the_main_job_leaves_every_promised_file_and_a_result_line(shipped):
 def test_the_summary_has_one_row_per_epoch_with_the_same_columns(shipped):
     rows = summary(shipped[0])
     assert [row['epoch'] for row in rows] == ['0', '1'] and [row['num_updates'] for row in rows] == ['4', '8']
-    assert tuple(rows[0]) == train_ssl.SUMMARY_COLUMNS
+    assert tuple(rows[0]) == checkpoint.SUMMARY_COLUMNS
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     assert float(rows[0]['train_loss_mixup']) == 0 and float(rows[1]['train_loss_mixup']) > 0
 
@@ -451,7 +455,7 @@ def test_timm_loads_the_saved_weights_and_gets_the_runs_own_metrics(shipped):
     config = timm.data.resolve_data_config({}, model=model)
     assert config['input_size'] == (3, 8, 8) and config['crop_pct'] == 1.0
     transform = timm.data.create_transform(**config)
-    source = data.create_source('digits', None, 'test')
+    source = sources.create_source('digits', None, 'test')
     with torch.no_grad():
         logits = model(torch.stack([transform(source.image(i)) for i in range(len(source))]))
     metrics = json.loads((folder / 'last/metrics.json').read_text())
@@ -463,7 +467,7 @@ def test_the_labels_are_balanced_and_recorded(shipped):
     labels = json.loads((shipped[0] / 'labels.json').read_text())
     assert labels['num_labels'] == len(labels['index']) == 20
     assert torch.bincount(torch.tensor(labels['target'])).tolist() == [2] * 10
-    targets = data.create_source('digits', None, 'train').targets
+    targets = sources.create_source('digits', None, 'train').targets
     assert targets[labels['index']].tolist() == labels['target']
 
 
@@ -509,7 +513,7 @@ def test_labels_are_drawn_by_class_or_by_share_too(train):
         labels = json.loads((train(flag.strip('-'), *flags, without='--num-labels') / 'labels.json').read_text())
         drawn[flag] = torch.bincount(torch.tensor(labels['target'])).tolist()
     assert drawn['--labels-per-class'] == [3] * 10
-    counts = torch.bincount(data.create_source('digits', None, 'train').targets).tolist()
+    counts = torch.bincount(sources.create_source('digits', None, 'train').targets).tolist()
     assert drawn['--label-fraction'] == [math.floor(0.05 * n + 0.5) for n in counts]
 
 
@@ -559,12 +563,12 @@ def test_a_run_resumed_on_two_processes_ends_bit_identical_to_one_on_two(tmp_pat
 
 
 def test_resume_refuses_other_labels_other_data_and_broken_files(train, uninterrupted, tmp_path):
-    checkpoint = train_ssl.list_checkpoints(uninterrupted)[0]
+    newest = checkpoint.list_checkpoints(uninterrupted)[0]
     with pytest.raises(UsageError, match='other labeled images'):
-        train('a', *CALMIX, '--resume', checkpoint, '--label-seed', 7)
+        train('a', *CALMIX, '--resume', newest, '--label-seed', 7)
     with pytest.raises(UsageError, match='--model wide_resnet10_1 -> wide_resnet16_2'):
-        train('b', *CALMIX, '--resume', checkpoint, '--model', 'wide_resnet16_2')
-    broken = {'truncated': checkpoint.read_bytes()[:5000], 'empty': b'', 'foreign': b'not a checkpoint' * 99}
+        train('b', *CALMIX, '--resume', newest, '--model', 'wide_resnet16_2')
+    broken = {'truncated': newest.read_bytes()[:5000], 'empty': b'', 'foreign': b'not a checkpoint' * 99}
     for name, content in broken.items():
         path = tmp_path / f'{name}.safetensors'
         path.write_bytes(content)
@@ -575,10 +579,10 @@ def test_resume_refuses_other_labels_other_data_and_broken_files(train, uninterr
 
 
 def test_a_checkpoint_of_another_version_of_the_script_is_told_as_such(train, uninterrupted, monkeypatch):
-    checkpoint = train_ssl.list_checkpoints(uninterrupted)[0]
-    monkeypatch.setattr(train_ssl, 'CHECKPOINT_FORMAT', 99)
+    newest = checkpoint.list_checkpoints(uninterrupted)[0]
+    monkeypatch.setattr(checkpoint, 'CHECKPOINT_FORMAT', 99)
     with pytest.raises(UsageError, match=r'another version of this script made the checkpoint, of format \d .* 99'):
-        train('run', *CALMIX, '--resume', checkpoint)
+        train('run', *CALMIX, '--resume', newest)
 
 
 def test_a_resume_that_is_refused_or_finds_the_run_finished_leaves_its_arguments_as_they_are(
@@ -598,16 +602,16 @@ def test_going_back_leaves_the_abandoned_checkpoints_behind_for_good(train, unin
     back = folder / 'checkpoint-2.safetensors'
     flags = ('--calibratemix', '--calmix-warmup-epochs', 0.5, '--lr', 0.01, '--recovery-interval', 1)
     train('run', *flags, '--resume', back, '--epochs', 1, '--checkpoint-hist', 2)
-    assert [path.name for path in train_ssl.list_checkpoints(folder)] == [
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == [
         'checkpoint-4.safetensors', 'checkpoint-3.safetensors']
     assert {path.name for path in folder.glob('abandoned-*')} == {f'abandoned-{n}.safetensors' for n in range(3, 9)}
-    assert train_ssl.read_checkpoint(train_ssl.newest_intact(folder))['args']['lr'] == 0.01
+    assert checkpoint.read_checkpoint(checkpoint.newest_intact(folder))['args']['lr'] == 0.01
 
 
 def test_changed_settings_of_the_optimizer_hold_after_a_resume(train, uninterrupted, tmp_path):
     folder = rewind(uninterrupted, tmp_path / 'run', 4)
     train('run', *CALMIX, '--resume', 'auto', '--weight-decay', 0.5, '--momentum', 0.8)
-    state = train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0])
+    state = checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])
     groups = state['optimizer']['param_groups']
     assert sorted(group['weight_decay'] for group in groups) == [0, 0.5]
     assert {group['momentum'] for group in groups} == {0.8}
@@ -630,7 +634,7 @@ def test_a_finished_run_gives_the_result_of_the_run_that_finished(train, tmp_pat
 
 def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted, tmp_path):
     folder = rewind(uninterrupted, tmp_path / 'run', 6)
-    newest = train_ssl.list_checkpoints(folder)[0]
+    newest = checkpoint.list_checkpoints(folder)[0]
     newest.write_bytes(newest.read_bytes()[:1000])
     train('run', *CALMIX, *EVERY_UPDATE, '--resume', 'auto')
     assert_same_run(uninterrupted, folder)
@@ -643,7 +647,7 @@ def test_two_processes_draw_the_same_labels_and_fill_the_same_bank_as_one(train,
     flags = (*CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0)
     folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
     assert (folders[0] / 'labels.json').read_bytes() == (folders[1] / 'labels.json').read_bytes()
-    one, two = (train_ssl.read_checkpoint(train_ssl.list_checkpoints(folder)[0])['calmix'] for folder in folders)
+    one, two = (checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['calmix'] for folder in folders)
     assert one['apm.count'].sum() == 8 * 16 and one['aum.count'].sum() == 8 * 8
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
@@ -684,8 +688,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over_good_wei
 def test_no_checkpoint_is_written_of_weights_after_a_loss_that_is_not_finite(train, tmp_path):
     with pytest.raises(RunError, match='not finite'):
         train('run', '--lr', '1e30', '--log-interval', 99, *EVERY_UPDATE)
-    for path in train_ssl.list_checkpoints(tmp_path / 'run'):
-        model = train_ssl.read_checkpoint(path)['model']
+    for path in checkpoint.list_checkpoints(tmp_path / 'run'):
+        model = checkpoint.read_checkpoint(path)['model']
         assert all(tensor.isfinite().all() for tensor in model.values())
 
 
@@ -767,10 +771,10 @@ def test_skipped_images_are_those_of_all_processes_and_of_before_a_resume(tmp_pa
     result = run_script('train_ssl.py', *flags, '-vb', 4, processes=2)
     assert result.returncode == 0 and 'on 2 process(es)' in result.stderr, result.stderr
     assert [row['train_skipped_images'] for row in summary(tmp_path / 'run')] == [str(broken + 1)] * 2
-    state = train_ssl.read_checkpoint(train_ssl.list_checkpoints(tmp_path / 'run')[0])
+    state = checkpoint.read_checkpoint(checkpoint.list_checkpoints(tmp_path / 'run')[0])
     assert [len(skipped) for skipped in state['skipped_images']] in ([0, 1], [1, 1])
     before = (tmp_path / 'run' / 'summary.csv').read_bytes()
-    train_ssl.list_checkpoints(tmp_path / 'run')[0].unlink()
+    checkpoint.list_checkpoints(tmp_path / 'run')[0].unlink()
     result = run_script('train_ssl.py', *flags, '-vb', 4, '--resume', 'auto', processes=2)
     assert result.returncode == 0 and 'at update 4' in result.stderr, result.stderr
     assert (tmp_path / 'run' / 'summary.csv').read_bytes() == before
@@ -779,7 +783,7 @@ def test_skipped_images_are_those_of_all_processes_and_of_before_a_resume(tmp_pa
 def digits_folder(root: Path, broken: bool = False) -> Path:
     """A few digits of two classes as an image folder."""
     for split in ('train', 'test'):
-        source = data.create_source('digits', None, split)
+        source = sources.create_source('digits', None, split)
         for label in (0, 1):
             (root / split / str(label)).mkdir(parents=True)
             for i in (source.targets == label).nonzero().squeeze(1)[:8].tolist():
@@ -860,13 +864,13 @@ def test_the_command_line_wins_over_the_config_file_and_the_file_over_defaults(t
 
 def test_the_command_line_puts_out_what_the_config_file_says_of_the_same_choice(tmp_path):
     path = tmp_path / 'config.yaml'
-    train_ssl.write_args(path, train_ssl._parse_args(['--num-labels', '40', '-b', '8']))
+    checkpoint.write_args(path, train_ssl._parse_args(['--num-labels', '40', '-b', '8']))
     asked = train_ssl._parse_args(['-c', str(path), '--global-batch-size', '64', '--labels-per-class', '3',
                                    '--algorithm', 'pseudo_label'])
     assert (asked.batch_size, asked.global_batch_size) == (None, 64)
     assert (asked.num_labels, asked.labels_per_class) == (None, 3)
     plain = train_ssl._parse_args(['--algorithm', 'pseudo_label'])
-    assert train_ssl.lambda_u(1000, asked) == train_ssl.lambda_u(1000, plain) < 0.01
+    assert methods.lambda_u(methods.PseudoLabel, 1000, asked) == methods.lambda_u(methods.PseudoLabel, 1000, plain) < 0.01
     assert train_ssl._parse_args(['-c', str(path)]).batch_size == 8
 
 

@@ -20,10 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision import transforms
 
+import data
 import metrics
-import train_ssl
 import validate
-from data import RunError, UsageError, ViewDataset, create_source
+from data import ViewDataset
+from program import RunError, UsageError
+from sources import create_source
 
 PICTURES = ('reliability_diagram', 'confidence_histogram', 'risk_coverage_diagram', 'class_diagram')
 
@@ -622,7 +624,7 @@ def test_a_data_worker_that_dies_is_told_in_one_line_without_the_advice_for_trai
                                                                                     capsys):
     def die(self):
         raise RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
-    monkeypatch.setattr(train_ssl.Feed, '__iter__', die)
+    monkeypatch.setattr(data.Feed, '__iter__', die)
     arguments = ['validate.py', '--checkpoint', run_folder / 'best', '--device', 'cpu', '-j', '0', '--results-dir',
                  tmp_path]
     monkeypatch.setattr('sys.argv', [*map(str, arguments), '--split', 'test[:5]'])

@@ -10,18 +10,11 @@ from timm.data import create_transform
 from torchvision.transforms import functional
 
 import data
-import train_ssl
+import seeds
 import views
-from data import (
-    KNOWN,
-    ArraySource,
-    BatchDataset,
-    ImageError,
-    UsageError,
-    ViewDataset,
-    create_loader,
-    decode_all,
-)
+from data import BatchDataset, ViewDataset, create_loader, decode_all
+from program import UsageError
+from sources import KNOWN, ArraySource, ImageError
 from views import ALL_OPS, GEOMETRIC_OPS, PIXEL_OPS, BatchViews, FlipCrop, StrongAugment, build_views
 
 RED = (255, 0, 0)
@@ -76,7 +69,7 @@ def test_weak_views_are_all_crops_of_a_reflected_border_and_flips(hflip):
             crop = padded[top:top + 16, left:left + 16]
             known[crop.tobytes()], known[crop[:, ::-1].tobytes()] = (top, left, False), (top, left, True)
     weak = build_views(16, (0.5,) * 3, hflip=hflip)['weak']
-    with data.seeded(0):
+    with seeds.seeded(0):
         drawn = [known[weak(image)[0].numpy().tobytes()] for _ in range(600)]
     assert len(set(drawn)) == (50 if hflip == 0.5 else 25)
     assert abs(np.mean([flip for _, _, flip in drawn]) - hflip) < 0.1
@@ -102,7 +95,7 @@ def test_strong_operations_have_equal_shares_and_uniform_magnitudes():
     strong, image, seen = StrongAugment(1, 0.0, (0, 0, 0)), plain(RED), {name: [] for name in RANGES}
     for op in strong.ops:
         op.aug_fn = lambda picture, *level, name=op.name, **_: seen[name].append(level) or picture
-    with data.seeded(0):
+    with seeds.seeded(0):
         for _ in range(7000):
             strong(image)
     shares = {name: len(levels) for name, levels in seen.items()}
@@ -140,7 +133,7 @@ def test_cutout_is_a_square_with_a_side_uniform_up_to_half_the_image(monkeypatch
     uniform, sides = random.uniform, []
     monkeypatch.setattr(random, 'uniform', lambda low, high: high / 2 if high == 200 else uniform(low, high))
     strong = StrongAugment(0, 0.5, (255, 255, 255))
-    with data.seeded(0):
+    with seeds.seeded(0):
         for _ in range(400):
             width, height = blanked(strong(Image.new('RGB', (200, 200))))
             assert abs(width - height) <= 1
@@ -278,7 +271,7 @@ def test_batched_views_have_the_distribution_of_those_through_pil(kind):
     numbers = torch.rand(draws, batch_views.num_numbers, generator=torch.Generator().manual_seed(0))
     batched = batch_views(torch.from_numpy(picture).expand(draws, -1, -1, -1).contiguous(), numbers)['view'].float()
     view = build_views(16, (0.5,) * 3)[kind]
-    with data.seeded(0):
+    with seeds.seeded(0):
         single = torch.stack([view(Image.fromarray(picture)) for _ in range(draws)]).float()
     error = ((batched.var(0) + single.var(0)) / draws).sqrt()
     assert ((batched.mean(0) - single.mean(0)).abs() / error).max() < 5  # of 768 pixels, in standard errors
@@ -308,8 +301,8 @@ def test_an_image_of_a_batch_has_the_views_of_its_pass_and_index_whoever_stands_
 def test_views_that_are_left_to_the_device_are_those_of_the_loader():
     keys = [(0, 5), (1, 5), (0, 7)]
     expected = batched(noise_source(12)).__getitems__(keys)
-    config = train_ssl.DataConfig((3, 16, 16), (0., 0., 0.), (1 / 255,) * 3, 'bilinear', 1.0)
-    feed = train_ssl.Feed(create_loader(batched(noise_source(12), defer=True), [keys]), config, 'cpu', False)
+    config = data.DataConfig((3, 16, 16), (0., 0., 0.), (1 / 255,) * 3, 'bilinear', 1.0)
+    feed = data.Feed(create_loader(batched(noise_source(12), defer=True), [keys]), config, 'cpu', False)
     [batch] = feed
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], expected[name].float()) for name in KINDS)
