@@ -25,7 +25,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 import numpy as np
 import timm
 import torch
@@ -38,6 +37,7 @@ from backbone import FeaturesAndLogits, build_model
 from calibratemix import CalibrateMix, MarginBank, pair_dissimilar
 from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
+from figures import complexity_diagram
 from methods import ALGORITHMS, has_extra_class
 from program import setup_accelerator
 from seeds import seeded
@@ -460,26 +460,14 @@ def complexity_rows(options: argparse.Namespace, device: torch.device) -> dict[s
     return rows
 
 
-def draw_complexity(rows: dict[str, list[float]], path: str) -> None:
-    matplotlib.use('agg')
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import EngFormatter
+def by_size(rows: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
+    """The rows of `complexity_rows` by the size that grows, in words, and its value."""
     titles = dict(classes='classes', ratio='unlabeled images per labeled one', rows='images in the set',
                   batch='labeled images in the batch')
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3), sharey=True, layout='constrained')
-    for axis, (size, title) in zip(axes, titles.items()):
-        found = {int(name.split()[3].rstrip(',')): values for name, values in rows.items() if f', {size} ' in name}
-        middle = [median(values) for values in found.values()]
-        quartiles = [np.percentile(values, (25, 75)) for values in found.values()]
-        axis.errorbar(list(found), middle, abs(np.transpose(quartiles) - middle), marker='o', capsize=3)
-        axis.set(xscale='log', xlabel=title)
-        axis.set_xticks(list(found), [EngFormatter(sep='')(value) for value in found])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale('log')
-    axes[0].set_ylabel('ms a step')
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return {
+        title: {int(name.split()[3].rstrip(',')): values for name, values in rows.items() if f', {size} ' in name}
+        for size, title in titles.items()
+    }
 
 
 # --- Table ------------------------------------------------------------------------------------------------------------
@@ -576,7 +564,7 @@ def main() -> None:
         rows.update(usb_rows(options, device))
     if 'complexity' in options.rows:
         grown = complexity_rows(options, device)
-        draw_complexity(grown, options.picture)
+        complexity_diagram(by_size(grown), options.picture)
         rows.update(grown)
     if 'processes' in options.rows and device.type == 'cpu':
         rows.update(process_rows(options))

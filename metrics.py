@@ -1,4 +1,4 @@
-"""Calibration metrics and reliability diagrams.
+"""Calibration metrics: numbers only. figures.py draws them.
 
 Everything starts from logits, in float32 softmax, or from probabilities that are checked to be such: a function that
 takes `probs` never guesses, it raises when rows do not sum to 1. `softmax32` is the way from one to the other.
@@ -174,7 +174,7 @@ def _bins_from_sums(sums: torch.Tensor, edges: torch.Tensor) -> ReliabilityBins:
     return ReliabilityBins(count, correct / per_row, confidence.double() / CONFIDENCE_UNIT / per_row, edges)
 
 
-def _check_pairs(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def check_pairs(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Confidences [N] in [0, 1] and right or wrong [N] bool, in main memory, sorted by both."""
     confidence = torch.as_tensor(confidence).detach().cpu()
     correct = torch.as_tensor(correct).detach().cpu()
@@ -219,7 +219,7 @@ def reliability_bins(
         ValueError: Empty input, unequal lengths, or a confidence outside [0, 1]; the message names the row.
     """
     edges = bin_edges(n_bins)
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     return _bins_from_sums(
         _bin_sums(confidence, correct, _equal_width_index(confidence, n_bins, closed), n_bins),
         edges,
@@ -235,7 +235,7 @@ def equal_mass_bins(confidence: torch.Tensor, correct: torch.Tensor, n_bins: int
     """
     if n_bins < 1:
         raise ValueError(f'n_bins is {n_bins}; expected at least 1')
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     last = -(-torch.arange(n_bins + 1) * len(confidence) // n_bins) - 1
     edges = confidence[last.clamp(min=0)]
     index = torch.bucketize(confidence, edges[1:-1].contiguous())
@@ -374,7 +374,7 @@ class EvalMeter:
             raise ValueError(f'{count} samples were evaluated; the sums are exact up to {MAX_COUNT}')
 
     def bins(self, n_bins: int = 15) -> ReliabilityBins:
-        """The bins for `reliability_diagram`: 15 right-closed (default) or 10 left-closed ones."""
+        """The bins of a reliability diagram: 15 right-closed (default) or 10 left-closed ones."""
         if n_bins not in (10, 15):
             raise ValueError(f'n_bins is {n_bins}; expected 15 or 10, which is what the meter keeps')
         self._require_samples()
@@ -469,7 +469,7 @@ def smooth_ece(confidence: torch.Tensor, correct: torch.Tensor) -> float:
         correct: Whether the prediction is right, [N], bool or 0/1.
     """
     cells = 4096
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     confidence = confidence.double()
     residual = (correct.double() - confidence) / len(confidence)
     place = (confidence * cells - 0.5).clamp(0, cells - 1)
@@ -566,7 +566,7 @@ def bootstrap_intervals(
         raise ValueError(f'rounds is {rounds}; expected at least 1')
     if not 0 < level < 1:
         raise ValueError(f'level is {level}; expected between 0 and 1')
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     n = len(confidence)
     index = _equal_width_index(confidence, 15, 'right')
     gap = confidence.double() - correct.double()
@@ -584,6 +584,41 @@ def bootstrap_intervals(
         error=(min(error, error_low), max(error, error_high)),
         ece=(max(0.0, min(ece, 2 * ece - ece_high)), max(ece, 2 * ece - ece_low)),
     )
+
+
+def ece_difference_interval(
+        first: tuple[torch.Tensor, torch.Tensor],
+        other: tuple[torch.Tensor, torch.Tensor],
+        rounds: int,
+        seed: int,
+) -> tuple[float, float]:
+    """95 % interval of the ECE (15 right-closed bins) of one model less that of another on the same images.
+
+    Both are resampled together, so that what the images have in common cancels. The interval is the basic one, as that
+    of ECE in `bootstrap_intervals`, for the same reason.
+
+    Args:
+        first: Confidence [N] and correct [N] of the model that is subtracted.
+        other: Of the other model, in the same order.
+        rounds: Resamplings, at least 1.
+        seed: Of a generator of its own.
+
+    Returns:
+        low, high; fractions.
+    """
+    inner = bin_edges(15)[1:-1].contiguous()
+    sides = [(torch.bucketize(conf, inner), conf.double() - correct.double()) for conf, correct in (first, other)]
+    n = len(first[0])
+
+    def difference(rows):
+        a, b = (torch.bincount(index[rows], gap[rows], minlength=15).abs().sum() / n for index, gap in sides)
+        return b - a
+
+    generator = torch.Generator().manual_seed(seed)
+    value = float(difference(torch.arange(n)))
+    drawn = torch.stack([difference(torch.randint(n, (n,), generator=generator)) for _ in range(rounds)])
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return min(value, 2 * value - high), max(value, 2 * value - low)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,7 +680,7 @@ def risk_coverage(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[torc
     Returns:
         coverage i/N and risk, both [N] float64.
     """
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     _, group = confidence.unique(return_inverse=True)
     tie_error = torch.bincount(group, (~correct).double()) / torch.bincount(group)
     taken = torch.arange(1, len(confidence) + 1, dtype=torch.float64)
@@ -745,194 +780,3 @@ def calibration_report(
             rates[f'{name}_low'], rates[f'{name}_high'] = low, high
     report.update((name, None if value is None else 100 * value) for name, value in rates.items())
     return report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures, all as PNG. Their colours are from the palette of Okabe and Ito (2008), distinct for colour-blind readers.
-
-BLUE = '#0072B2'
-ORANGE = '#D55E00'
-GREEN = '#009E73'
-GREY = '#6E6E6E'
-LINES = ((BLUE, '-'), (ORANGE, '--'), (GREEN, '-.'), ('#CC79A7', ':'), ('black', '-'), ('#E69F00', '--'))
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure (inches) and its axes [rows, columns]; without pyplot, so no display or global state is touched."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for axis in axes.flat:
-        axis.spines[['top', 'right']].set_visible(False)
-        axis.set_axisbelow(True)
-        axis.grid(color='0.9', linewidth=0.8)
-        axis.tick_params(labelsize=10)
-    return figure, axes
-
-
-def reliability_diagram(panels: 'list[tuple[str, ReliabilityBins]]', path: str) -> None:
-    """Writes reliability diagrams side by side, six in a line, each above the histogram of its confidence.
-
-    Blue bars are a bin's accuracy. A hatched box reaches from there to the bin's mean confidence: upwards and orange
-    where the model claims too much, downwards and green where it claims too little. ECE of these bins is in the title.
-
-    Args:
-        panels: Title and bins (`reliability_bins`, `equal_mass_bins`, `EvalMeter.bins`) of each diagram.
-        path: The PNG file to write; its folder must exist.
-    """
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    if not panels:
-        raise ValueError('panels is empty: there is no diagram to draw')
-    over = {'facecolor': '#F6CBB0', 'edgecolor': ORANGE, 'hatch': '////', 'linewidth': 0.8}
-    under = {'facecolor': '#BFE6DA', 'edgecolor': GREEN, 'hatch': '\\\\\\\\', 'linewidth': 0.8}
-    columns = min(len(panels), 6)
-    lines = -(-len(panels) // columns)
-    figure, axes = _figure(
-        0.9 + 3.9 * columns, 6.6 * lines, 2 * lines, columns, sharex=True, sharey='row',
-        height_ratios=[3.4, 1] * lines,
-    )
-    pairs = [pair for line in range(lines) for pair in axes[2 * line:2 * line + 2].T]
-    for axis in [axis for pair in pairs[len(panels):] for axis in pair]:
-        axis.remove()
-    for (title, bins), (top, bottom) in zip(panels, pairs):
-        filled = bins.count > 0
-        # A bin of equal confidences has no width in an equal-mass diagram; it is drawn as a thin bar.
-        width = bins.edges.diff().clamp(min=0.005)[filled].tolist()
-        left = bins.edges[:-1][filled].clamp(max=0.995).tolist()
-        acc, gap, weight = bins.accuracy[filled], bins.gap[filled], bins.weight[filled]
-        top.bar(left, acc.tolist(), width, align='edge', color=BLUE, edgecolor='white', linewidth=0.6)
-        for style, height in ((over, gap.clamp(min=0)), (under, gap.clamp(max=0))):
-            shown = [i for i, value in enumerate(height.tolist()) if value]
-            top.bar(
-                [left[i] for i in shown],
-                height[shown].tolist(),
-                [width[i] for i in shown],
-                bottom=acc[shown].tolist(),
-                align='edge',
-                **style,
-            )
-        top.plot([0, 1], [0, 1], color='black', linestyle='--', linewidth=1.2)
-        top.set_title(f'{title}\nECE {100 * bins.ece:.1f} %', fontsize=13)
-        bottom.bar(left, weight.tolist(), width, align='edge', color='0.75', edgecolor='white', linewidth=0.6)
-        bottom.axvline(float((weight * acc).sum()), color=BLUE, linewidth=2)
-        bottom.axvline(float((weight * (acc + gap)).sum()), color=ORANGE, linewidth=2, linestyle='--')
-        bottom.set_xlabel('confidence', fontsize=11)
-        bottom.tick_params(labelbottom=True)  # sharex leaves them to the last line
-        top.set(xlim=(0, 1), ylim=(0, 1))
-    for top, bottom in axes[:, 0].reshape(lines, 2):
-        top.set_ylabel('accuracy', fontsize=11)
-        bottom.set_ylabel('share of\nsamples', fontsize=11)
-        bottom.locator_params(axis='y', nbins=3)
-    figure.legend(
-        handles=[
-            Patch(color=BLUE, label='accuracy'),
-            Patch(label='overconfident', **over),
-            Patch(label='underconfident', **under),
-            Line2D([], [], color='black', linestyle='--', label='calibrated'),
-            Line2D([], [], color=BLUE, linewidth=2, label='mean accuracy'),
-            Line2D([], [], color=ORANGE, linewidth=2, linestyle='--', label='mean confidence'),
-        ],
-        loc='outside lower center',
-        ncols={1: 2, 2: 3}.get(len(panels), 6),
-        frameon=False,
-        fontsize=10,
-    )
-    figure.savefig(path)
-
-
-def confidence_histogram(
-        confidence: torch.Tensor,
-        correct: torch.Tensor,
-        path: str,
-        title: str = 'Confidence of right and wrong predictions',
-) -> None:
-    """Writes the histograms (20 bins) of the confidence of right and of wrong predictions, each adding up to 1."""
-    confidence, correct = _check_pairs(confidence, correct)
-    figure, axes = _figure(5.2, 4.4, 2, 1, sharex=True, sharey=True)
-    for axis, label, chosen, colour in (
-            (axes[0, 0], 'right', correct, BLUE),
-            (axes[1, 0], 'wrong', ~correct, ORANGE),
-    ):
-        number = int(chosen.sum())
-        share = torch.histc(confidence[chosen].float(), bins=20, min=0, max=1) / max(1, number)
-        axis.bar((torch.arange(20) / 20).tolist(), share.tolist(), 0.05, align='edge', color=colour, edgecolor='white')
-        axis.set_ylabel(f'share of {label}\n({number:,} images)', fontsize=11)
-    axes[0, 0].set_title(title, fontsize=13)
-    axes[0, 0].set_xlim(0, 1)
-    axes[1, 0].set_xlabel('confidence', fontsize=11)
-    figure.savefig(path)
-
-
-def risk_coverage_diagram(curves: 'list[tuple[str, torch.Tensor, torch.Tensor]]', path: str) -> None:
-    """Writes risk-coverage curves in one picture.
-
-    Args:
-        curves: Label, confidence [N] and correct [N] of each model.
-        path: The PNG file to write.
-    """
-    if not curves:
-        raise ValueError('curves is empty: there is nothing to draw')
-    figure, [[axis]] = _figure(5.2, 4.0 + 0.25 * len(curves))
-    for number, (label, confidence, correct) in enumerate(curves):
-        coverage, risk = risk_coverage(confidence, correct)
-        colour, line = LINES[number % len(LINES)]
-        axis.plot(
-            coverage.numpy(), risk.numpy(), color=colour, linestyle=line, linewidth=1.8,
-            label=f'{label} (area {100 * float(risk.mean()):.1f} %)',
-        )
-    axis.set_title('Error when only the most confident are kept', fontsize=13)
-    axis.set_xlabel('coverage', fontsize=11)
-    axis.set_ylabel('error of those kept', fontsize=11)
-    axis.set_xlim(0, 1)
-    axis.set_ylim(bottom=0)
-    figure.legend(loc='outside lower center', frameon=False, fontsize=10)
-    figure.savefig(path)
-
-
-def class_diagram(
-        predicted: torch.Tensor,
-        confidence: torch.Tensor,
-        correct: torch.Tensor,
-        path: str,
-        class_names: 'list[str] | None' = None,
-        limit: int = 30,
-) -> None:
-    """Writes accuracy and mean confidence of the images put into each class, the largest gaps on top.
-
-    Args:
-        predicted: Predicted classes [N].
-        confidence: Top probabilities [N].
-        correct: Whether the prediction is right, [N].
-        path: The PNG file to write.
-        class_names: Names by class number; the numbers if None.
-        limit: At most this many classes are drawn.
-    """
-    _check_pairs(confidence, correct)
-    predicted = torch.as_tensor(predicted).cpu()
-    if predicted.shape != torch.as_tensor(confidence).shape:
-        raise ValueError(f'predicted has shape {list(predicted.shape)}; expected [{len(confidence)}] like confidence')
-    count = torch.bincount(predicted)
-    acc = torch.bincount(predicted, torch.as_tensor(correct).cpu().double()) / count.clamp(min=1)
-    conf = torch.bincount(predicted, torch.as_tensor(confidence).cpu().double()) / count.clamp(min=1)
-    classes = [k for k in (acc - conf).abs().argsort(descending=True, stable=True).tolist() if count[k]]
-    shown = classes[:limit][::-1]
-    figure, [[axis]] = _figure(5.6, 1.6 + 0.26 * len(shown))
-    rows = range(len(shown))
-    axis.hlines(rows, acc[shown].tolist(), conf[shown].tolist(), color=GREY, linewidth=2)
-    axis.plot(acc[shown].tolist(), rows, 'o', color=BLUE, markersize=7, label='accuracy', clip_on=False)
-    axis.plot(
-        conf[shown].tolist(), rows, 'D', color=ORANGE, markerfacecolor='white', markeredgewidth=1.8, markersize=6,
-        label='mean confidence', clip_on=False,
-    )
-    names = [str(k) if class_names is None else class_names[k] for k in shown]
-    axis.set_yticks(rows, [f'{name} ({int(count[k])})' for name, k in zip(names, shown)])
-    axis.set(xlim=(0, 1), ylim=(-0.6, len(shown) - 0.4))
-    axis.set_ylabel('predicted class (images)', fontsize=11)
-    part = '' if len(shown) == len(classes) else f'\n(the {len(shown)} largest gaps of {len(classes)} classes)'
-    axis.set_title(f'Calibration by class{part}', fontsize=13)
-    figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=10)
-    figure.savefig(path)

@@ -16,7 +16,6 @@ were flipped on purpose (train_ssl.py --label-noise), prints how many of them ar
 import argparse
 import csv
 import math
-import textwrap
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +25,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from PIL import ImageOps
 from timm.utils import setup_default_logging
 
 from checkpoint import read_args
-from metrics import GREY, ORANGE, auroc, average_precision
+from figures import Cell, contact_sheet
+from metrics import auroc, average_precision
 from program import UsageError, replace_file, run_program
 from sources import SOURCE_FLAGS, Source, open_source
 
 COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')
-SHEET_COLUMNS = 8
-CELL = (1.35, 1.85)  # inches
 
 
 def _parse_args(argv: list[str] | None = None) -> Namespace:
@@ -260,47 +257,34 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
     Raises:
         ImageError: If one of the images cannot be decoded.
     """
-    from matplotlib.figure import Figure
+    def name(label):
+        return source.class_names[label] if source.class_names else str(label)
+
+    def cell(row):
+        wrong = ranking.flipped is not None and ranking.flipped[row]
+        note = ' flagged' if ranking.flagged is not None and ranking.flagged[row] else ''
+        image = source.image(int(ranking.index[row]))
+        image.thumbnail((192, 192))  # never enlarges
+        return Cell(
+            image,
+            name(ranking.label[row]),
+            name(ranking.true_label[row]) if wrong else None,
+            f'{ranking.aum[row]:.2f}{note}',
+        )
 
     ranked = int((~np.isnan(ranking.aum)).sum())
     number = min(num_images, (ranked + 1) // 2)
-    parts = [
-        (f'The {number} most suspicious of {len(ranking.index)} labels (lowest AUM)', range(number)),
-        (f'The {min(number, ranked - number)} easiest (highest AUM)',
-         range(ranked - 1, max(ranked - number, number) - 1, -1)),
-    ]
-    lines = math.ceil(number / SHEET_COLUMNS)
-    figure = Figure(figsize=(SHEET_COLUMNS * CELL[0], 2 * (lines * CELL[1] + 0.6)), dpi=150, layout='constrained')
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-
-    def caption(before, label):
-        name = source.class_names[label].replace('_', ' ') if source.class_names else str(label)
-        return textwrap.fill(before + name, 16, max_lines=2, placeholder='…')
-
-    for panel, (title, rows) in zip(figure.subfigures(2, 1), parts):
+    parts = []
+    for title, rows in (
+            (f'The {number} most suspicious of {len(ranking.index)} labels (lowest AUM)', range(number)),
+            (f'The {min(number, ranked - number)} easiest (highest AUM)',
+             range(ranked - 1, max(ranked - number, number) - 1, -1)),
+    ):
         if ranking.flipped is not None:
             wrong = int(ranking.flipped[list(rows)].sum())
             title += f', {wrong} known to be wrong' + (' (framed, with the true label)' if wrong else '')
-        panel.suptitle(title, fontsize=12)
-        axes = panel.subplots(lines, SHEET_COLUMNS, squeeze=False).flatten()
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, row in zip(axes, rows):
-            image = source.image(int(ranking.index[row]))
-            image.thumbnail((192, 192))  # never enlarges
-            side = max(image.size)
-            square = ImageOps.pad(image, (side, side), color='white')  # so that captions stand in a line
-            axis.imshow(np.asarray(square), interpolation='nearest' if side < 64 else 'antialiased')
-            axis.set_axis_on()
-            axis.set(xticks=[], yticks=[])
-            wrong = ranking.flipped is not None and ranking.flipped[row]
-            text = [caption('', ranking.label[row])] + ([caption('true: ', ranking.true_label[row])] if wrong else [])
-            style = dict(color=ORANGE, fontweight='bold') if wrong else {}
-            axis.set_title('\n'.join(text), fontsize=8, **style)
-            note = ' flagged' if ranking.flagged is not None and ranking.flagged[row] else ''
-            axis.set_xlabel(f'{ranking.aum[row]:.2f}{note}', fontsize=8, color=GREY)
-            axis.spines[:].set(color=ORANGE if wrong else '0.8', linewidth=3 if wrong else 0.8)
-    figure.savefig(path, format='png')
+        parts.append((title, [cell(row) for row in rows]))
+    contact_sheet(parts, path)
 
 
 def main(args: Namespace) -> None:

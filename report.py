@@ -33,7 +33,8 @@ import torch
 import yaml
 
 from calibratemix import PRESETS
-from metrics import GREY, LINES, ReliabilityBins, _figure, reliability_diagram
+from figures import Curve, reliability_diagram, training_curves
+from metrics import ReliabilityBins
 from program import UsageError
 
 COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
@@ -316,39 +317,18 @@ def draw_reliability(runs: list[dict], keys: list[str], rows: list[str], folder:
     return paths
 
 
-def draw_curves(runs: list[dict], keys: list[str], rows: list[str], path: Path) -> None:
-    """Error and ECE side by side, a line of pictures for each combination of the `rows` settings."""
-    groups = group(runs, rows)
-    figure, axes = _figure(13, 4.2 * len(groups), len(groups), 2)
-    for (values, found), pair in zip(groups.items(), axes):
-        ends, line_keys = {warmup_updates(run['args']) for run in found} - {None}, varying(found, keys)
-        for i, (line, same) in enumerate(group(found, line_keys).items()):
-            color, style = LINES[i % len(LINES)][0], LINES[(i + i // len(LINES)) % len(LINES)][1]
-            end = warmup_updates(same[0]['args'])
-            updates = sorted(set.intersection(*({row['num_updates'] for row in run['curve']} for run in same)))
-            for axis, metric in zip(pair, ('eval_error', 'eval_ece')):
-                curves = [{row['num_updates']: row[metric] for row in run['curve']} for run in same]
-                points = [mean_and_deviation([curve[update] for curve in curves]) for update in updates]
-                axis.plot(updates, [mean for mean, _ in points], color=color, linestyle=style, markersize=4,
-                          marker='o' if len(updates) < 20 else None, label=title(line_keys, line))
-                if len(same) > 1:
-                    axis.fill_between(updates, [m - d for m, d in points], [m + d for m, d in points], color=color,
-                                      alpha=0.12, linewidth=0)
-                if len(ends) > 1 and end is not None:
-                    axis.axvline(end, color=color, linestyle=style, linewidth=1)
-        if len(ends) > 1:
-            pair[1].plot([], [], color='none', label='upright: end of warmup')
-        for axis, name in zip(pair, ('error %', 'ECE %')):
-            if len(ends) == 1:
-                axis.axvline(*ends, color=GREY, linestyle=(0, (1, 2)), linewidth=1.5, label='end of warmup')
-            axis.set_title(title(rows, values), fontsize=12)
-            axis.set(xlabel='updates', ylabel=name)
-            axis.set_xlim(left=0)
-            axis.locator_params(axis='x', integer=True, nbins=7)
-        pair[1].set_ylim(bottom=0)
-        pair[1].legend(loc='center left', bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=10,
-                       handlelength=3)
-    figure.savefig(path)
+def curves(runs: list[dict], keys: list[str]) -> list[Curve]:
+    """One for each setting of these runs, over its seeds, at the updates that all of them have."""
+    found, line_keys = [], varying(runs, keys)
+    for line, same in group(runs, line_keys).items():
+        updates = sorted(set.intersection(*({row['num_updates'] for row in run['curve']} for run in same)))
+        metrics = {}
+        for metric in ('error', 'ece'):
+            by_update = [{row['num_updates']: row[f'eval_{metric}'] for row in run['curve']} for run in same]
+            points = [mean_and_deviation([values[update] for values in by_update]) for update in updates]
+            metrics[metric] = [m for m, _ in points], [d for _, d in points] if len(same) > 1 else None
+        found.append(Curve(title(line_keys, line), updates, metrics, warmup_updates(same[0]['args'])))
+    return found
 
 
 def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[str]) -> tuple[str, list[Path]]:
@@ -376,7 +356,8 @@ def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[
         {'run': run['run'], **{key: f'{run["metrics"][key]:.4f}' for key in COLUMNS[1:]}} for run in runs
     ])
     pictures = draw_reliability(runs, keys, rows, output)
-    draw_curves(runs, keys, rows, output / 'curves.png')
+    panels = [(title(rows, values), curves(found, keys)) for values, found in group(runs, rows).items()]
+    training_curves(panels, output / 'curves.png')
     names = ('table.md', 'table.tex', 'table.csv', 'runs.csv', 'comparison.csv')
     return as_markdown(*table), [*(output / name for name in names), *pictures, output / 'curves.png']
 

@@ -44,21 +44,19 @@ from torchvision import transforms
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from checkpoint import read_args
 from data import DataConfig, Feed, ViewDataset, create_loader, evaluation_batches
+from figures import class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
 from labels import read_labels
 from metrics import (
-    bin_edges,
     calibration_report,
-    class_diagram,
     confidence_and_correct,
-    confidence_histogram,
+    ece_difference_interval,
     equal_mass_bins,
     ood_metrics,
     ood_scores,
     reliability_bins,
-    reliability_diagram,
-    risk_coverage_diagram,
 )
 from program import RunError, UsageError, replace_file, run_program, setup_accelerator
+from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
 from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source, open_tables
 
 _logger = logging.getLogger('validate')
@@ -68,8 +66,6 @@ DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_downloa
              'target_key', 'skip_bad_images')
 MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
               'std')
-# A fitted temperature stays between these. Networks have some 0.3 to 5; the likelihood alone may want 0 or infinity.
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.
 OOD_SCORES = ('msp', 'energy', 'margin')
 
 
@@ -448,129 +444,6 @@ def check_model(model: nn.Module, config: DataConfig, accelerator: Accelerator, 
         raise UsageError(f'{name} gives {list(shape)} for an image; expected logits of its {model.num_classes} classes')
 
 
-# --- After-training calibration ---------------------------------------------------------------------------------------
-
-def _minimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor]) -> None:
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=500,
-        tolerance_grad=1e-10,
-        tolerance_change=1e-13,
-        line_search_fn='strong_wolfe',
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-
-
-def fit_temperature(logits: torch.Tensor, target: torch.Tensor) -> tuple[float, bool]:
-    """Temperature T that makes softmax(logits / T) most likely (Guo et al. 2017, arXiv 1706.04599, section 4.2).
-
-    The mean negative log-likelihood is convex in 1/T, so its slopes at both bounds tell whether a minimum lies between
-    them. None does if every image is right by a margin (T would go to 0), or if the logits rank the classes no better
-    than chance does (T would go to infinity): then the bound is returned. Float64, LBFGS.
-
-    Args:
-        logits: [N, K], any floating precision.
-        target: Class indices [N].
-
-    Returns:
-        T, from MIN_TEMPERATURE to MAX_TEMPERATURE, and whether it is one of them for want of a minimum between. Logits
-        that are equal in each row give 1.
-
-    Raises:
-        ValueError: If there are no rows.
-    """
-    if not len(logits):
-        raise ValueError('logits are empty: there is nothing to fit a temperature to')
-    gap = logits.double() - logits.double().gather(1, target[:, None])
-    if not gap.any():
-        return 1.0, False
-
-    def slope(inverse):
-        return float(((inverse * gap).softmax(1) * gap).sum(1).mean())
-
-    if slope(1 / MIN_TEMPERATURE) <= 0:
-        return MIN_TEMPERATURE, True
-    if slope(1 / MAX_TEMPERATURE) >= 0:
-        return MAX_TEMPERATURE, True
-    # In units in which a typical gap is 1, so that the tolerances mean the same for any logits.
-    unit = gap.abs().mean()
-    inverse = unit.clone().requires_grad_()
-    _minimise([inverse], lambda: (inverse * (gap / unit)).logsumexp(1).mean())
-    return min(max(float(unit / inverse.detach()), MIN_TEMPERATURE), MAX_TEMPERATURE), False
-
-
-def fit_vector(
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        temperature: float,
-        ridge: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vector scaling, a factor and an offset for each class (Guo et al. 2017, section 4.2), around a temperature.
-
-    Written as logits * (1 + u) / T + v. A Gaussian prior of variance 1 / ridge on u and v, in all worth about one image
-    per class, keeps them finite where images are few, or all right; a large ridge gives temperature scaling, and 0 the
-    plain maximum of the likelihood. Float64, LBFGS.
-
-    Args:
-        logits: [N, K], any floating precision.
-        target: Class indices [N].
-        temperature: T.
-        ridge: Strength of the prior.
-
-    Returns:
-        The factors (1 + u) / T and the offsets v, both [K] float64.
-    """
-    z = logits.double() / temperature
-    u = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
-    v = torch.zeros_like(u, requires_grad=True)
-    # Weights scaled by the root of the ridge keep LBFGS well-conditioned however large it is.
-    root = max(1.0, ridge / len(z)) ** 0.5
-
-    def loss():
-        a, b = u / root, v / root
-        nll = nn.functional.cross_entropy(z * (1 + a) + b, target)
-        return nll + ridge / (2 * len(z)) * (a.square().sum() + b.square().sum())
-
-    _minimise([u, v], loss)
-    return (1 + u.detach() / root) / temperature, v.detach() / root
-
-
-def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
-    """The temperature in a checkpoint folder's config.json; None if it was fitted on the split that is evaluated."""
-    if checkpoint is None or not checkpoint.is_dir():
-        return None
-    path = checkpoint / 'config.json'
-    saved = json.loads(path.read_text()).get('calibration')
-    if saved is None:
-        return None
-    try:
-        value, fitted_on = float(saved['temperature']), saved['split']
-        if not 0 < value < float('inf'):
-            raise ValueError(f'temperature {value}')
-    except (TypeError, KeyError, ValueError) as error:
-        raise UsageError(f'{path}: calibration must hold a temperature above 0 and the split of its images '
-                         f'({type(error).__name__} {error})') from error
-    if saved.get('dataset') == (data.dataset or data.data_dir) and split_names(fitted_on) & split_names(data.val_split):
-        _logger.warning(f'{path}: its temperature is not shown, as it was fitted on {fitted_on}, which may hold images '
-                        f'of {data.val_split}')
-        return None
-    return value
-
-
-def save_temperature(checkpoint: Path, **calibration) -> None:
-    """Stores a temperature beside what timm keeps: timm passes over top-level keys that it does not know."""
-    path = checkpoint / 'config.json'
-    content = dict(json.loads(path.read_text()), calibration=calibration)
-    replace_file(path, lambda part: part.write_text(json.dumps(content, indent=2) + '\n'))
-
-
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -606,6 +479,24 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
         result.calibration = found.keep(rows)
         _logger.info(f'{result.name}: {int(rows.sum())} of {len(rows)} calibration images are used: {told}, '
                      f'{int((found.target < 0).sum())} have no label')
+
+
+def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
+    """The temperature kept with a checkpoint; None if it was fitted on the split that is evaluated."""
+    if checkpoint is None or not checkpoint.is_dir():
+        return None
+    try:
+        saved = read_temperature(checkpoint)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if saved is None:
+        return None
+    same = saved.get('dataset') == (data.dataset or data.data_dir)
+    if same and split_names(saved['split']) & split_names(data.val_split):
+        _logger.warning(f'{checkpoint / "config.json"}: its temperature is not shown, as it was fitted on '
+                        f'{saved["split"]}, which may hold images of {data.val_split}')
+        return None
+    return saved['temperature']
 
 
 def scale(result: Result, data: Namespace) -> None:
@@ -685,41 +576,6 @@ def format_ood_table(results: list[Result], metrics: list[dict]) -> str:
                 rows.append([result.name, name, score, str(by_score['count']),
                              *(f'{by_score[score][key]:.2f}' for key in ('auroc', 'fpr95', 'aupr_in', 'aupr_out'))])
     return align(rows, left=3)
-
-
-def ece_difference_interval(
-        first: tuple[torch.Tensor, torch.Tensor],
-        other: tuple[torch.Tensor, torch.Tensor],
-        rounds: int,
-        seed: int,
-) -> tuple[float, float]:
-    """95 % interval of the ECE (15 right-closed bins) of one model less that of another on the same images.
-
-    Both are resampled together, so that what the images have in common cancels. The interval is the basic one, as that
-    of ECE in metrics.bootstrap_intervals and for its reason.
-
-    Args:
-        first: Confidence [N] and correct [N] of the model that is subtracted.
-        other: Of the other model, in the same order.
-        rounds: Resamplings, at least 1.
-        seed: Of a generator of its own.
-
-    Returns:
-        low, high; fractions.
-    """
-    inner = bin_edges(15)[1:-1].contiguous()
-    sides = [(torch.bucketize(conf, inner), conf.double() - correct.double()) for conf, correct in (first, other)]
-    n = len(first[0])
-
-    def difference(rows):
-        a, b = (torch.bincount(index[rows], gap[rows], minlength=15).abs().sum() / n for index, gap in sides)
-        return b - a
-
-    generator = torch.Generator().manual_seed(seed)
-    value = float(difference(torch.arange(n)))
-    drawn = torch.stack([difference(torch.randint(n, (n,), generator=generator)) for _ in range(rounds)])
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return min(value, 2 * value - high), max(value, 2 * value - low)
 
 
 def what_is_left(results: list[Result], args: Namespace) -> list[str]:
@@ -883,13 +739,14 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
         for result in results:
             if result.at_bound:
                 raise RunError(f'--save-temperature: none stored in {result.checkpoint}, as it is at its bound')
-            save_temperature(
+            content = add_temperature(
                 result.checkpoint,
                 temperature=result.parameters['temperature']['temperature'],
                 images=len(result.calibration.index),
                 dataset=about['dataset'],
                 split=args.calibration_split or data.train_split,
             )
+            replace_file(result.checkpoint / 'config.json', lambda part: part.write_text(content))  # noqa: B023
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -22,6 +21,7 @@ from torchvision import transforms
 
 import data
 import metrics
+import scaling
 import validate
 from data import ViewDataset
 from program import RunError, UsageError
@@ -237,99 +237,6 @@ def test_out_of_distribution_rows_are_those_of_the_logits(run_folder, photograph
 
 # --- Fits -------------------------------------------------------------------------------------------------------------
 
-def noisy_logits(scale: float, seed: int = 0, n: int = 600, k: int = 5, agree: float = 0.7):
-    """Logits of a given scale, and labels that agree with them in part."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(n, k, generator=generator)
-    target = torch.where(torch.rand(n, generator=generator) < agree, logits.argmax(1),
-                         torch.randint(k, (n,), generator=generator))
-    return logits, target
-
-
-def nll(logits: torch.Tensor, target: torch.Tensor) -> float:
-    return float(F.cross_entropy(logits.double(), target))
-
-
-@pytest.mark.parametrize('seed', range(3))
-@pytest.mark.parametrize('scale', [0.05, 1., 20., 60.])
-def test_temperature_is_the_minimum_that_a_grid_finds(scale, seed):
-    logits, target = noisy_logits(scale, seed)
-    temperature, at_bound = validate.fit_temperature(logits, target)
-    low, high = np.log(0.01), np.log(100)
-    for _ in range(12):  # finer and finer grids; the likelihood has one maximum
-        grid = np.linspace(low, high, 21)
-        best = int(np.argmin([nll(logits.double() / np.exp(t), target) for t in grid]))
-        low, high = grid[max(best - 1, 0)], grid[min(best + 1, 20)]
-    assert not at_bound
-    assert temperature == pytest.approx(np.exp((low + high) / 2), rel=1e-5)
-
-
-def test_temperature_is_the_one_that_labels_were_drawn_with():
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(40_000, 4, generator=generator)
-    target = torch.multinomial((logits / 2.5).softmax(1), 1, generator=generator).squeeze(1)
-    assert validate.fit_temperature(logits, target)[0] == pytest.approx(2.5, rel=0.03)
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_temperature_of_half_precision_logits_is_that_of_their_float32_values(dtype):
-    logits, target = noisy_logits(3.)
-    half = logits.to(dtype)
-    assert validate.fit_temperature(half, target) == validate.fit_temperature(half.float(), target)
-
-
-def test_temperature_without_a_maximum_of_the_likelihood_stops_at_a_bound_and_says_so():
-    logits, _ = noisy_logits(2.)
-    right, wrong = logits.argmax(1), logits.argmin(1)
-    assert validate.fit_temperature(logits, right) == (0.01, True)
-    assert validate.fit_temperature(1e6 * logits, right) == (0.01, True)
-    assert validate.fit_temperature(logits, wrong) == (100., True)
-    assert validate.fit_temperature(logits[:1], right[:1]) == (0.01, True)
-    assert validate.fit_temperature(torch.ones(7, 3), torch.zeros(7, dtype=torch.int64)) == (1., False)
-    with pytest.raises(ValueError, match='empty'):
-        validate.fit_temperature(logits[:0], right[:0])
-
-
-def test_vector_scaling_is_stationary_and_beats_temperature_scaling_where_it_was_fitted():
-    logits, target = noisy_logits(2., n=3000)
-    logits = logits * torch.tensor([0.3, 1., 1., 2., 1.]) + torch.tensor([0., 2., 0., -1., 0.])
-    temperature, _ = validate.fit_temperature(logits, target)
-    factor, offset = validate.fit_vector(logits, target, temperature, ridge=0.)
-    factor, offset = factor.requires_grad_(), offset.requires_grad_()
-    loss = F.cross_entropy(logits.double() * factor + offset, target)  # convex: no slope, no better fit
-    for slope in torch.autograd.grad(loss, (factor, offset)):
-        assert slope.abs().max() < 1e-6
-    assert float(loss.detach()) < nll(logits / temperature, target) - 0.01
-    factor, offset = validate.fit_vector(logits, target, temperature)
-    assert nll(logits * factor + offset, target) < float(loss.detach()) + 1e-3  # 3000 images outweigh the prior
-
-
-def test_vector_scaling_becomes_temperature_scaling_when_its_prior_is_strong():
-    logits, target = noisy_logits(2.)
-    factor, offset = validate.fit_vector(logits, target, 1.7, ridge=1e12)
-    assert torch.allclose(factor, torch.full((5,), 1 / 1.7, dtype=torch.float64), rtol=1e-6)
-    assert offset.abs().max() < 1e-6
-
-
-def test_vector_scaling_stays_finite_on_few_images_that_are_all_right():
-    logits = 5 * torch.eye(5)[:3]
-    factor, offset = validate.fit_vector(logits, torch.arange(3), 1.)
-    assert factor.isfinite().all() and offset.isfinite().all() and factor.abs().max() < 10
-    assert (offset[3:] < offset[:3].min()).all()  # classes without an image
-
-
-def test_a_difference_of_ece_has_an_interval_of_paired_images():
-    generator = torch.Generator().manual_seed(0)
-    confidence = 0.5 + 0.5 * torch.rand(2000, generator=generator)
-    correct = torch.rand(2000, generator=generator) < confidence - 0.2
-    same = (confidence, correct)
-    assert validate.ece_difference_interval(same, same, 30, 0) == (0., 0.)
-    low, high = validate.ece_difference_interval((confidence - 0.2, correct), same, 100, 0)
-    assert 0.1 < low < 0.2 < high + 0.02 < 0.25
-    mirrored = validate.ece_difference_interval(same, (confidence - 0.2, correct), 100, 0)
-    assert mirrored == pytest.approx((-high, -low))
-
-
 def test_evaluated_images_are_never_fitted_on(run_folder, evaluate):
     best = run_folder / 'best'
     with pytest.raises(UsageError, match=r'none of 500 images is left .*500 are evaluated'):
@@ -352,7 +259,7 @@ def test_fitting_on_labeled_images_warns_that_the_run_was_trained_on_them(run_fo
     assert found['calibration_images'] == len(index)
     assert f'2 of {len(index)} calibration images are labeled images' in caplog.text
     logits = logits_of(run_folder / 'best', source, index)
-    expected, _ = validate.fit_temperature(logits, source.targets[index])
+    expected, _ = scaling.fit_temperature(logits, source.targets[index])
     assert found['scaled']['temperature']['temperature'] == pytest.approx(expected, rel=1e-4)
 
 
