@@ -70,7 +70,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank, Mixed, split_easy_hard
+from calibratemix import CHOICES, PRESETS, CalibrateMix, MarginBank, split_easy_hard
 from data import (
     BatchDataset,
     EndlessBatches,
@@ -95,6 +95,7 @@ from data import (
     write_labels,
 )
 from metrics import EvalMeter
+from shards import BankShard, find_easy, joined_weight, load_whole, whole_bank
 from views import BatchViews, build_views
 
 _logger = logging.getLogger('train')
@@ -1094,9 +1095,7 @@ def semi_supervised_step(
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
         calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
-            easy = None
-            if calmix.split == 'joined' or calmix.apm.part[1] > 1:
-                easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
+            easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
             mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence, easy)
             if calmix.split == 'joined':
                 mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
@@ -1113,37 +1112,6 @@ def semi_supervised_step(
         pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
         pseudo_label_known=known.float().mean(),
     )
-
-
-def find_easy(
-        calmix: CalibrateMix,
-        index: torch.Tensor,
-        unlabeled_index: torch.Tensor,
-        pseudo_label: torch.Tensor,
-        accelerator: Accelerator,
-) -> list[torch.Tensor]:
-    """Easy ones of a process's own labeled and unlabeled images, `[B]` and `[U]` bool, where others matter: the
-    joined batch is split, or the margins are in several parts of the bank. The arguments are of the joined batch.
-    """
-    def own(joined: torch.Tensor) -> torch.Tensor:
-        return joined.chunk(accelerator.num_processes)[accelerator.process_index]
-
-    apm = calmix.apm.lookup(unlabeled_index, pseudo_label)
-    if calmix.apm.part[1] > 1:
-        apm = accelerator.reduce(apm, 'sum')
-    if calmix.split == 'joined':
-        return [own(easy) for easy in calmix.find_easy(index, unlabeled_index, pseudo_label, apm)]
-    return calmix.find_easy(own(index), own(unlabeled_index), own(pseudo_label), own(apm))
-
-
-def joined_weight(mixed: Mixed, accelerator: Accelerator) -> torch.Tensor:
-    """Weights `[P]` of the mixed images for means over the joined batch, whose gradients are averaged over processes.
-
-    A process's own groups may then differ in size, and its weights need not add up to 1.
-    """
-    group = torch.stack([mixed.easy & mixed.paired, ~mixed.easy & mixed.paired]).float()
-    size = accelerator.reduce(group.sum(1, keepdim=True), 'sum').clamp(min=1)
-    return accelerator.num_processes * (group / size).sum(0)
 
 
 def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
@@ -1487,27 +1455,6 @@ def unpack(value, tensors: dict[str, torch.Tensor]):
     return [unpack(item, tensors) for item in value] if isinstance(value, list) else value
 
 
-def whole_bank(bank: MarginBank, accelerator: Accelerator) -> MarginBank:
-    """The main process's copy, in its memory, of a bank that the processes hold in parts; a whole bank is its own.
-
-    All processes take part; what the others return has no rows.
-    """
-    rank, parts = bank.part
-    if parts == 1:
-        return bank
-    whole = MarginBank(
-        bank.num_samples if accelerator.is_main_process else 0, bank.value.shape[1], bank.smoothing, bank.value.dtype,
-    )
-    for name, buffer in bank.named_buffers():
-        for source in range(parts):  # one after the other, so that no process needs the memory for all at once
-            rows = len(range(source, bank.num_samples, parts))
-            rows = buffer if source == rank else buffer.new_empty(rows, *buffer.shape[1:])
-            rows = broadcast(rows, from_process=source)
-            if accelerator.is_main_process:
-                getattr(whole, name)[source::parts] = rows.cpu()
-    return whole
-
-
 def join_skipped(skipped: Sequence[set[int]], accelerator: Accelerator, args: argparse.Namespace) -> list[set[int]]:
     """Each set joined over the processes, all of which take part."""
     if not args.skip_bad_images:
@@ -1645,10 +1592,7 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         if run.method is not None:
             run.method.load_state_dict(state['method'])
         if run.calmix is not None:
-            rank, parts = run.calmix.apm.part
-            run.calmix.load_state_dict({
-                key: table[rank::parts] if key.startswith('apm.') else table for key, table in state['calmix'].items()
-            })
+            load_whole(run.calmix, state['calmix'])
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
         for skipped, saved in zip(run.skipped_images, state['skipped_images']):
@@ -1827,7 +1771,11 @@ def build_calmix(
         warmup_steps = round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
     else:
         warmup_steps = round(PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE * updates)
+    apm = None
     try:
+        if shards and accelerator.num_processes > 1:
+            part = (accelerator.process_index, accelerator.num_processes)
+            apm = BankShard(num_unlabeled, num_classes, part, smoothing=0.997, dtype=bank_dtype)
         return CalibrateMix(
             len(datasets.labeled),
             num_unlabeled,
@@ -1846,7 +1794,7 @@ def build_calmix(
             warmup_steps=warmup_steps,
             apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
             bank_dtype=bank_dtype,
-            part=(accelerator.process_index, accelerator.num_processes) if shards else (0, 1),
+            apm=apm,
             labeled_to_unlabeled=datasets.labeled_to_unlabeled,
         )
     except ValueError as error:

@@ -295,38 +295,6 @@ def test_an_update_leaves_its_arguments_and_no_graph():
     assert not margins(logits).requires_grad
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(2, 3), st.integers(3, 12), st.integers(1, 3), st.integers(0, 2 ** 31), st.booleans())
-def test_a_bank_in_parts_is_the_whole_bank(parts, num_samples, steps, seed, half):
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.float16 if half else torch.float32
-    whole = MarginBank(num_samples, 4, 0.997, dtype)
-    banks = [MarginBank(num_samples, 4, 0.997, dtype, part=(r, parts)) for r in range(parts)]
-    assert sum(bank.value.numel() for bank in banks) == whole.value.numel()
-    for _ in range(steps):
-        index = torch.randint(num_samples, (9,), generator=generator)
-        logits = torch.randn(9, 4, generator=generator)
-        logits[0, 0] = torch.nan
-        for bank in (whole, *banks):
-            bank.update(index, logits, logits.nan_to_num().argmax(1))
-    for name in ('value', 'count', 'label'):
-        for r, bank in enumerate(banks):
-            assert torch.equal(getattr(bank, name), getattr(whole, name)[r::parts])
-    index, label = torch.arange(num_samples).repeat(2), torch.randint(4, (2 * num_samples,), generator=generator)
-    assert torch.equal(sum(bank.lookup(index, label) for bank in banks), whole.lookup(index, label))
-
-
-def test_a_part_of_a_bank_checks_its_arguments():
-    for part in ((2, 2), (-1, 2), (0, 11)):
-        with pytest.raises(ValueError, match='part: expected'):
-            MarginBank(10, part=part)
-    bank = MarginBank(10, part=(1, 2))
-    with pytest.raises(IndexError, match='index 10 is outside of the bank of 10 samples'):
-        bank.update(torch.tensor([3, 10]), torch.zeros(2, 4), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match='whole bank'):
-        bank.median()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Split
 
@@ -867,7 +835,7 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': dict(paper, gamma=0.5, topk=0)}
     parameters = inspect.signature(CalibrateMix).parameters
     assert parameters['preset'].default == 'paper'
-    unset = {name for name, p in parameters.items() if p.default is None} - {'labeled_to_unlabeled'}
+    unset = {name for name, p in parameters.items() if p.default is None} - {'labeled_to_unlabeled', 'apm'}
     assert unset == set(paper)
     for name, values in PRESETS.items():
         calmix = CalibrateMix(2, 2, 2, name)
@@ -914,9 +882,10 @@ def test_apm_counts_from_the_first_step_or_only_after_warmup(apm_in_warmup, expe
     (dict(num_classes=1), 'num_classes: .*at least 2, got 1'),
     (dict(apm_smoothing=0), r'smoothing: expected a number in \(0, 1\], got 0'),
     (dict(bank_dtype=torch.int8), 'dtype: expected torch.float32 or torch.float16, got torch.int8'),
-    (dict(labeled_to_unlabeled=torch.zeros(5)), r'labeled_to_unlabeled: expected \[4\], got \[5\]'),
-    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, 6])), 'labeled_to_unlabeled: expected .* below 6, got 0 to 6'),
-    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, -2])), 'labeled_to_unlabeled: expected .* got -2 to 2'),
+    (dict(labeled_to_unlabeled=torch.zeros(5).long()), r'labeled_to_unlabeled: expected \[4\], got \[5\]'),
+    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, 6])), r'labeled_to_unlabeled: expected .* below 6, got \[6\]'),
+    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, -2])), r'labeled_to_unlabeled: expected .* got \[-2\]'),
+    (dict(apm=MarginBank(5, 3)), 'apm: expected 6 samples, got 5'),
 ])
 def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
