@@ -41,10 +41,10 @@ What to know before it runs in your own loop:
 * The second pass sees the mixed images only, one for each labeled image. In training mode they move batch norm's
   running statistics as a second batch of the step. To avoid that, set each batch norm's `momentum` to 0 meanwhile.
 * On several processes, gather the six tensors that `update` takes, so that the tables are the same on all. `mix` and
-  `loss` work on a process's own batch. Keep `calmix` out of the model that you wrap.
+  `loss` work on a process's own batch. Keep `calmix` out of the wrapped model, or DDP sends its tables each step.
 * Partners and Beta coefficients are drawn from torch's global generators, which `torch.manual_seed` seeds.
 
-TESTED
+Tested with Python 3.8 and torch 2.0 (on the CPU alone), and with Python 3.11 and torch 2.14.
 """
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class MarginBank(nn.Module):
         num_classes: K to keep the margin of every class, `[N, K]`; None to keep that of the given label, `[N]`.
         smoothing: d, in (0, 1].
         dtype: Storage, torch.float32 or torch.float16; arithmetic is float32. A float16 entry is at most 65504. After
-            some thousand visits it stops following its mean, when one moves it by less than 1/2000 of itself.
+            some thousand visits it no longer follows its mean, as each would move it by less than 1/2000 of itself.
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class CalibrateMix(nn.Module):
             value = PRESETS[preset][name] if value is None else value
             if name in CHOICES:
                 _expect(value in CHOICES[name], name, f'one of {", ".join(CHOICES[name])}', repr(value))
-            setattr(self, 'loss_type' if name == 'loss' else name, value)
+            setattr(self, 'loss_type' if name == 'loss' else name, value)  # `loss` is a method
         for name in ('topk', 'min_confidence'):
             _expect(0 <= getattr(self, name) <= 1, name, 'a share in [0, 1]', getattr(self, name))
         if self.gamma_dist == 'fixed':

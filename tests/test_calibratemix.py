@@ -235,6 +235,41 @@ def test_bank_rejects_rows_or_classes_that_do_not_fit():
         bank.update(torch.tensor([0, 1]), torch.randn(2, 3), torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize('wrong', [[0, 1], torch.tensor([0, 1]).int(), torch.tensor([0., 1])])
+def test_an_index_or_label_that_is_no_int64_tensor_is_named_and_changes_nothing(wrong):
+    got = getattr(wrong, 'dtype', 'list')
+    right, logits = torch.tensor([0, 1]), torch.randn(2, 3)
+    for bank in (MarginBank(5, 3), MarginBank(5)):
+        for name in ('index', 'label'):
+            with pytest.raises(TypeError, match=f'^{name}: expected an int64 tensor, got {got}$'):
+                bank.update(**{**dict(index=right, logits=logits, label=right), name: wrong})
+        with pytest.raises(TypeError, match='^index: expected an int64 tensor'):
+            bank.lookup(wrong, right)
+        assert bank.count.sum() == 0
+    calmix, step = batch(num_labeled=2, num_unlabeled=2)
+    counts = calmix.aum.count.clone(), calmix.apm.count.clone()
+    update = dict(index=right, label=right, logits=torch.randn(2, 5), unlabeled_index=right, pseudo_label=right,
+                  unlabeled_logits=torch.randn(2, 5), step=0)
+    for name in ('index', 'label', 'unlabeled_index', 'pseudo_label'):
+        for function, arguments in ((calmix.update, update), (calmix.mix, step)):
+            with pytest.raises(TypeError, match=f'^{name}: expected an int64 tensor, got {got}$'):
+                function(**{**arguments, name: wrong})
+    assert torch.equal(calmix.aum.count, counts[0]) and torch.equal(calmix.apm.count, counts[1])
+    with pytest.raises(TypeError, match='^labeled_to_unlabeled: expected an int64 tensor'):
+        CalibrateMix(2, 6, 3, labeled_to_unlabeled=wrong)
+
+
+def test_an_index_is_one_image_however_often_it_stands_in_a_list():
+    """Ten images, repeated to a list of 40: with the image's own index there is one running margin for each."""
+    bank, order = MarginBank(10), torch.randperm(40)
+    logits = torch.randn(40, 3)
+    for rows in order.split(8):
+        bank.update(rows % 10, logits[rows], torch.zeros(8).long())
+    expected = margin(logits, torch.zeros(40).long()).view(4, 10).mean(0)
+    torch.testing.assert_close(bank.lookup(torch.arange(10)), expected, rtol=0, atol=1e-6)
+    assert bank.count.tolist() == [4] * 10
+
+
 @pytest.mark.parametrize('options, message', [
     (dict(num_samples=-1), 'num_samples: expected 0 or more, got -1'),
     (dict(num_classes=1), 'num_classes: expected None or at least 2, got 1'),
@@ -937,3 +972,44 @@ def test_the_module_imports_torch_and_the_standard_library_only_and_has_no_colle
     assert not any('distributed' in ast.unparse(node) and 'torch.distributions' not in ast.unparse(node)
                    for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     assert not any(isinstance(node, ast.Global) for node in ast.walk(tree))
+
+
+def newer_than_3_8(source):
+    """What in a file needs a later Python than 3.8, but for annotations, which it does not evaluate."""
+    try:
+        tree = ast.parse(source, feature_version=(3, 8))
+    except SyntaxError as error:
+        return [error.msg]
+    annotations = set()
+    for node in ast.walk(tree):
+        for annotation in (getattr(node, 'annotation', None), getattr(node, 'returns', None)):
+            if annotation is not None:
+                annotations |= set(ast.walk(annotation))
+    types = {'bool', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'str', 'tuple', 'type'}
+    found = []
+    for node in set(ast.walk(tree)) - annotations:
+        if isinstance(node, ast.Subscript):  # list[int]
+            newer = isinstance(node.value, ast.Name) and node.value.id in types
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):  # int | None, {} | {}, dict() | dict()
+            newer = any(isinstance(side, (ast.Constant, ast.Dict)) or ast.unparse(side).split('(')[0] in types
+                        for side in (node.left, node.right))
+        elif isinstance(node, ast.Attribute):
+            newer = node.attr in ('removeprefix', 'removesuffix', 'bit_count')
+        elif isinstance(node, ast.ImportFrom):
+            newer = node.module == 'functools' and any(alias.name == 'cache' for alias in node.names)
+        else:  # zip(a, b, strict=True)
+            newer = isinstance(node, ast.Call) and any(keyword.arg == 'strict' for keyword in node.keywords)
+        if newer:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_the_file_needs_python_3_8_alone():
+    source = Path(calibratemix.__file__).read_text()
+    assert 'from __future__ import annotations\n' in source
+    assert newer_than_3_8(source) == []
+    for newer in ('x: int = list[int]()', 'x = int | None', 'x = dict(a=1) | y', 'zip(a, b, strict=True)',
+                  'match x:\n    case 1: pass', "'ab'.removeprefix('a')", 'def f(x=tuple[int]): pass',
+                  'from functools import cache'):
+        assert newer_than_3_8(newer), newer
+    assert newer_than_3_8('def f(x: int | None) -> list[int]: y: dict[str, int] = {}') == []
