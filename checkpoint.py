@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models import save_for_hf
@@ -31,6 +31,7 @@ from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets
 from labels import label_seed
 from program import RunError, UsageError, replace_file
+from shards import load_whole, whole_bank
 from sources import unlabeled_split
 
 _logger = logging.getLogger('train')
@@ -173,27 +174,6 @@ def unpack(value, tensors: dict[str, torch.Tensor]):
             return tensors[value['tensor']]
         return {key: unpack(item, tensors) for key, item in value['dict']}
     return [unpack(item, tensors) for item in value] if isinstance(value, list) else value
-
-
-def whole_bank(bank: MarginBank, accelerator: Accelerator) -> MarginBank:
-    """The main process's copy, in its memory, of a bank that the processes hold in parts; a whole bank is its own.
-
-    All processes take part; what the others return has no rows.
-    """
-    rank, parts = bank.part
-    if parts == 1:
-        return bank
-    whole = MarginBank(
-        bank.num_samples if accelerator.is_main_process else 0, bank.value.shape[1], bank.smoothing, bank.value.dtype,
-    )
-    for name, buffer in bank.named_buffers():
-        for source in range(parts):  # one after the other, so that no process needs the memory for all at once
-            rows = len(range(source, bank.num_samples, parts))
-            rows = buffer if source == rank else buffer.new_empty(rows, *buffer.shape[1:])
-            rows = broadcast(rows, from_process=source)
-            if accelerator.is_main_process:
-                getattr(whole, name)[source::parts] = rows.cpu()
-    return whole
 
 
 def join_skipped(skipped: Sequence[set[int]], accelerator: Accelerator, args: argparse.Namespace) -> list[set[int]]:
@@ -343,10 +323,7 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         if run.method is not None:
             run.method.load_state_dict(state['method'])
         if run.calmix is not None:
-            rank, parts = run.calmix.apm.part
-            run.calmix.load_state_dict({
-                key: table[rank::parts] if key.startswith('apm.') else table for key, table in state['calmix'].items()
-            })
+            load_whole(run.calmix, state['calmix'])
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
         for skipped, saved in zip(run.skipped_images, state['skipped_images']):

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from backbone import FeaturesAndLogits, build_model, check_head
-from calibratemix import CHOICES, PRESETS, CalibrateMix, Mixed
+from calibratemix import CHOICES, PRESETS, CalibrateMix
 from checkpoint import (
     EVAL_COLUMNS,
     TRAIN_COLUMNS,
@@ -84,6 +84,7 @@ from program import (
     setup_accelerator,
 )
 from seeds import item_seed
+from shards import BankShard, find_easy, joined_weight
 from sources import Source, create_source, known_facts, locate, open_source, unlabeled_split
 from views import BatchViews, build_views
 
@@ -531,7 +532,11 @@ def build_calmix(
         warmup_steps = round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
     else:
         warmup_steps = round(PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE * updates)
+    apm = None
     try:
+        if shards and accelerator.num_processes > 1:
+            part = (accelerator.process_index, accelerator.num_processes)
+            apm = BankShard(num_unlabeled, num_classes, part, smoothing=0.997, dtype=bank_dtype)
         return CalibrateMix(
             len(datasets.labeled),
             num_unlabeled,
@@ -550,7 +555,7 @@ def build_calmix(
             warmup_steps=warmup_steps,
             apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
             bank_dtype=bank_dtype,
-            part=(accelerator.process_index, accelerator.num_processes) if shards else (0, 1),
+            apm=apm,
             labeled_to_unlabeled=datasets.labeled_to_unlabeled,
         )
     except ValueError as error:
@@ -767,9 +772,7 @@ def semi_supervised_step(
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
         calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
-            easy = None
-            if calmix.split == 'joined' or calmix.apm.part[1] > 1:
-                easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
+            easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
             mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence, easy)
             if calmix.split == 'joined':
                 mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
@@ -786,37 +789,6 @@ def semi_supervised_step(
         pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
         pseudo_label_known=known.float().mean(),
     )
-
-
-def find_easy(
-        calmix: CalibrateMix,
-        index: torch.Tensor,
-        unlabeled_index: torch.Tensor,
-        pseudo_label: torch.Tensor,
-        accelerator: Accelerator,
-) -> list[torch.Tensor]:
-    """Easy ones of a process's own labeled and unlabeled images, `[B]` and `[U]` bool, where others matter: the
-    joined batch is split, or the margins are in several parts of the bank. The arguments are of the joined batch.
-    """
-    def own(joined: torch.Tensor) -> torch.Tensor:
-        return joined.chunk(accelerator.num_processes)[accelerator.process_index]
-
-    apm = calmix.apm.lookup(unlabeled_index, pseudo_label)
-    if calmix.apm.part[1] > 1:
-        apm = accelerator.reduce(apm, 'sum')
-    if calmix.split == 'joined':
-        return [own(easy) for easy in calmix.find_easy(index, unlabeled_index, pseudo_label, apm)]
-    return calmix.find_easy(own(index), own(unlabeled_index), own(pseudo_label), own(apm))
-
-
-def joined_weight(mixed: Mixed, accelerator: Accelerator) -> torch.Tensor:
-    """Weights `[P]` of the mixed images for means over the joined batch, whose gradients are averaged over processes.
-
-    A process's own groups may then differ in size, and its weights need not add up to 1.
-    """
-    group = torch.stack([mixed.easy & mixed.paired, ~mixed.easy & mixed.paired]).float()
-    size = accelerator.reduce(group.sum(1, keepdim=True), 'sum').clamp(min=1)
-    return accelerator.num_processes * (group / size).sum(0)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------

@@ -235,6 +235,41 @@ def test_bank_rejects_rows_or_classes_that_do_not_fit():
         bank.update(torch.tensor([0, 1]), torch.randn(2, 3), torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize('wrong', [[0, 1], torch.tensor([0, 1]).int(), torch.tensor([0., 1])])
+def test_an_index_or_label_that_is_no_int64_tensor_is_named_and_changes_nothing(wrong):
+    got = getattr(wrong, 'dtype', 'list')
+    right, logits = torch.tensor([0, 1]), torch.randn(2, 3)
+    for bank in (MarginBank(5, 3), MarginBank(5)):
+        for name in ('index', 'label'):
+            with pytest.raises(TypeError, match=f'^{name}: expected an int64 tensor, got {got}$'):
+                bank.update(**{**dict(index=right, logits=logits, label=right), name: wrong})
+        with pytest.raises(TypeError, match='^index: expected an int64 tensor'):
+            bank.lookup(wrong, right)
+        assert bank.count.sum() == 0
+    calmix, step = batch(num_labeled=2, num_unlabeled=2)
+    counts = calmix.aum.count.clone(), calmix.apm.count.clone()
+    update = dict(index=right, label=right, logits=torch.randn(2, 5), unlabeled_index=right, pseudo_label=right,
+                  unlabeled_logits=torch.randn(2, 5), step=0)
+    for name in ('index', 'label', 'unlabeled_index', 'pseudo_label'):
+        for function, arguments in ((calmix.update, update), (calmix.mix, step)):
+            with pytest.raises(TypeError, match=f'^{name}: expected an int64 tensor, got {got}$'):
+                function(**{**arguments, name: wrong})
+    assert torch.equal(calmix.aum.count, counts[0]) and torch.equal(calmix.apm.count, counts[1])
+    with pytest.raises(TypeError, match='^labeled_to_unlabeled: expected an int64 tensor'):
+        CalibrateMix(2, 6, 3, labeled_to_unlabeled=wrong)
+
+
+def test_an_index_is_one_image_however_often_it_stands_in_a_list():
+    """Ten images, repeated to a list of 40: with the image's own index there is one running margin for each."""
+    bank, order = MarginBank(10), torch.randperm(40)
+    logits = torch.randn(40, 3)
+    for rows in order.split(8):
+        bank.update(rows % 10, logits[rows], torch.zeros(8).long())
+    expected = margin(logits, torch.zeros(40).long()).view(4, 10).mean(0)
+    torch.testing.assert_close(bank.lookup(torch.arange(10)), expected, rtol=0, atol=1e-6)
+    assert bank.count.tolist() == [4] * 10
+
+
 @pytest.mark.parametrize('options, message', [
     (dict(num_samples=-1), 'num_samples: expected 0 or more, got -1'),
     (dict(num_classes=1), 'num_classes: expected None or at least 2, got 1'),
@@ -293,38 +328,6 @@ def test_an_update_leaves_its_arguments_and_no_graph():
     assert all(torch.equal(a, b) for a, b in zip((index, logits, label), copies))
     assert not bank.value.requires_grad and not bank.lookup(index, label).requires_grad
     assert not margins(logits).requires_grad
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(2, 3), st.integers(3, 12), st.integers(1, 3), st.integers(0, 2 ** 31), st.booleans())
-def test_a_bank_in_parts_is_the_whole_bank(parts, num_samples, steps, seed, half):
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.float16 if half else torch.float32
-    whole = MarginBank(num_samples, 4, 0.997, dtype)
-    banks = [MarginBank(num_samples, 4, 0.997, dtype, part=(r, parts)) for r in range(parts)]
-    assert sum(bank.value.numel() for bank in banks) == whole.value.numel()
-    for _ in range(steps):
-        index = torch.randint(num_samples, (9,), generator=generator)
-        logits = torch.randn(9, 4, generator=generator)
-        logits[0, 0] = torch.nan
-        for bank in (whole, *banks):
-            bank.update(index, logits, logits.nan_to_num().argmax(1))
-    for name in ('value', 'count', 'label'):
-        for r, bank in enumerate(banks):
-            assert torch.equal(getattr(bank, name), getattr(whole, name)[r::parts])
-    index, label = torch.arange(num_samples).repeat(2), torch.randint(4, (2 * num_samples,), generator=generator)
-    assert torch.equal(sum(bank.lookup(index, label) for bank in banks), whole.lookup(index, label))
-
-
-def test_a_part_of_a_bank_checks_its_arguments():
-    for part in ((2, 2), (-1, 2), (0, 11)):
-        with pytest.raises(ValueError, match='part: expected'):
-            MarginBank(10, part=part)
-    bank = MarginBank(10, part=(1, 2))
-    with pytest.raises(IndexError, match='index 10 is outside of the bank of 10 samples'):
-        bank.update(torch.tensor([3, 10]), torch.zeros(2, 4), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match='whole bank'):
-        bank.median()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -867,7 +870,7 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': dict(paper, gamma=0.5, topk=0)}
     parameters = inspect.signature(CalibrateMix).parameters
     assert parameters['preset'].default == 'paper'
-    unset = {name for name, p in parameters.items() if p.default is None} - {'labeled_to_unlabeled'}
+    unset = {name for name, p in parameters.items() if p.default is None} - {'labeled_to_unlabeled', 'apm'}
     assert unset == set(paper)
     for name, values in PRESETS.items():
         calmix = CalibrateMix(2, 2, 2, name)
@@ -914,9 +917,10 @@ def test_apm_counts_from_the_first_step_or_only_after_warmup(apm_in_warmup, expe
     (dict(num_classes=1), 'num_classes: .*at least 2, got 1'),
     (dict(apm_smoothing=0), r'smoothing: expected a number in \(0, 1\], got 0'),
     (dict(bank_dtype=torch.int8), 'dtype: expected torch.float32 or torch.float16, got torch.int8'),
-    (dict(labeled_to_unlabeled=torch.zeros(5)), r'labeled_to_unlabeled: expected \[4\], got \[5\]'),
-    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, 6])), 'labeled_to_unlabeled: expected .* below 6, got 0 to 6'),
-    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, -2])), 'labeled_to_unlabeled: expected .* got -2 to 2'),
+    (dict(labeled_to_unlabeled=torch.zeros(5).long()), r'labeled_to_unlabeled: expected \[4\], got \[5\]'),
+    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, 6])), r'labeled_to_unlabeled: expected .* below 6, got \[6\]'),
+    (dict(labeled_to_unlabeled=torch.tensor([0, 1, 2, -2])), r'labeled_to_unlabeled: expected .* got \[-2\]'),
+    (dict(apm=MarginBank(5, 3)), 'apm: expected 6 samples, got 5'),
 ])
 def test_a_wrong_argument_is_named_with_its_value_and_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
@@ -968,3 +972,44 @@ def test_the_module_imports_torch_and_the_standard_library_only_and_has_no_colle
     assert not any('distributed' in ast.unparse(node) and 'torch.distributions' not in ast.unparse(node)
                    for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     assert not any(isinstance(node, ast.Global) for node in ast.walk(tree))
+
+
+def newer_than_3_8(source):
+    """What in a file needs a later Python than 3.8, but for annotations, which it does not evaluate."""
+    try:
+        tree = ast.parse(source, feature_version=(3, 8))
+    except SyntaxError as error:
+        return [error.msg]
+    annotations = set()
+    for node in ast.walk(tree):
+        for annotation in (getattr(node, 'annotation', None), getattr(node, 'returns', None)):
+            if annotation is not None:
+                annotations |= set(ast.walk(annotation))
+    types = {'bool', 'dict', 'float', 'frozenset', 'int', 'list', 'set', 'str', 'tuple', 'type'}
+    found = []
+    for node in set(ast.walk(tree)) - annotations:
+        if isinstance(node, ast.Subscript):  # list[int]
+            newer = isinstance(node.value, ast.Name) and node.value.id in types
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):  # int | None, {} | {}, dict() | dict()
+            newer = any(isinstance(side, (ast.Constant, ast.Dict)) or ast.unparse(side).split('(')[0] in types
+                        for side in (node.left, node.right))
+        elif isinstance(node, ast.Attribute):
+            newer = node.attr in ('removeprefix', 'removesuffix', 'bit_count')
+        elif isinstance(node, ast.ImportFrom):
+            newer = node.module == 'functools' and any(alias.name == 'cache' for alias in node.names)
+        else:  # zip(a, b, strict=True)
+            newer = isinstance(node, ast.Call) and any(keyword.arg == 'strict' for keyword in node.keywords)
+        if newer:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_the_file_needs_python_3_8_alone():
+    source = Path(calibratemix.__file__).read_text()
+    assert 'from __future__ import annotations\n' in source
+    assert newer_than_3_8(source) == []
+    for newer in ('x: int = list[int]()', 'x = int | None', 'x = dict(a=1) | y', 'zip(a, b, strict=True)',
+                  'match x:\n    case 1: pass', "'ab'.removeprefix('a')", 'def f(x=tuple[int]): pass',
+                  'from functools import cache'):
+        assert newer_than_3_8(newer), newer
+    assert newer_than_3_8('def f(x: int | None) -> list[int]: y: dict[str, int] = {}') == []
