@@ -25,6 +25,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -692,19 +693,25 @@ def supervised_step(
     return dict(loss=loss, loss_labeled=loss)
 
 
+class Outputs(NamedTuple):
+    """What the network says about the images of a step; all but logits and strong_logits are detached."""
+    features: torch.Tensor  # [B, D] of the labeled images
+    logits: torch.Tensor  # [B, K] float32
+    weak_features: torch.Tensor  # [U, D]
+    weak_logits: torch.Tensor  # [U, K] float32
+    strong_logits: torch.Tensor  # [U, K] float32
+
+
 def forward_views(
         model: nn.Module,
         image: torch.Tensor,
         weak: torch.Tensor,
         strong: torch.Tensor | None,
         weak_forward: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Outputs:
     """One pass over labeled, weak and strong images, or with 'no-grad' one for the weak ones and one for the rest.
 
     Without strong images the weak ones take their place, in the one pass and with their gradient (Pseudo-Label).
-
-    Returns:
-        Features of labeled and weak images, then logits (float32) of labeled, weak (detached) and strong images.
     """
     if strong is None:
         sizes = [len(image), len(weak)]
@@ -721,7 +728,7 @@ def forward_views(
         sizes = [len(image), len(strong)]
         features, logits = model(torch.cat([image, strong]))
         (f, _), (z, z_strong) = features.split(sizes), logits.float().split(sizes)
-    return f.detach(), f_weak.detach(), z, z_weak.detach().float(), z_strong
+    return Outputs(f.detach(), z, f_weak.detach(), z_weak.detach().float(), z_strong)
 
 
 def semi_supervised_step(
@@ -747,36 +754,32 @@ def semi_supervised_step(
     Returns:
         Scalars, detached but for `loss`.
     """
-    x, y, i = labeled['image'], labeled['target'], labeled['index']
-    weak, strong, j = unlabeled['weak'], unlabeled.get('strong'), unlabeled['index']
-    f, f_weak, z, z_weak, z_strong = forward_views(model, x, weak, strong, args.weak_forward)
+    j = unlabeled['index']
+    out = forward_views(model, labeled['image'], unlabeled['weak'], unlabeled.get('strong'), args.weak_forward)
     num_classes = method.num_classes  # an extra class of the network is a target of some images, and else left out
-    confidence, pseudo_label = z_weak[:, :num_classes].softmax(1).max(1)
+    confidence, pseudo_label = out.weak_logits[:, :num_classes].softmax(1).max(1)
 
     # What a method or the bank keeps is kept of the joined batch, on every process alike.
-    j_all, z_weak_all = accelerator.gather((j, z_weak))
+    j_all, z_weak_all = accelerator.gather((j, out.weak_logits))
     first = accelerator.process_index * len(j)
     weight = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)[first:first + len(j)]
-    target = method.target(pseudo_label, j)
-    loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
-    loss_unlabeled = (F.cross_entropy(z_strong, target, reduction='none') * weight).mean()
+    loss_labeled = F.cross_entropy(out.logits, labeled['target'], label_smoothing=args.label_smoothing)
+    loss_unlabeled = F.cross_entropy(out.strong_logits, method.target(pseudo_label, j), reduction='none')
+    loss_unlabeled = (loss_unlabeled * weight).mean()
     loss = loss_labeled + lambda_u(method, num_updates, args) * loss_unlabeled
-    loss = loss + method.further_loss(z_strong, weight, accelerator)
+    loss = loss + method.further_loss(out.strong_logits, weight, accelerator)
     if args.logit_margin_penalty:
-        loss = loss + args.logit_margin_penalty * logit_margin_penalty(z_strong, args.logit_margin)
+        loss = loss + args.logit_margin_penalty * logit_margin_penalty(out.strong_logits, args.logit_margin)
 
     loss_mixup = torch.zeros_like(loss)
     if calmix is not None:
-        i_all, y_all, z_all = accelerator.gather((i, y, z.detach()))
+        i_all, y_all, z_all = accelerator.gather((labeled['index'], labeled['target'], out.logits.detach()))
         pseudo_label_all = z_weak_all[:, :num_classes].argmax(1)
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
         calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
         if num_updates >= calmix.warmup_steps:
             easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
-            mixed = calmix.mix(i, y, x, f, j, pseudo_label, weak, f_weak, confidence, easy)
-            if calmix.split == 'joined':
-                mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
-            loss_mixup = calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
+            loss_mixup = mixup_loss(model, calmix, labeled, unlabeled, out, pseudo_label, confidence, easy, accelerator)
             loss = loss + calmix.weight * loss_mixup
 
     known = unlabeled['target'] >= 0
@@ -789,6 +792,35 @@ def semi_supervised_step(
         pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
         pseudo_label_known=known.float().mean(),
     )
+
+
+def mixup_loss(
+        model: nn.Module,
+        calmix: CalibrateMix,
+        labeled: dict,
+        unlabeled: dict,
+        out: Outputs,
+        pseudo_label: torch.Tensor,
+        confidence: torch.Tensor,
+        easy: tuple[torch.Tensor, torch.Tensor] | None,
+        accelerator: Accelerator,
+) -> torch.Tensor:
+    """Mixes the labeled with weak views of unlabeled images, passes the mixed ones through the network: their loss."""
+    mixed = calmix.mix(
+        labeled['index'],
+        labeled['target'],
+        labeled['image'],
+        out.features,
+        unlabeled['index'],
+        pseudo_label,
+        unlabeled['weak'],
+        out.weak_features,
+        confidence,
+        easy,
+    )
+    if calmix.split == 'joined':
+        mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
+    return calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
