@@ -1,17 +1,26 @@
-"""Everything that is drawn, as PNG. Colours and the look of all pictures are in one place, at the top.
+"""Everything that is drawn, as PNG. Colours, fonts and the look of all pictures are in one place, at the top.
+
+Names of runs, classes and files are drawn letter by letter, whatever they hold. A dollar sign starts no mathematics. A
+letter that no installed font has is shown by its code, such as \\u4e2d. A name that is too long for its place loses its
+middle, since names often differ at their end.
 
 Nothing here uses pyplot, so that no display and no global state is touched.
 """
 import math
-import textwrap
+import re
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageOps
 
@@ -23,78 +32,244 @@ ORANGE = '#D55E00'
 GREEN = '#009E73'
 GREY = '#6E6E6E'
 LINES = ((BLUE, '-'), (ORANGE, '--'), (GREEN, '-.'), ('#CC79A7', ':'), ('black', '-'), ('#E69F00', '--'))
+TITLE, LABEL, SMALL = 13, 11, 10  # sizes of letters, in points
+# Fonts that have another picture than the letter at some of their places.
+NO_LETTERS = re.compile('Last Resort|cm[a-z]+10$|STIXNon|STIXSize')
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure (inches) and its axes [rows, columns]."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+@cache
+def _usual() -> dict[str, frozenset[str]]:
+    """The letters of the families that matplotlib is set to use, both plain and bold."""
+    found = {}
+    for family in rcParams['font.family']:
+        files = [findfont(FontProperties(family=[family], weight=weight)) for weight in ('normal', 'bold')]
+        found[family] = _letters(*files)
+    return found
+
+
+@cache
+def _others() -> dict[str, frozenset[str]]:
+    """The letters of every other family that is installed. Opening all of them takes a moment."""
+    files = {}
+    for font in sorted(fontManager.ttflist, key=lambda font: font.name):
+        if font.style == 'normal' and not NO_LETTERS.match(font.name) and Path(font.fname).exists():
+            files.setdefault(font.name, []).append(font.fname)
+    return {family: _letters(*found) for family, found in files.items()}
+
+
+def _letters(*files: str) -> frozenset[str]:
+    """The letters that all these files have."""
+    return frozenset.intersection(*(frozenset(map(chr, get_font(file).get_charmap())) for file in files))
+
+
+@cache
+def _family(letter: str) -> str | None:
+    """The first family of fonts that has a letter, the usual ones before any that is installed; None if none has."""
+    for families in (_usual, _others):
+        for family, letters in families().items():
+            if letter in letters:
+                return family
+    return None
+
+
+@cache
+def _width(shown: str) -> float:
+    """Width of a letter, or of the code that stands for it, in units of the size of letters."""
+    width = 0.
+    for letter in shown:
+        font = get_font(findfont(FontProperties(family=[_family(letter)])))
+        font.set_size(12, 72)
+        width += font.load_char(ord(letter)).linearHoriAdvance / 65536 / 12
+    return width
+
+
+def _shown(text: str) -> list[str]:
+    """Each letter of a text as it is drawn: itself, or its code if no font has it or it is none that one can see."""
+    return [c if c.isprintable() and _family(c) else c.encode('unicode_escape').decode() for c in text]
+
+
+def _head(letters: list[str], room: float) -> list[str]:
+    widths = np.cumsum([_width(letter) for letter in letters])
+    return letters[:int((widths <= room).sum())]
+
+
+def _without_middle(letters: list[str], room: float) -> list[str]:
+    if len(_head(letters, room)) == len(letters):
+        return letters
+    half = (room - _width('…')) / 2
+    return [*_head(letters, half), '…', *_head(letters[::-1], half)[::-1]]
+
+
+def _lines(letters: list[str], room: float) -> list[list[str]]:
+    """Lines of at most that width, broken after blanks and other signs between words if possible."""
+    lines, start = [[]], 0
+    ends = [i + 1 for i, letter in enumerate(letters) if letter in ' -_/'] + [len(letters)]
+    for end in ends:
+        word = letters[start:end]
+        start = end
+        bare = word[:-1] if word and word[-1] == ' ' else word
+        if lines[-1] and len(_head(lines[-1] + bare, room)) < len(lines[-1] + bare):
+            lines.append([])
+        lines[-1] = lines[-1] + word
+        while len(_head(lines[-1], room)) < len(lines[-1]) - (lines[-1][-1:] == [' ']):  # a word longer than a line
+            first = _head(lines[-1], room) or lines[-1][:1]
+            lines[-1:] = [first, lines[-1][len(first):]]
+    return lines
+
+
+def literal(text: str, inches: float = math.inf, size: float = TITLE, lines: int = 1) -> str:
+    """A text for matplotlib that is drawn as it reads, in at most so many lines of that width.
+
+    Args:
+        text: Any, such as a name that a user gave.
+        inches: Width of a line.
+        size: Of the letters, in points.
+        lines: If the text needs more, it loses its middle.
+    """
+    letters, room = _shown(text), 72 * inches / size
+    found, kept = _lines(letters, room), lines * room
+    while len(found) > lines:
+        found = _lines(_without_middle(letters, kept), room)
+        kept *= 0.97
+    # matplotlib takes what is between two dollar signs for mathematics, unless a backslash stands before each.
+    return '\n'.join(''.join(line).strip() for line in found).replace('$', r'\$')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def new_figure(
+        width: float,
+        height: float,
+        rows: int = 1,
+        columns: int = 1,
+        heading: str = '',
+        **options,
+) -> tuple[Figure, np.ndarray]:
+    """A figure (inches) with a heading and its axes [rows, columns]; `options` are those of `Figure.subplots`."""
     figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    if heading:
+        figure.suptitle(literal(heading, width - 0.4, TITLE, lines=2), fontsize=TITLE)
+    return figure, new_axes(figure, rows, columns, **options)
+
+
+def new_axes(figure: Figure, rows: int = 1, columns: int = 1, **options) -> np.ndarray:
+    """The axes [rows, columns] of a figure or a part of one."""
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
         axis.spines[['top', 'right']].set_visible(False)
         axis.set_axisbelow(True)
         axis.grid(color='0.9', linewidth=0.8)
-        axis.tick_params(labelsize=10)
-    return figure, axes
+        axis.tick_params(labelsize=SMALL)
+    return axes
 
 
-def reliability_diagram(panels: 'list[tuple[str, ReliabilityBins]]', path: str) -> None:
+def line_style(number: int) -> dict[str, str]:
+    """Colour and dashes of the curve of that number. The first 36 all differ."""
+    colour, dashes = LINES[number % len(LINES)][0], LINES[(number + number // len(LINES)) % len(LINES)][1]
+    return dict(color=colour, linestyle=dashes)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG, each letter in a font that has it."""
+    usual = rcParams['font.family']
+    for text in figure.findobj(Text):
+        others = {_family(letter) for letter in text.get_text()} - {None, *usual}
+        if others:
+            text.set_fontfamily([*usual, *sorted(others)])
+            text.set_fontweight('normal')  # few of these families have another
+    figure.savefig(path, format='png')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+class Panel(NamedTuple):
+    """A reliability diagram.
+
+    Attributes:
+        title: Its name.
+        bins: Of `reliability_bins`, `equal_mass_bins` or `EvalMeter.bins`.
+        note: Stands in brackets behind its ECE.
+    """
+    title: str
+    bins: ReliabilityBins
+    note: str = ''
+
+
+OVER = {'facecolor': '#F6CBB0', 'edgecolor': ORANGE, 'hatch': '////', 'linewidth': 0.8}
+UNDER = {'facecolor': '#BFE6DA', 'edgecolor': GREEN, 'hatch': '\\\\\\\\', 'linewidth': 0.8}
+
+
+def _draw_bins(bins: ReliabilityBins, top: Axes, bottom: Axes) -> None:
+    filled = bins.count > 0
+    # A bin of equal confidences has no width in an equal-mass diagram; it is drawn as a thin bar.
+    width = bins.edges.diff().clamp(min=0.005)[filled].tolist()
+    left = bins.edges[:-1][filled].clamp(max=0.995).tolist()
+    acc, gap, weight = bins.accuracy[filled], bins.gap[filled], bins.weight[filled]
+    top.bar(left, acc.tolist(), width, align='edge', color=BLUE, edgecolor='white', linewidth=0.6)
+    for style, height in ((OVER, gap.clamp(min=0)), (UNDER, gap.clamp(max=0))):
+        shown = [i for i, value in enumerate(height.tolist()) if value]
+        top.bar(
+            [left[i] for i in shown],
+            height[shown].tolist(),
+            [width[i] for i in shown],
+            bottom=acc[shown].tolist(),
+            align='edge',
+            **style,
+        )
+    top.plot([0, 1], [0, 1], color='black', linestyle='--', linewidth=1.2)
+    top.set(xlim=(0, 1), ylim=(0, 1))
+    bottom.bar(left, weight.tolist(), width, align='edge', color='0.75', edgecolor='white', linewidth=0.6)
+    bottom.axvline(float((weight * acc).sum()), color=BLUE, linewidth=2)
+    bottom.axvline(float((weight * (acc + gap)).sum()), color=ORANGE, linewidth=2, linestyle='--')
+    bottom.set_xlabel('confidence', fontsize=LABEL)
+    bottom.tick_params(labelbottom=True)  # sharex leaves them to the last line
+
+
+def reliability_diagram(panels: list[Panel], path: str | Path, heading: str = '') -> None:
     """Writes reliability diagrams side by side, six in a line, each above the histogram of its confidence.
 
     Blue bars are a bin's accuracy. A hatched box reaches from there to the bin's mean confidence: upwards and orange
     where the model claims too much, downwards and green where it claims too little. ECE of these bins is in the title.
 
     Args:
-        panels: Title and bins (`reliability_bins`, `equal_mass_bins`, `EvalMeter.bins`) of each diagram.
+        panels: The diagrams.
         path: The PNG file to write; its folder must exist.
+        heading: Of the whole picture.
     """
     if not panels:
         raise ValueError('panels is empty: there is no diagram to draw')
-    over = {'facecolor': '#F6CBB0', 'edgecolor': ORANGE, 'hatch': '////', 'linewidth': 0.8}
-    under = {'facecolor': '#BFE6DA', 'edgecolor': GREEN, 'hatch': '\\\\\\\\', 'linewidth': 0.8}
     columns = min(len(panels), 6)
     lines = -(-len(panels) // columns)
+    titles = [literal(panel.title, 3.5, TITLE, lines=3) for panel in panels]
+    notes = [f' ({literal(panel.note)})' if panel.note else '' for panel in panels]
     figure, axes = new_figure(
-        0.9 + 3.9 * columns, 6.6 * lines, 2 * lines, columns, sharex=True, sharey='row',
-        height_ratios=[3.4, 1] * lines,
+        0.9 + 3.9 * columns, (6.4 + 0.2 * max(title.count('\n') + 1 for title in titles)) * lines, 2 * lines, columns,
+        heading, sharex=True, sharey='row', height_ratios=[3.4, 1] * lines,
     )
     pairs = [pair for line in range(lines) for pair in axes[2 * line:2 * line + 2].T]
     for axis in [axis for pair in pairs[len(panels):] for axis in pair]:
         axis.remove()
-    for (title, bins), (top, bottom) in zip(panels, pairs):
-        filled = bins.count > 0
-        # A bin of equal confidences has no width in an equal-mass diagram; it is drawn as a thin bar.
-        width = bins.edges.diff().clamp(min=0.005)[filled].tolist()
-        left = bins.edges[:-1][filled].clamp(max=0.995).tolist()
-        acc, gap, weight = bins.accuracy[filled], bins.gap[filled], bins.weight[filled]
-        top.bar(left, acc.tolist(), width, align='edge', color=BLUE, edgecolor='white', linewidth=0.6)
-        for style, height in ((over, gap.clamp(min=0)), (under, gap.clamp(max=0))):
-            shown = [i for i, value in enumerate(height.tolist()) if value]
-            top.bar(
-                [left[i] for i in shown],
-                height[shown].tolist(),
-                [width[i] for i in shown],
-                bottom=acc[shown].tolist(),
-                align='edge',
-                **style,
-            )
-        top.plot([0, 1], [0, 1], color='black', linestyle='--', linewidth=1.2)
-        top.set_title(f'{title}\nECE {100 * bins.ece:.1f} %', fontsize=13)
-        bottom.bar(left, weight.tolist(), width, align='edge', color='0.75', edgecolor='white', linewidth=0.6)
-        bottom.axvline(float((weight * acc).sum()), color=BLUE, linewidth=2)
-        bottom.axvline(float((weight * (acc + gap)).sum()), color=ORANGE, linewidth=2, linestyle='--')
-        bottom.set_xlabel('confidence', fontsize=11)
-        bottom.tick_params(labelbottom=True)  # sharex leaves them to the last line
-        top.set(xlim=(0, 1), ylim=(0, 1))
+    for panel, title, note, (top, bottom) in zip(panels, titles, notes, pairs):
+        _draw_bins(panel.bins, top, bottom)
+        top.set_title(f'{title}\nECE {100 * panel.bins.ece:.1f} %{note}', fontsize=TITLE)
     for top, bottom in axes[:, 0].reshape(lines, 2):
-        top.set_ylabel('accuracy', fontsize=11)
-        bottom.set_ylabel('share of\nsamples', fontsize=11)
+        top.set_ylabel('accuracy', fontsize=LABEL)
+        bottom.set_ylabel('share of\nsamples', fontsize=LABEL)
         bottom.locator_params(axis='y', nbins=3)
     figure.legend(
         handles=[
             Patch(color=BLUE, label='accuracy'),
-            Patch(label='overconfident', **over),
-            Patch(label='underconfident', **under),
+            Patch(label='overconfident', **OVER),
+            Patch(label='underconfident', **UNDER),
             Line2D([], [], color='black', linestyle='--', label='calibrated'),
             Line2D([], [], color=BLUE, linewidth=2, label='mean accuracy'),
             Line2D([], [], color=ORANGE, linewidth=2, linestyle='--', label='mean confidence'),
@@ -102,20 +277,22 @@ def reliability_diagram(panels: 'list[tuple[str, ReliabilityBins]]', path: str) 
         loc='outside lower center',
         ncols={1: 2, 2: 3}.get(len(panels), 6),
         frameon=False,
-        fontsize=10,
+        fontsize=SMALL,
     )
-    figure.savefig(path)
+    save(figure, path)
 
 
-def confidence_histogram(
-        confidence: torch.Tensor,
-        correct: torch.Tensor,
-        path: str,
-        title: str = 'Confidence of right and wrong predictions',
-) -> None:
-    """Writes the histograms (20 bins) of the confidence of right and of wrong predictions, each adding up to 1."""
+def confidence_histogram(confidence: torch.Tensor, correct: torch.Tensor, path: str | Path, heading: str = '') -> None:
+    """Writes the histograms (20 bins) of the confidence of right and of wrong predictions, each adding up to 1.
+
+    Args:
+        confidence: Top probabilities [N], in [0, 1].
+        correct: Whether the prediction is right, [N], bool or 0/1.
+        path: The PNG file to write.
+        heading: Name of the model.
+    """
     confidence, correct = check_pairs(confidence, correct)
-    figure, axes = new_figure(5.2, 4.4, 2, 1, sharex=True, sharey=True)
+    figure, axes = new_figure(5.2, 4.8, 2, 1, heading, sharex=True, sharey=True)
     for axis, label, chosen, colour in (
             (axes[0, 0], 'right', correct, BLUE),
             (axes[1, 0], 'wrong', ~correct, ORANGE),
@@ -123,45 +300,45 @@ def confidence_histogram(
         number = int(chosen.sum())
         share = torch.histc(confidence[chosen].float(), bins=20, min=0, max=1) / max(1, number)
         axis.bar((torch.arange(20) / 20).tolist(), share.tolist(), 0.05, align='edge', color=colour, edgecolor='white')
-        axis.set_ylabel(f'share of {label}\n({number:,} images)', fontsize=11)
-    axes[0, 0].set_title(title, fontsize=13)
+        axis.set_ylabel(f'share of {label}\n({number:,} images)', fontsize=LABEL)
+    axes[0, 0].set_title('Confidence of right and wrong predictions', fontsize=LABEL)
     axes[0, 0].set_xlim(0, 1)
-    axes[1, 0].set_xlabel('confidence', fontsize=11)
-    figure.savefig(path)
+    axes[1, 0].set_xlabel('confidence', fontsize=LABEL)
+    save(figure, path)
 
 
-def risk_coverage_diagram(curves: 'list[tuple[str, torch.Tensor, torch.Tensor]]', path: str) -> None:
+def risk_coverage_diagram(curves: list[tuple[str, torch.Tensor, torch.Tensor]], path: str | Path) -> None:
     """Writes risk-coverage curves in one picture.
 
     Args:
-        curves: Label, confidence [N] and correct [N] of each model.
+        curves: Name, confidence [N] and correct [N] of each model.
         path: The PNG file to write.
     """
     if not curves:
         raise ValueError('curves is empty: there is nothing to draw')
     figure, [[axis]] = new_figure(5.2, 4.0 + 0.25 * len(curves))
-    for number, (label, confidence, correct) in enumerate(curves):
+    for number, (name, confidence, correct) in enumerate(curves):
         coverage, risk = risk_coverage(confidence, correct)
-        colour, line = LINES[number % len(LINES)]
         axis.plot(
-            coverage.numpy(), risk.numpy(), color=colour, linestyle=line, linewidth=1.8,
-            label=f'{label} (area {100 * float(risk.mean()):.1f} %)',
+            coverage.numpy(), risk.numpy(), **line_style(number), linewidth=1.8,
+            label=f'{literal(name, 3.0, SMALL)} (area {100 * float(risk.mean()):.1f} %)',
         )
-    axis.set_title('Error when only the most confident are kept', fontsize=13)
-    axis.set_xlabel('coverage', fontsize=11)
-    axis.set_ylabel('error of those kept', fontsize=11)
+    axis.set_title('Error when only the most confident are kept', fontsize=TITLE)
+    axis.set_xlabel('coverage', fontsize=LABEL)
+    axis.set_ylabel('error of those kept', fontsize=LABEL)
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
-    figure.legend(loc='outside lower center', frameon=False, fontsize=10)
-    figure.savefig(path)
+    figure.legend(loc='outside lower center', frameon=False, fontsize=SMALL)
+    save(figure, path)
 
 
 def class_diagram(
         predicted: torch.Tensor,
         confidence: torch.Tensor,
         correct: torch.Tensor,
-        path: str,
-        class_names: 'list[str] | None' = None,
+        path: str | Path,
+        class_names: list[str] | None = None,
+        heading: str = '',
         limit: int = 30,
 ) -> None:
     """Writes accuracy and mean confidence of the images put into each class, the largest gaps on top.
@@ -172,6 +349,7 @@ def class_diagram(
         correct: Whether the prediction is right, [N].
         path: The PNG file to write.
         class_names: Names by class number; the numbers if None.
+        heading: Name of the model.
         limit: At most this many classes are drawn.
     """
     check_pairs(confidence, correct)
@@ -183,7 +361,8 @@ def class_diagram(
     conf = torch.bincount(predicted, torch.as_tensor(confidence).cpu().double()) / count.clamp(min=1)
     classes = [k for k in (acc - conf).abs().argsort(descending=True, stable=True).tolist() if count[k]]
     shown = classes[:limit][::-1]
-    figure, [[axis]] = new_figure(5.6, 1.6 + 0.26 * len(shown))
+    # The label at the side needs the height of five classes, however few there are.
+    figure, [[axis]] = new_figure(6.2, 2.0 + 0.26 * max(len(shown), 5), heading=heading)
     rows = range(len(shown))
     axis.hlines(rows, acc[shown].tolist(), conf[shown].tolist(), color=GREY, linewidth=2)
     axis.plot(acc[shown].tolist(), rows, 'o', color=BLUE, markersize=7, label='accuracy', clip_on=False)
@@ -191,14 +370,14 @@ def class_diagram(
         conf[shown].tolist(), rows, 'D', color=ORANGE, markerfacecolor='white', markeredgewidth=1.8, markersize=6,
         label='mean confidence', clip_on=False,
     )
-    names = [str(k) if class_names is None else class_names[k] for k in shown]
+    names = [str(k) if class_names is None else literal(class_names[k], 2.0, SMALL) for k in shown]
     axis.set_yticks(rows, [f'{name} ({int(count[k])})' for name, k in zip(names, shown)])
     axis.set(xlim=(0, 1), ylim=(-0.6, len(shown) - 0.4))
-    axis.set_ylabel('predicted class (images)', fontsize=11)
-    part = '' if len(shown) == len(classes) else f'\n(the {len(shown)} largest gaps of {len(classes)} classes)'
-    axis.set_title(f'Calibration by class{part}', fontsize=13)
-    figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=10)
-    figure.savefig(path)
+    axis.set_ylabel('predicted class\n(number of images)', fontsize=LABEL)
+    part = '' if len(shown) == len(classes) else f': the {len(shown)} largest gaps of {len(classes)} classes'
+    axis.set_title(f'Calibration by class{part}', fontsize=LABEL, loc='right')  # long names leave it little room
+    figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=SMALL)
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,39 +400,61 @@ class Curve(NamedTuple):
     warmup: int | None
 
 
+def _draw_curves(curves: list[Curve], metric: str, axis: Axes) -> None:
+    """One metric of all settings, and where their warmup ends: one grey line if it does so for all at once."""
+    ends = {curve.warmup for curve in curves} - {None}
+    for i, curve in enumerate(curves):
+        style = line_style(i)
+        mean, deviation = curve.metrics[metric]
+        axis.plot(
+            curve.updates, mean, **style, markersize=4, marker='o' if len(curve.updates) < 20 else None,
+            label=literal(curve.label, CURVES_WIDTH - 1.2, SMALL),
+        )
+        if deviation is not None:
+            low, high = ([m + sign * d for m, d in zip(mean, deviation)] for sign in (-1, 1))
+            axis.fill_between(curve.updates, low, high, color=style['color'], alpha=0.12, linewidth=0)
+        if len(ends) > 1 and curve.warmup is not None:
+            axis.axvline(curve.warmup, **style, linewidth=1)
+    if len(ends) == 1:
+        axis.axvline(*ends, color=GREY, linestyle=(0, (1, 2)), linewidth=1.5, label='end of warmup')
+    elif ends:
+        axis.plot([], [], color='none', label='upright lines: end of warmup')
+    axis.set_xlabel('updates', fontsize=LABEL)
+    axis.set_xlim(left=0)
+    axis.locator_params(axis='x', integer=True, nbins=7)
+
+
+CURVES_WIDTH = 11.  # inches
+
+
 def training_curves(panels: list[tuple[str, list[Curve]]], path: str | Path) -> None:
     """Writes error and ECE against updates side by side, a line of pictures for each panel.
 
     Args:
-        panels: Title and curves of each.
+        panels: Heading and curves of each.
         path: The PNG file to write.
     """
-    figure, axes = new_figure(13, 4.2 * len(panels), len(panels), 2)
-    for (title, curves), pair in zip(panels, axes):
-        ends = {curve.warmup for curve in curves} - {None}
-        for i, curve in enumerate(curves):
-            color, style = LINES[i % len(LINES)][0], LINES[(i + i // len(LINES)) % len(LINES)][1]
-            for axis, (mean, deviation) in zip(pair, (curve.metrics['error'], curve.metrics['ece'])):
-                axis.plot(curve.updates, mean, color=color, linestyle=style, markersize=4,
-                          marker='o' if len(curve.updates) < 20 else None, label=curve.label)
-                if deviation is not None:
-                    low, high = ([m + sign * d for m, d in zip(mean, deviation)] for sign in (-1, 1))
-                    axis.fill_between(curve.updates, low, high, color=color, alpha=0.12, linewidth=0)
-                if len(ends) > 1 and curve.warmup is not None:
-                    axis.axvline(curve.warmup, color=color, linestyle=style, linewidth=1)
-        if len(ends) > 1:
-            pair[1].plot([], [], color='none', label='upright: end of warmup')
-        for axis, name in zip(pair, ('error %', 'ECE %')):
-            if len(ends) == 1:
-                axis.axvline(*ends, color=GREY, linestyle=(0, (1, 2)), linewidth=1.5, label='end of warmup')
-            axis.set_title(title, fontsize=12)
-            axis.set(xlabel='updates', ylabel=name)
-            axis.set_xlim(left=0)
-            axis.locator_params(axis='x', integer=True, nbins=7)
-        pair[1].set_ylim(bottom=0)
-        pair[1].legend(loc='center left', bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=10,
-                       handlelength=3)
-    figure.savefig(path)
+    columns, heights = [], []
+    for _, curves in panels:
+        widest = max(sum(map(_width, _shown(curve.label))) for curve in curves) * SMALL / 72 + 0.8  # and its line
+        columns.append(min(4, len(curves) + 1, max(1, int((CURVES_WIDTH - 0.4) / widest))))
+        heights.append(4.2 + 0.2 * -(-(len(curves) + 1) // columns[-1]))
+    figure = Figure(figsize=(CURVES_WIDTH, sum(heights)), dpi=150, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    parts = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (heading, curves), part, ncols in zip(panels, parts, columns):
+        part.suptitle(literal(heading, CURVES_WIDTH - 0.4, TITLE, lines=2), fontsize=TITLE)
+        [[left, right]] = new_axes(part, 1, 2)
+        _draw_curves(curves, 'error', left)
+        _draw_curves(curves, 'ece', right)
+        left.set_ylabel('error %', fontsize=LABEL)
+        right.set_ylabel('ECE %', fontsize=LABEL)
+        right.set_ylim(bottom=0)
+        part.legend(
+            *left.get_legend_handles_labels(), loc='outside lower center', ncols=ncols, frameon=False, fontsize=SMALL,
+            handlelength=3,
+        )
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +479,7 @@ class Cell(NamedTuple):
     note: str
 
 
-def contact_sheet(parts: 'list[tuple[str, list[Cell]]]', path: str | Path) -> None:
+def contact_sheet(parts: list[tuple[str, list[Cell]]], path: str | Path) -> None:
     """Writes two groups of images with their labels, one above the other; those of wrong labels are framed.
 
     Args:
@@ -288,12 +489,8 @@ def contact_sheet(parts: 'list[tuple[str, list[Cell]]]', path: str | Path) -> No
     lines = math.ceil(len(parts[0][1]) / SHEET_COLUMNS)
     figure = Figure(figsize=(SHEET_COLUMNS * CELL[0], 2 * (lines * CELL[1] + 0.6)), dpi=150, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-
-    def caption(before, name):
-        return textwrap.fill(before + name.replace('_', ' '), 16, max_lines=2, placeholder='…')
-
     for panel, (title, cells) in zip(figure.subfigures(2, 1), parts):
-        panel.suptitle(title, fontsize=12)
+        panel.suptitle(title, fontsize=TITLE - 1)
         axes = panel.subplots(lines, SHEET_COLUMNS, squeeze=False).flatten()
         for axis in axes:
             axis.set_axis_off()
@@ -304,12 +501,14 @@ def contact_sheet(parts: 'list[tuple[str, list[Cell]]]', path: str | Path) -> No
             axis.set_axis_on()
             axis.set(xticks=[], yticks=[])
             wrong = cell.true_label is not None
-            text = [caption('', cell.label)] + ([caption('true: ', cell.true_label)] if wrong else [])
+            names = [cell.label] + ([f'true: {cell.true_label}'] if wrong else [])
             style = dict(color=ORANGE, fontweight='bold') if wrong else {}
-            axis.set_title('\n'.join(text), fontsize=8, **style)
+            # Bold letters are wider than the plain ones that are measured.
+            width = 0.85 * CELL[0] if wrong else 0.95 * CELL[0]
+            axis.set_title('\n'.join(literal(name, width, 8, lines=2) for name in names), fontsize=8, **style)
             axis.set_xlabel(cell.note, fontsize=8, color=GREY)
             axis.spines[:].set(color=ORANGE if wrong else '0.8', linewidth=3 if wrong else 0.8)
-    figure.savefig(path, format='png')
+    save(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,4 +533,4 @@ def complexity_diagram(panels: dict[str, dict[int, list[float]]], path: str | Pa
         axis.grid(alpha=0.3)
     axes[0].set_yscale('log')
     axes[0].set_ylabel('ms a step')
-    figure.savefig(path)
+    save(figure, path)

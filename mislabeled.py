@@ -232,7 +232,7 @@ def tell(ranking: Ranking, num_runs: int, where: str, percentile: float) -> str:
 
 def write_ranking(path: Path, ranking: Ranking, source: Source) -> None:
     """Writes mislabeled.csv; cells are empty where a thing is not known."""
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
         for row, index in enumerate(ranking.index.tolist()):

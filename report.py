@@ -7,9 +7,10 @@ Reads each run's args.yaml, labels.json, summary.csv and last/metrics.json: the 
 best/ was chosen on the very images that are reported. A run that has not reached its last update is left out and named.
 
 Runs that differ by nothing but their seed (or label seed, fold or file) are one cell of the table: mean and standard
-deviation (n - 1 in the denominator) over them; a single run has no deviation, shown as –. So is a cell without runs. A
-mean is in bold if it is the best of its column beyond the spread: best mean + its deviation < every other mean - its
-deviation. Nothing is bold beside a cell of a single run. Rates are in percent.
+deviation (n - 1 in the denominator) over them. A cell of a single run is its value alone, since one run has no
+deviation. A cell without runs is shown as –. A mean is in bold if it is the best of its column beyond the spread: best
+mean + its deviation < every other mean - its deviation. Nothing is bold beside a cell of a single run. Rates are in
+percent.
 
 Writes to --output:
     table.md, table.tex   the table; the LaTeX needs the package booktabs
@@ -25,7 +26,6 @@ import json
 import re
 import statistics
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import torch
 import yaml
 
 from calibratemix import PRESETS
-from figures import Curve, reliability_diagram, training_curves
+from figures import Curve, Panel, reliability_diagram, training_curves
 from metrics import ReliabilityBins
 from program import UsageError
 
@@ -208,7 +208,8 @@ def build_table(
     usual = max(sizes, key=lambda n: (sizes[n], n))
     names = [', '.join(f'{text(value)} {key}' if key == 'labels' else text(value) for key, value in zip(columns, block))
              for block in blocks]
-    header, rows = line_keys.copy(), [[(text(value), False) for value in line] for line in lines]
+    header = [key.replace('_', '-') for key in line_keys]
+    rows = [[(text(value), False) for value in line] for line in lines]
     for block, name in zip(blocks, names):
         found = [cells.get(block + line, []) for line in lines]
         for metric, title in SHOWN.items():
@@ -218,40 +219,57 @@ def build_table(
             for i, (row, cell, value) in enumerate(zip(rows, found, values)):
                 shown = MISSING
                 if value is not None:
-                    shown = f'{value[0]:.{digits}f} ± ' + (MISSING if value[1] is None else f'{value[1]:.{digits}f}')
+                    shown = f'{value[0]:.{digits}f}' + ('' if value[1] is None else f' ± {value[1]:.{digits}f}')
                     shown += '' if len(cell) == usual else f' (n={len(cell)})'
                 row.append((shown, i == bold))
-    caption = (f'{names[0]}: ' if len(blocks) == 1 else '') + 'mean ± standard deviation, '
-    caption += f'n = {usual} seed{"s" if usual > 1 else ""}' + (' unless stated' if len(sizes) > 1 else '')
-    return caption, [name.replace('_', '-') for name in header], rows
+    caption = f'{names[0]}: ' if len(blocks) == 1 else ''
+    if list(sizes) == [1]:
+        caption += 'one run each, so there is no standard deviation'
+    else:
+        caption += f'mean ± standard deviation, n = {usual} seed{"s" if usual > 1 else ""}'
+        caption += ' unless stated' if len(sizes) > 1 else ''
+        caption += '; a single run has no deviation' if 1 in sizes else ''
+    return caption, header, rows
+
+
+def one_line(value: str) -> str:
+    """The text, with the codes of line ends, tabs and other signs that would break a table's line."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in value)
 
 
 def as_markdown(caption: str, header: list[str], rows: list[list[tuple[str, bool]]]) -> str:
-    lines = [header, *([f'**{cell}**' if bold else cell for cell, bold in row] for row in rows)]
+    def escape(value):
+        # An underscore within a word is one; at its edge it would start emphasis.
+        return re.sub(r'[\\`*|<$]|(?<![^\W_])_|_(?![^\W_])', r'\\\g<0>', one_line(value))
+
+    lines = [[escape(name) for name in header]]
+    lines += [[f'**{escape(cell)}**' if bold else escape(cell) for cell, bold in row] for row in rows]
     width = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * w for w in width])
     body = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(line, width)) + ' |' for line in lines]
-    return '\n'.join([caption, '', *body])
+    return '\n'.join([escape(caption), '', *body])
+
+
+LATEX = {'\\': r'\textbackslash{}', '^': r'\textasciicircum{}', '~': r'\textasciitilde{}', '<': r'\textless{}',
+         '>': r'\textgreater{}', '|': r'\textbar{}', '-': '-{}', '±': r'$\pm$', MISSING: '--'}
 
 
 def as_latex(caption: str, header: list[str], rows: list[list[tuple[str, bool]]]) -> str:
     def escape(value):
-        value = re.sub(r'([\\{}_%&#$^~])', lambda m: {'\\': r'\textbackslash{}', '^': r'\^{}', '~': r'\~{}'}.get(
-            m[1], '\\' + m[1]), value)
-        return value.replace('±', r'$\pm$').replace(MISSING, '--')
+        return re.sub(rf'-(?=-)|[\\{{}}_%&#$^~<>|±{MISSING}]', lambda m: LATEX.get(m[0], '\\' + m[0]), one_line(value))
 
     def line(cells):
         return ' & '.join(cells) + r' \\'
 
     body = [line([rf'\textbf{{{escape(cell)}}}' if bold else escape(cell) for cell, bold in row]) for row in rows]
     return '\n'.join([
-        f'% {caption}', rf'\begin{{tabular}}{{{"l" * len(header)}}}', r'\toprule', line(map(escape, header)),
+        f'% {one_line(caption)}', rf'\begin{{tabular}}{{{"l" * len(header)}}}', r'\toprule', line(map(escape, header)),
         r'\midrule', *body, r'\bottomrule', r'\end{tabular}',
     ])
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
@@ -302,18 +320,27 @@ def varying(runs: list[dict], keys: list[str]) -> list[str]:
     return [key for key in keys if key in ('algorithm', 'variant') or len(group(runs, [key])) > 1]
 
 
+def heading(runs: list[dict], rows: list[str]) -> str:
+    """What these runs of one combination of the `rows` settings have in common."""
+    keys = [*rows, *(key for key in ('dataset', 'labels') if key not in rows and len(group(runs, [key])) == 1)]
+    return title(keys, tuple(runs[0]['settings'][key] for key in keys))
+
+
 def draw_reliability(runs: list[dict], keys: list[str], rows: list[str], folder: Path) -> list[Path]:
     """One picture for each combination of the `rows` settings, named after those of them that vary."""
     paths, groups = [], group(runs, rows)
     varies = [len(set(values)) > 1 for values in zip(*groups)]
     for values, found in groups.items():
-        panels, panel_keys = [], varying(found, keys)
-        for panel, same in group(found, panel_keys).items():
-            pooled = f'\n{len(same)} seeds pooled' if len(same) > 1 else ''
-            panels.append((textwrap.fill(title(panel_keys, panel), 34) + pooled, pool(same)))
+        panel_keys = varying(found, keys)
+        panels = [
+            Panel(title(panel_keys, panel), pool(same), f'{len(same)} seeds pooled' if len(same) > 1 else '')
+            for panel, same in group(found, panel_keys).items()
+        ]
         name = '-'.join(['reliability', *(str(value) for value, other in zip(values, varies) if other)])
-        paths.append(folder / (re.sub(r'[^\w.+-]+', '-', name) + '.png'))
-        reliability_diagram(panels, str(paths[-1]))
+        name = re.sub(r'[^\w.+-]+', '-', name).encode()[:200].decode(errors='ignore')  # a file's name has an end
+        taken = sum(path.name.startswith(name) for path in paths)
+        paths.append(folder / (f'{name}-{taken + 1}.png' if folder / f'{name}.png' in paths else f'{name}.png'))
+        reliability_diagram(panels, paths[-1], heading(found, rows))
     return paths
 
 
@@ -348,15 +375,15 @@ def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[
     except OSError as error:
         raise UsageError(f'--output {output}: cannot be made: {error.strerror}') from error
     table = build_table(runs, keys, columns)
-    (output / 'table.md').write_text(as_markdown(*table) + '\n')
-    (output / 'table.tex').write_text(as_latex(*table) + '\n')
+    (output / 'table.md').write_text(as_markdown(*table) + '\n', encoding='utf-8')
+    (output / 'table.tex').write_text(as_latex(*table) + '\n', encoding='utf-8')
     write_csv(output / 'table.csv', [cell_row(keys, values, found) for values, found in cells.items()])
     write_csv(output / 'runs.csv', [run_row(run) for run in runs])
     write_csv(output / 'comparison.csv', [
         {'run': run['run'], **{key: f'{run["metrics"][key]:.4f}' for key in COLUMNS[1:]}} for run in runs
     ])
     pictures = draw_reliability(runs, keys, rows, output)
-    panels = [(title(rows, values), curves(found, keys)) for values, found in group(runs, rows).items()]
+    panels = [(heading(found, rows), curves(found, keys)) for found in group(runs, rows).values()]
     training_curves(panels, output / 'curves.png')
     names = ('table.md', 'table.tex', 'table.csv', 'runs.csv', 'comparison.csv')
     return as_markdown(*table), [*(output / name for name in names), *pictures, output / 'curves.png']

@@ -44,7 +44,7 @@ from torchvision import transforms
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from checkpoint import read_args
 from data import DataConfig, Feed, ViewDataset, create_loader, evaluation_batches
-from figures import class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
+from figures import Panel, class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
 from labels import read_labels
 from metrics import (
     calibration_report,
@@ -66,6 +66,9 @@ DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_downloa
              'target_key', 'skip_bad_images')
 MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
               'std')
+# How the pictures and the text call logits that were scaled.
+SCALED = {'temperature': 'after temperature scaling', 'vector': 'after vector scaling',
+          'saved': 'after the saved temperature'}
 OOD_SCORES = ('msp', 'energy', 'margin')
 
 
@@ -579,24 +582,26 @@ def format_ood_table(results: list[Result], metrics: list[dict]) -> str:
 
 
 def what_is_left(results: list[Result], args: Namespace) -> list[str]:
-    """For each checkpoint beside the first: its difference in ECE from it, before and after scaling."""
+    """For each checkpoint beside the first: how much larger its ECE is than the first one's, unscaled and scaled."""
     first, lines = results[0], []
     for other in results[1:]:
-        lines.append(f'ECE of {other.name} less that of {first.name}, in points:')
+        lines.append(f'ECE of {other.name} minus ECE of {first.name}, in percentage points'
+                     + (', with its 95 % interval:' if args.bootstrap else ':'))
         raw = other.reports['none']['ece'] - first.reports['none']['ece']
         for scaling in first.scaled:
             if scaling not in other.scaled:
                 continue
             difference = other.reports[scaling]['ece'] - first.reports[scaling]['ece']
-            text = f'  {difference:+.2f}'
+            line = f'  {SCALED.get(scaling, "unscaled")}: {difference:+.2f}'
             if args.bootstrap:
                 sides = [confidence_and_correct(r.scaled[scaling], r.outputs.target) for r in (first, other)]
                 low, high = ece_difference_interval(*sides, args.bootstrap, args.seed)
-                text += f' [{100 * low:+.2f}, {100 * high:+.2f}]'
-            text += ' unscaled' if scaling == 'none' else f' after {scaling} scaling'
+                line += f' [{100 * low:+.2f}, {100 * high:+.2f}]'
             if scaling != 'none' and abs(raw) >= 0.5:  # a share of next to nothing says nothing
-                text += f', {100 * difference / raw:.0f} % of it'
-            lines.append(text)
+                line += f'; the gap is {100 * abs(difference / raw):.0f} % of the unscaled one'
+                if difference / raw < 0:
+                    line += f', and now {(other if difference > 0 else first).name} has the larger ECE'
+            lines.append(line)
     return lines
 
 
@@ -611,14 +616,8 @@ def measure_ood(result: Result) -> dict[str, dict]:
     return measured
 
 
-def shorten(text: str, limit: int) -> str:
-    """Leaves out the middle: names often differ at their end."""
-    return text if len(text) <= limit else f'{text[:(limit - 1) // 2]}…{text[-(limit // 2):]}'
-
-
-def panel_title(result: Result, scaling: str) -> str:
-    name = shorten(result.name, 36)
-    return name if scaling == 'none' else f'{name}\n{scaling} scaling'
+def picture_name(name: str, scaling: str) -> str:
+    return f'{name}.png' if scaling == 'none' else f'{name}_{scaling}.png'
 
 
 def write_result(folder: Path, result: Result, about: dict, ood: dict, class_names: list[str] | None, args) -> None:
@@ -658,15 +657,14 @@ def write_result(folder: Path, result: Result, about: dict, ood: dict, class_nam
 
     for scaling, logits in result.scaled.items():
         pair = confidence_and_correct(logits, outputs.target)
-        title = panel_title(result, scaling)
-        panels = [(f'{title}\nequal width', reliability_bins(*pair)), (f'{title}\nequal mass', equal_mass_bins(*pair))]
-        reliability_diagram(panels, folder / ('reliability.png' if scaling == 'none' else f'reliability_{scaling}.png'))
-    confidence_histogram(confidence, correct, folder / 'confidence.png')
-    risk_coverage_diagram([(shorten(result.name, 36), confidence, correct)], folder / 'risk_coverage.png')
+        panels = [Panel('bins of equal width', reliability_bins(*pair)), Panel('of equal mass', equal_mass_bins(*pair))]
+        heading = result.name if scaling == 'none' else f'{result.name}, {SCALED[scaling]}'
+        reliability_diagram(panels, folder / picture_name('reliability', scaling), heading)
+    confidence_histogram(confidence, correct, folder / 'confidence.png', result.name)
+    risk_coverage_diagram([(result.name, confidence, correct)], folder / 'risk_coverage.png')
     if class_names is not None:
-        class_names = [shorten(name, 24) for name in class_names]
-        class_names += [str(k) for k in range(len(class_names), outputs.logits.shape[1])]
-    class_diagram(predicted, confidence, correct, folder / 'classes.png', class_names)
+        class_names = [*class_names, *map(str, range(len(class_names), outputs.logits.shape[1]))]
+    class_diagram(predicted, confidence, correct, folder / 'classes.png', class_names, result.name)
 
 
 def write_comparison(folder: Path, results: list[Result]) -> None:
@@ -676,18 +674,17 @@ def write_comparison(folder: Path, results: list[Result]) -> None:
         for result in results:
             if scaling in result.scaled:
                 report = result.reports[scaling]
-                title = panel_title(result, scaling)
-                if 'ece_low' in report:
-                    title += f'\nECE, 95 % interval: {report["ece_low"]:.1f} to {report["ece_high"]:.1f} %'
+                note = f'95 %: {report["ece_low"]:.1f} to {report["ece_high"]:.1f}' if 'ece_low' in report else ''
                 pair = confidence_and_correct(result.scaled[scaling], result.outputs.target)
-                panels.append((title, reliability_bins(*pair)))
-        reliability_diagram(panels, folder / ('comparison.png' if scaling == 'none' else f'comparison_{scaling}.png'))
-    curves = [(shorten(r.name, 36), *confidence_and_correct(r.outputs.logits, r.outputs.target)) for r in results]
+                panels.append(Panel(result.name, reliability_bins(*pair), note))
+        reliability_diagram(panels, folder / picture_name('comparison', scaling), SCALED.get(scaling, ''))
+    curves = [(result.name, *confidence_and_correct(result.outputs.logits, result.outputs.target))
+              for result in results]
     risk_coverage_diagram(curves, folder / 'risk_coverage.png')
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.DictWriter(file, rows[0], restval='')
         writer.writeheader()
         writer.writerows(rows)
@@ -736,17 +733,23 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
         raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
     print(f'\nResults in {folder}')
     if args.save_temperature:
-        for result in results:
-            if result.at_bound:
-                raise RunError(f'--save-temperature: none stored in {result.checkpoint}, as it is at its bound')
-            content = add_temperature(
-                result.checkpoint,
-                temperature=result.parameters['temperature']['temperature'],
-                images=len(result.calibration.index),
-                dataset=about['dataset'],
-                split=args.calibration_split or data.train_split,
-            )
-            replace_file(result.checkpoint / 'config.json', lambda part: part.write_text(content))  # noqa: B023
+        store_temperatures(results, args.calibration_split or data.train_split, about['dataset'])
+
+
+def store_temperatures(results: list[Result], split: str, dataset: str) -> None:
+    """Puts each temperature into the config.json of its checkpoint; raises RunError for one at its bound."""
+    for result in results:
+        if result.at_bound:
+            raise RunError(f'--save-temperature: none stored in {result.checkpoint}, as it is at its bound')
+        temperature = result.parameters['temperature']['temperature']
+        content = add_temperature(
+            result.checkpoint,
+            temperature=temperature,
+            images=len(result.calibration.index),
+            dataset=dataset,
+            split=split,
+        )
+        replace_file(result.checkpoint / 'config.json', lambda part: part.write_text(content))  # noqa: B023
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
