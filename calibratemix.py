@@ -113,14 +113,14 @@ class MarginBank(nn.Module):
     mean over all visits, the AUM of the labeled set (Pleiss et al. 2020). With d = 0.997 it is the APM of the unlabeled
     set (MarginMatch, CVPR 2023), kept for every class because the pseudo-label may change. An index that stands twice
     in a batch is two visits, one after the other. An update costs O(B^2 + B * K), whatever N is.
-    A ValueError names what is wrong with an argument.
+    The tables are the buffers `value`, `count` and `label`. A ValueError names a wrong argument.
 
     Args:
         num_samples: N, the size of the set.
         num_classes: K to keep the margin of every class, `[N, K]`; None to keep that of the given label, `[N]`.
         smoothing: d, in (0, 1].
         dtype: Storage, torch.float32 or torch.float16; arithmetic is float32. A float16 entry is at most 65504. After
-            some thousand visits it no longer follows its mean, as each would move it by less than 1/2000 of itself.
+            some thousand visits it no longer follows its mean, as a visit would move it by less than 1/2000 of itself.
     """
 
     def __init__(
