@@ -657,7 +657,8 @@ def write_result(folder: Path, result: Result, about: dict, ood: dict, class_nam
 
     for scaling, logits in result.scaled.items():
         pair = confidence_and_correct(logits, outputs.target)
-        panels = [Panel('bins of equal width', reliability_bins(*pair)), Panel('of equal mass', equal_mass_bins(*pair))]
+        panels = [Panel('bins of equal width', reliability_bins(*pair)),
+                  Panel('bins of equal mass', equal_mass_bins(*pair))]
         heading = result.name if scaling == 'none' else f'{result.name}, {SCALED[scaling]}'
         reliability_diagram(panels, folder / picture_name('reliability', scaling), heading)
     confidence_histogram(confidence, correct, folder / 'confidence.png', result.name)

@@ -146,8 +146,8 @@ def test_bold_and_missing_cells_in_all_forms_of_the_table(make_run, tmp_path):
     alone, calmix = markdown_cells(table)
     assert alone['error % (digits, 20 labels)'] == '10.50 ± 0.71' and alone['error % (digits, 40 labels)'] == '–'
     assert calmix['error % (digits, 20 labels)'] == '**5.50 ± 0.71**'
-    assert calmix['error % (digits, 40 labels)'] == '4.00 ± – (n=1)'
-    assert 'n = 2 seeds unless stated' in table
+    assert calmix['error % (digits, 40 labels)'] == '4.00 (n=1)'
+    assert 'n = 2 seeds unless stated; a single run has no deviation' in table
     assert (tmp_path / 'out' / 'table.md').read_text() == table + '\n'
 
     latex = (tmp_path / 'out' / 'table.tex').read_text().splitlines()
@@ -157,6 +157,59 @@ def test_bold_and_missing_cells_in_all_forms_of_the_table(make_run, tmp_path):
     assert r'\textbf{5.50 $\pm$ 0.71}' in lines[2] and lines[1].count(' -- ') == 3
     for line in latex[1:]:  # nothing that LaTeX would take for its own
         assert not re.search(r'(?<!\\)[%#_]', line) and line.count('{') == line.count('}')
+
+
+def test_single_runs_have_no_deviation_and_the_caption_says_so(make_run, tmp_path):
+    table, _ = write(make_run('a', error=13.8), make_run('b', '--calibratemix', error=9), output=tmp_path / 'out')
+    assert [row['error %'] for row in markdown_cells(table)] == ['13.80', '9.00'] and '±' not in table
+    assert table.startswith('digits, 130 labels: one run each, so there is no standard deviation\n')
+
+
+NAME = r'co|st_$5_\and{中}_%&#^~--<b>*`x`' + '\n'
+
+
+def test_names_are_literal_in_tables_files_and_pictures(make_run, tmp_path, monkeypatch):
+    drawn = []
+    for name in ('reliability_diagram', 'training_curves'):
+        draw = getattr(report, name)
+        monkeypatch.setattr(report, name, lambda *args, draw=draw: (drawn.append(args), draw(*args)))
+    folders = [make_run(str(i), '--dataset', '', '--data-dir', f'/data/{name}', '--num-labels', '20')
+               for i, name in enumerate([NAME, 'other_data'])]
+    table, paths = write(*folders, output=tmp_path / 'out')
+    assert drawn[0][2] == f'FixMatch, {NAME}, 20 labels' and drawn[2][0][0][0] == drawn[0][2]
+    assert all(path.stat().st_size > 10_000 for path in paths if path.suffix == '.png')
+    for file, column in (('table.csv', 'dataset'), ('runs.csv', 'dataset')):
+        with open(tmp_path / 'out' / file, newline='', encoding='utf-8') as rows:
+            assert [row[column] for row in csv.DictReader(rows)] == [NAME, 'other_data']
+    header, *lines = [line for line in table.splitlines() if line.startswith('|')]
+    shown = re.sub(r'\\(\W|_)', r'\1', header)  # as Markdown reads it
+    assert f'error % ({NAME.strip()}\\n, 20 labels)' in shown
+    assert {len(re.findall(r'(?<!\\)\|', line)) for line in (header, *lines)} == {9}
+    assert 'error % (other_data, 20 labels)' in table  # no underscore became a hyphen
+    latex = (tmp_path / 'out' / 'table.tex').read_text(encoding='utf-8').splitlines()
+    escaped = (r'co\textbar{}st\_\$5\_\textbackslash{}and\{中\}\_\%\&\#\textasciicircum{}\textasciitilde{}-{}-'
+               r'\textless{}b\textgreater{}*`x`\textbackslash{}n')
+    assert f'error \\% ({escaped}, 20 labels)' in latex[3] and latex[3].endswith(r'\\') and latex[4] == r'\midrule'
+
+
+@pytest.mark.parametrize('letter', '\\$_^%&#{}~<>|')
+def test_no_sign_of_latex_is_left_bare(letter):
+    """What stands for a letter is a command or the letter after a backslash."""
+    row = report.as_latex('c', ['a'], [[(f'x{letter}y', False)]]).splitlines()[5]
+    assert row.startswith('x\\') and row.endswith('y \\\\')
+    stands = row[1:-len('y \\\\')]
+    assert re.fullmatch(r'\\text[a-z]+\{\}', stands) or stands == '\\' + letter
+
+
+def test_pictures_of_names_that_a_file_name_cannot_tell_apart_are_all_kept(make_run, tmp_path, monkeypatch):
+    for draw in ('reliability_diagram', 'training_curves'):
+        monkeypatch.setattr(report, draw, lambda panels, path, *_: path.touch(exist_ok=False))
+    folders = [make_run(str(i), '--dataset', '', '--data-dir', f'/data/{name}')
+               for i, name in enumerate(['a$b', 'a%b', 'a-b', 'c' * 250])]
+    _, paths = write(*folders, output=tmp_path / 'out', rows=['dataset'])
+    names = [path.name for path in paths if path.name.startswith('reliability')]
+    assert names[:3] == ['reliability-a-b.png', 'reliability-a-b-2.png', 'reliability-a-b-3.png']
+    assert len(names) == 4 and all((tmp_path / 'out' / name).is_file() for name in names)
 
 
 def test_arguments_that_differ_make_lines_of_their_own(make_run, tmp_path):

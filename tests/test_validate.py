@@ -208,8 +208,45 @@ def test_temperature_scaling_takes_back_a_factor_of_the_logits(comparison):
     assert abs(float(sharp['ece']) - float(plain['ece'])) > 2
     for key in ('ece', 'nll', 'brier', 'error'):
         assert float(sharp_scaled[key]) == pytest.approx(float(scaled[key]), abs=1e-3)
-    left = printed[printed.index('ECE of sharp less that of run'):].splitlines()
-    assert 'unscaled' in left[1] and '0.00 [' in left[2] and left[2].endswith('temperature scaling, 0 % of it')
+    left = printed[printed.index('ECE of sharp minus ECE of run, in percentage points, with its 95 %'):].splitlines()
+    assert left[1].startswith('  unscaled: ') and 'after temperature scaling: ' in left[2] and '0.00 [' in left[2]
+    assert '; the gap is 0 % of the unscaled one' in left[2]
+
+
+@pytest.mark.parametrize('scaled, told', [
+    ((2., 4.), '+2.00; the gap is 50 % of the unscaled one'),
+    ((2., 0.), '-2.00; the gap is 50 % of the unscaled one, and now first has the larger ECE'),
+    ((2., 8.), '+6.00; the gap is 150 % of the unscaled one'),
+])
+def test_what_scaling_leaves_of_a_gap_is_told_in_words(scaled, told):
+    results = [validate.Result(
+        name, None, None, None, None, None, {}, scaled=dict(none=None, temperature=None),
+        reports=dict(none=dict(ece=raw), temperature=dict(ece=after)),
+    ) for name, raw, after in zip(('first', 'other'), (3., 7.), scaled)]
+    assert validate.what_is_left(results, Namespace(bootstrap=0, seed=0)) == [
+        'ECE of other minus ECE of first, in percentage points:',
+        '  unscaled: +4.00',
+        f'  after temperature scaling: {told}',
+    ]
+    results[1].reports['none']['ece'] = 3.1  # a share of next to nothing says nothing
+    assert '%' not in validate.what_is_left(results, Namespace(bootstrap=0, seed=0))[2]
+
+
+def test_pictures_name_their_runs_and_scalings(run_folder, sharp_folder, evaluate, monkeypatch):
+    drawn = []
+    for name in PICTURES:
+        monkeypatch.setattr(validate, name, lambda *args, name=name: drawn.append((name, args)))
+    evaluate('--checkpoint', run_folder / 'best', sharp_folder / 'best', '--split', 'test[:100]',
+             '--calibration-split', 'train[:10%]')
+    headings = [args[2] for name, args in drawn if name == 'reliability_diagram']
+    scalings = ['after temperature scaling', 'after vector scaling']
+    own = [[name, *(f'{name}, {scaling}' for scaling in scalings)] for name in ('run', 'sharp')]
+    assert headings == [*own[0], *own[1], '', *scalings]
+    assert [args[-1] for name, args in drawn if name in ('confidence_histogram', 'class_diagram')] == [
+        'run', 'run', 'sharp', 'sharp']
+    *_, panels = [args[0] for name, args in drawn if name == 'reliability_diagram']
+    assert [panel.title for panel in panels] == ['run', 'sharp'] and panels[0].note.startswith('95 %: ')
+    assert [name for name, *_ in drawn[-1][1][0]] == ['run', 'sharp']
 
 
 def test_labeled_images_of_the_runs_are_left_out_of_the_fit(run_folder, comparison):
