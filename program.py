@@ -248,7 +248,7 @@ def setup_accelerator(
         raise UsageError(f'--log-{missing[0]}: needs the package {missing[0]} (pip install {missing[0]})')
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     # Of several processes Accelerate makes a group on CPUs only where it is told to; each would else be alone.
-    cpu = device == 'cpu' or (device is None and launched > 1 and torch.accelerator.current_accelerator() is None)
+    cpu = device == 'cpu' or (device is None and launched > 1 and not torch.accelerator.is_available())
     accelerator = Accelerator(
         mixed_precision={'bfloat16': 'bf16', 'float16': 'fp16'}[amp_dtype] if amp else 'no',
         log_with=list(trackers) or None,

@@ -353,6 +353,10 @@ def locate(source: Source, other: Source) -> torch.Tensor:
     def parts(of: Source) -> Iterable[tuple[int, Source]]:
         return zip(of.starts, of.parts) if isinstance(of, JoinedSource) else [(0, of)]
 
+    if isinstance(other, PartSource):
+        place = torch.full((len(other.source) + 1,), -1)  # the last entry is for what is not in the source
+        place[other.index] = torch.arange(len(other))
+        return place[locate(source, other.source)]
     position = torch.full((len(source),), -1)
     for at, part in parts(source):
         for other_at, other_part in parts(other):
