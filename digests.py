@@ -124,6 +124,6 @@ def place_pictures(what: str, source: Source, index: torch.Tensor, rows: torch.T
     if missing:
         raise UsageError(f'{told}, and {missing} of the {len(index)} labeled pictures are nowhere in it; give the data '
                          'as it was, or draw labels anew')
-    _logger.warning(f'{told}; all {len(index)} labeled pictures were found elsewhere by content, and their labels follow '
-                    'them')
+    _logger.warning(f'{told}; all {len(index)} labeled pictures were found elsewhere by content, and their labels '
+                    'follow them')
     return torch.tensor(found)

@@ -39,8 +39,8 @@ BUNDLED = Path(__file__).resolve().parent / 'digits'
 _IMAGENET = dict(img_size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, numbering='imagenet')
 
 # What a data set's name implies. hflip is 0 where a mirrored image shows another class or none; hub is the repository
-# (and configuration) that the name stands for; files tells torchvision's own copy in a folder. Sets of one numbering have
-# their classes in one order, whatever names they give them.
+# (and configuration) that the name stands for; files tells torchvision's own copy in a folder. Sets of one numbering
+# have their classes in one order, whatever names they give them.
 KNOWN = {
     'digits': dict(img_size=8, mean=(0.3053,) * 3, std=(0.3758,) * 3, hflip=0.),
     'cifar10': dict(
@@ -302,9 +302,9 @@ class JoinedSource(Source):
                 mapped = renumber(part.targets, part.class_names, self.class_names)
             lost = (part.targets >= 0) & (mapped < 0)
             self.targets[start:start + len(part)] = mapped
-            _logger.warning(f'{part.split}: its classes are not those of {labeled[0][1].split} and are matched by name; '
-                            f'{int(lost.sum())} of its images have a class that is not there and count as unlabeled '
-                            '(image folders: --class-map gives both the same)')
+            _logger.warning(f'{part.split}: its classes are not those of {labeled[0][1].split} and are matched by '
+                            f'name; {int(lost.sum())} of its images have a class that is not there and count as '
+                            'unlabeled (image folders: --class-map gives both the same)')
 
     def _find(self, index: int) -> tuple[Source, int]:
         part = bisect_right(self.starts, index) - 1

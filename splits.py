@@ -61,8 +61,8 @@ def open_sources(args: argparse.Namespace) -> Sources:
         train.targets = train.targets.index_fill(0, held_out, -1)
     name = evaluation_name(args, evaluation)
     if args.test_split == name:
-        raise UsageError(f'--test-split {name}: best/ is chosen on it; choose by another one: --val-fraction holds out a '
-                         'part of the training split')
+        raise UsageError(f'--test-split {name}: best/ is chosen on it; choose by another one: --val-fraction holds out '
+                         'a part of the training split')
     test = open_source(args, args.test_split) if args.test_split else None
     return Sources(train, unlabeled, evaluation, test, held_out)
 
@@ -210,9 +210,10 @@ class Identity:
             _logger.warning(f'{what}: the evaluation set had {old["sizes"][2]} images and has {self.sizes[2]}')
         differs = (old['digests'] != self.digests) if len(old['digests']) == len(self.digests) else torch.tensor([])
         if differs.any():
+            first = self.place(int(differs.nonzero()[0]))
             order = torch.equal(old['digests'].sort().values, self.digests.sort().values)
-            raise UsageError(f'{what}: the data has changed: labeled picture {self.place(int(differs.nonzero()[0]))} is '
-                             'another one' + ('; all are there, in another order' if order else ''))
+            raise UsageError(f'{what}: the data has changed: labeled picture {first} is another one'
+                             + ('; all are there, in another order' if order else ''))
         if len(old['sample']) == len(self.sample) and (old['sample'] != self.sample).any():
             raise UsageError(f'{what}: the data has changed: {int((old["sample"] != self.sample).sum())} of '
                              f'{len(self.sample)} pictures of the unlabeled set that were looked at are other ones, or '
