@@ -403,9 +403,10 @@ def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Names
     """Writes a table of all labeled, then all unlabeled images.
 
     Columns: set (labeled, unlabeled); index (position in the training or the unlabeled split); label (that of a labeled
-    image, else the last pseudo-label, -1 if never seen); digest (of a labeled picture's content); margin (its AUM or APM, of a threshold sample that of the
+    image, else the last pseudo-label, -1 if never seen); margin (its AUM or APM, of a threshold sample that of the
     extra class, null if never seen); visits; easy (of the upper half of its set, by rank; null if never seen); and of
-    labeled images threshold_sample, and where labels were flipped on purpose flipped and true_label.
+    labeled images digest (of the picture's content), threshold_sample, and where labels were flipped on purpose flipped
+    and true_label.
     """
     def rows(name: str, bank: MarginBank, index: torch.Tensor, label: torch.Tensor, **known: torch.Tensor) -> pa.Table:
         last = bank.label.long().clamp(min=0)
@@ -436,8 +437,8 @@ def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Names
     if datasets.unlabeled is not None:
         parts.append(rows('unlabeled', apm, datasets.unlabeled.index, apm.label))
     schema = pa.schema(dict(
-        set=pa.string(), index=pa.int64(), label=pa.int64(), digest=pa.string(), margin=pa.float32(), visits=pa.int32(), easy=pa.bool_(),
-        threshold_sample=pa.bool_(), flipped=pa.bool_(), true_label=pa.int64(),
+        set=pa.string(), index=pa.int64(), label=pa.int64(), margin=pa.float32(), visits=pa.int32(), easy=pa.bool_(),
+        digest=pa.string(), threshold_sample=pa.bool_(), flipped=pa.bool_(), true_label=pa.int64(),
     ), metadata=dict(
         dataset=args.dataset or args.data_dir,
         split=args.train_split,

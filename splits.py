@@ -220,15 +220,23 @@ class Identity:
                              'stand in another order')
 
 
-def identify(sources: Sources, labels: Labels, unlabeled_index: torch.Tensor | None) -> Identity:
-    """Digests of the labeled pictures, at most MOST_DIGESTS, and of SAMPLE unlabeled ones."""
+def identify(
+        args: argparse.Namespace,
+        sources: Sources,
+        labels: Labels,
+        unlabeled_index: torch.Tensor | None,
+) -> Identity:
+    """What data a run belongs to, after a look that no labeled image is evaluated (see `check_overlap`).
+
+    Of more labeled pictures than MOST_DIGESTS as many are digested, of the unlabeled ones SAMPLE.
+    """
     rows = spread(len(labels.index), MOST_DIGESTS)
     index = labels.index[rows]
     digests, length = digest_pictures(sources.train, index)
     sample = torch.zeros(0, dtype=torch.int64)
     if unlabeled_index is not None:
         sample = digest_pictures(sources.unlabeled, unlabeled_index[spread(len(unlabeled_index), SAMPLE)])[0]
-    return Identity(
+    identity = Identity(
         sources.train.class_names,
         [len(sources.train), 0 if unlabeled_index is None else len(unlabeled_index), len(sources.evaluation)],
         rows,
@@ -237,6 +245,8 @@ def identify(sources: Sources, labels: Labels, unlabeled_index: torch.Tensor | N
         length,
         lambda row: f'{int(index[row])} ({sources.train.where(int(index[row]))})',
     )
+    check_overlap(args, sources, labels, unlabeled_index, identity)
+    return identity
 
 
 def split_bases(source: Source) -> set[str | None]:

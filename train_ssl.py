@@ -88,16 +88,7 @@ from program import (
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import known_facts
-from splits import (
-    Sources,
-    agree_on_classes,
-    check_overlap,
-    evaluation_name,
-    identify,
-    match_extra,
-    open_sources,
-    place_labeled,
-)
+from splits import Sources, agree_on_classes, evaluation_name, identify, match_extra, open_sources, place_labeled
 from views import BatchViews, build_views
 
 _logger = logging.getLogger('train')
@@ -410,8 +401,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         parser.error(f'--val-fraction {args.val_fraction}: expected a number in (0, 1)')
     if args.val_fraction is not None and args.val_split is not None:
-        parser.error(f'--val-fraction and --val-split {args.val_split}: give one of them; --test-split names a split to '
-                     'report at the end')
+        parser.error(f'--val-fraction and --val-split {args.val_split}: give one; --test-split is reported at the end')
     if args.opt.lower() not in list_optimizers():
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
     if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(exclude_tags=()):
@@ -607,8 +597,7 @@ def build_datasets(
     labels, unlabeled_index, position = choose_labels(args, train, num_classes), None, None
     if args.algorithm != 'supervised':
         unlabeled_index, position = place_labeled(args, sources, labels)
-    identity = identify(sources, labels, unlabeled_index)
-    check_overlap(args, sources, labels, unlabeled_index, identity)
+    identity = identify(args, sources, labels, unlabeled_index)
     recipe = dict(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
