@@ -130,8 +130,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     )
     group.add_argument('--calibration-split', metavar='NAME', default=None,
                        help='fit on this split of the same data set, with its labels (held-out: as of --split); '
-                            'all but torchvision\'s sets take slices, as train[:10%%], also of the split evaluated: --split "test[20%%:]" '
-                            '--calibration-split "test[:20%%]". The labeled images of the compared runs are left out. '
+                            'all but torchvision\'s sets take slices, as train[:10%%], also of the split '
+                            'evaluated: --split "test[20%%:]" --calibration-split "test[:20%%]". The labeled images of the compared runs are left out. '
                             'Images that a run saw unlabeled are not: their labels are ones that it did not have')
     group.add_argument('--calibration-from-labeled', metavar='FILE', nargs='?', const='', default=None,
                        help='fit on labeled images of the training split: those that FILE lists, a file like a run\'s '
