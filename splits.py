@@ -72,6 +72,18 @@ def evaluation_name(args: argparse.Namespace, evaluation: Source) -> str:
     return HELD_OUT if args.val_fraction is not None else args.val_split or evaluation.split or 'evaluation'
 
 
+def tell_choice(args: argparse.Namespace, split: str) -> None:
+    """Says which images choose best/, and if they are the test split, what that does to its score there."""
+    line = f'best/ is chosen by {args.eval_metric} on {split}'
+    if args.val_fraction is not None:
+        then = f'{args.test_split} is reported once, at the end' if args.test_split else 'validate.py reports a test split'
+        line += f', {100 * args.val_fraction:g} % of every class of {args.train_split}; {then}'
+    elif split.partition('[')[0] == 'test':
+        line += (', the test split: there its score is too good. Report last/, or hold out a part of the training '
+                 'split to choose by (--val-fraction)')
+    _logger.info(line)
+
+
 def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
     """Numbers the classes of all splits as the training split does, and returns their number K.
 

@@ -88,7 +88,16 @@ from program import (
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import known_facts
-from splits import Sources, agree_on_classes, evaluation_name, identify, match_extra, open_sources, place_labeled
+from splits import (
+    Sources,
+    agree_on_classes,
+    evaluation_name,
+    identify,
+    match_extra,
+    open_sources,
+    place_labeled,
+    tell_choice,
+)
 from views import BatchViews, build_views
 
 _logger = logging.getLogger('train')
@@ -1065,9 +1074,7 @@ def describe(
         f'{args.batch_size * args.grad_accum_steps * processes} labeled on {processes} process(es), device '
         f'{run.accelerator.device}'
     )
-    _logger.info(f'best/ is chosen by {args.eval_metric} on {split}' + (
-        ', the test split: its score there is too good; report last/, or choose on other images with --val-fraction'
-        if split.partition('[')[0] == 'test' else ''))
+    tell_choice(args, split)
     if args.calibratemix:
         _logger.info(f'{run.calmix}')
 

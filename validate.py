@@ -129,10 +129,11 @@ def create_validate_parser() -> argparse.ArgumentParser:
         'on other images than those evaluated: what is found among these, by content, is left out of the fit.',
     )
     group.add_argument('--calibration-split', metavar='NAME', default=None,
-                       help='fit on this split of the same data set, with its labels (held-out: as of --split); '
-                            'all but torchvision\'s sets take slices, as train[:10%%], also of the split '
-                            'evaluated: --split "test[20%%:]" --calibration-split "test[:20%%]". The labeled images of the compared runs are left out. '
-                            'Images that a run saw unlabeled are not: their labels are ones that it did not have')
+                       help='fit on this split of the same data set, with its labels (held-out: as of --split); all '
+                            'but torchvision\'s sets take slices, as train[:10%%], also of the split evaluated: '
+                            '--split "test[20%%:]" --calibration-split "test[:20%%]". The labeled images of the '
+                            'compared runs are left out. Images that a run saw unlabeled are not: their labels are '
+                            'ones that it did not have')
     group.add_argument('--calibration-from-labeled', metavar='FILE', nargs='?', const='', default=None,
                        help='fit on labeled images of the training split: those that FILE lists, a file like a run\'s '
                             'labels.json, or without FILE the run\'s own. On its own labeled images a model is nearly '
