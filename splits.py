@@ -76,7 +76,9 @@ def tell_choice(args: argparse.Namespace, split: str) -> None:
     """Says which images choose best/, and if they are the test split, what that does to its score there."""
     line = f'best/ is chosen by {args.eval_metric} on {split}'
     if args.val_fraction is not None:
-        then = f'{args.test_split} is reported once, at the end' if args.test_split else 'validate.py reports a test split'
+        then = 'validate.py reports a test split'
+        if args.test_split:
+            then = f'{args.test_split} is reported once, at the end'
         line += f', {100 * args.val_fraction:g} % of every class of {args.train_split}; {then}'
     elif split.partition('[')[0] == 'test':
         line += (', the test split: there its score is too good. Report last/, or hold out a part of the training '
