@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,10 +30,12 @@ from torch import nn
 
 from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets
+from digests import to_text
 from labels import label_seed
 from program import RunError, UsageError, replace_file
 from shards import load_whole, whole_bank
 from sources import unlabeled_split
+from splits import Identity
 
 _logger = logging.getLogger('train')
 
@@ -143,6 +146,7 @@ class Run:
     accelerator: Accelerator
     labels: torch.Tensor  # [2, L] int64, the labeled images' positions in the training split and their targets
     num_classes: int  # K, without an extra class
+    identity: Identity  # of the data
     num_updates: int = 0
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
@@ -204,6 +208,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
         sums=run.accelerator.gather(run.monitor.sums[None]),
         labels=run.labels,
+        identity=run.identity.state(),
         num_updates=run.num_updates,
         num_draws=run.num_draws,
         skipped_updates=run.skipped_updates,
@@ -256,11 +261,11 @@ def read_checkpoint(path: Path) -> dict:
         raise UsageError(f'--resume {path}: no intact checkpoint of this script ({error})') from error
 
 
-CHECKPOINT_FORMAT = 2  # goes up when the contents of a checkpoint take another form or meaning
+CHECKPOINT_FORMAT = 3  # goes up when the contents of a checkpoint take another form or meaning
 
 # Differences that would attach a margin or a table to another image or class.
-FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'algorithm', 'calibratemix',
-              'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
+FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'val_fraction', 'val_seed', 'algorithm',
+              'calibratemix', 'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
 # Differences that nobody needs to be told of.
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
              'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
@@ -284,6 +289,7 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
     told = ', '.join(f'--{key.replace("_", "-")} {old} -> {new}' for key, (old, new) in changed.items())
     if changed.keys() & set(FIXED_ARGS):
         raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
+    run.identity.check(state['identity'], f'--resume {path}')
     if not torch.equal(state['labels'], run.labels):
         raise UsageError(f'--resume {path}: the checkpoint was made with other labeled images or labels; give its '
                          'labels.json as --labels-file')
@@ -344,6 +350,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
 def exportable(run: Run) -> nn.Module:
     """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class."""
     model = copy.deepcopy(run.eval_model).to('cpu', memory_format=torch.contiguous_format)
+    for key in ('label_names', 'label_descriptions'):  # of the classes that the weights were made for at first
+        model.pretrained_cfg.pop(key, None)
     if model.num_classes > run.num_classes:
         wide = model.get_classifier()
         model.reset_classifier(run.num_classes)
@@ -355,12 +363,15 @@ def exportable(run: Run) -> nn.Module:
 
 def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
     """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes."""
-    scratch = folder / 'part'
+    scratch, names = folder / 'part', run.identity.class_names
+    if names and len(names) < run.num_classes:  # timm's form where not every class has a name
+        names = dict(enumerate(names))
     try:
         folder.mkdir(exist_ok=True)
         save_for_hf(
             exportable(run),
             scratch,
+            model_config=dict(label_names=names) if names else None,
             safe_serialization=True,
             data_config=dict(vars(data_config)),
         )
@@ -394,7 +405,8 @@ def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Names
     Columns: set (labeled, unlabeled); index (position in the training or the unlabeled split); label (that of a labeled
     image, else the last pseudo-label, -1 if never seen); margin (its AUM or APM, of a threshold sample that of the
     extra class, null if never seen); visits; easy (of the upper half of its set, by rank; null if never seen); and of
-    labeled images threshold_sample, and where labels were flipped on purpose flipped and true_label.
+    labeled images digest (of the picture's content), threshold_sample, and where labels were flipped on purpose flipped
+    and true_label.
     """
     def rows(name: str, bank: MarginBank, index: torch.Tensor, label: torch.Tensor, **known: torch.Tensor) -> pa.Table:
         last = bank.label.long().clamp(min=0)
@@ -418,12 +430,15 @@ def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Names
     apm = whole_bank(run.calmix.apm, run.accelerator)
     if not run.accelerator.is_main_process:
         return
-    parts = [rows('labeled', run.calmix.aum, datasets.labels.index, datasets.labels.label, **known)]
+    labeled = rows('labeled', run.calmix.aum, datasets.labels.index, datasets.labels.label, **known)
+    digest = np.full(len(labeled), None)
+    digest[run.identity.rows.numpy()] = to_text(run.identity.digests)
+    parts = [labeled.append_column('digest', pa.array(digest, pa.string()))]
     if datasets.unlabeled is not None:
         parts.append(rows('unlabeled', apm, datasets.unlabeled.index, apm.label))
     schema = pa.schema(dict(
         set=pa.string(), index=pa.int64(), label=pa.int64(), margin=pa.float32(), visits=pa.int32(), easy=pa.bool_(),
-        threshold_sample=pa.bool_(), flipped=pa.bool_(), true_label=pa.int64(),
+        digest=pa.string(), threshold_sample=pa.bool_(), flipped=pa.bool_(), true_label=pa.int64(),
     ), metadata=dict(
         dataset=args.dataset or args.data_dir,
         split=args.train_split,
@@ -432,6 +447,7 @@ def write_margins(run: Run, path: Path, datasets: Datasets, args: argparse.Names
         label_seed=str(label_seed(args)),
         seed=str(args.seed),
         num_updates=str(run.num_updates),
+        class_names=json.dumps(run.identity.class_names),
     ))
     table = pa.concat_tables([schema.empty_table(), *parts], promote_options='default')
     replace_file(path, lambda part: pq.write_table(table, part))

@@ -20,6 +20,7 @@ from labels import Labels
 from program import UsageError
 from seeds import item_seed, seeded
 from sources import ImageError, Source
+from splits import Identity
 
 KEEP_DECODED = 64 * 2 ** 20  # bytes; a worker keeps the decoded images of a set that is smaller
 HOLD_DECODED = 2 * 2 ** 30  # bytes; small images of one size are held decoded, once for all workers, up to this
@@ -307,6 +308,8 @@ class Datasets:
     extra: ViewDataset | None  # second evaluation set
     labeled_to_unlabeled: torch.Tensor | None
     labels: Labels
+    identity: Identity
+    test: ViewDataset | None = None  # what --test-split names, evaluated once
 
 
 class Feed:

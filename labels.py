@@ -2,15 +2,17 @@
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from digests import from_text, place_pictures
 from program import UsageError
 from seeds import item_seed
-from sources import Source
+from sources import Source, renumber
 
 _logger = logging.getLogger('train')
 
@@ -39,7 +41,7 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
     """Draws or reads the labeled images, as the arguments say."""
     original = None
     if args.labels_file:
-        index, label, original = read_labels(args.labels_file, train.targets, num_classes)
+        index, label, original = read_labels(args.labels_file, train, num_classes, train.class_names)
         if args.num_labels not in (None, len(index)):
             raise UsageError(f'--num-labels {args.num_labels}: --labels-file {args.labels_file} has {len(index)}')
     else:
@@ -142,32 +144,72 @@ def read_fold(data_dir: str | None, fold: int, num_images: int) -> torch.Tensor:
     return folds[fold].sort().values
 
 
+def name_some(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message, which may be many."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(map(str, names[:most])) + more
+
+
+CLASSES_HINT = '--class-map numbers the folders of images, --target-key names the label column of a table'
+
+
 def match_classes(
         source: Source,
         class_names: list[str] | None,
         num_classes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of a second evaluation set that show a run's classes, and their labels as the run numbers them.
+        what: str,
+        run: str = 'the training split',
+        others: str = 'refuse',
+        same_numbering: bool = False,
+) -> torch.Tensor:
+    """A set's labels as a run numbers its classes, `[N]` int64; -1: no label.
 
-    Classes are matched by name where both sets name them alike (wnids), else by number: ImageNet's copies and WebVision
-    share one order, and the mini variant has the first 50.
+    Classes are matched by name. Where one side has no names they are matched by number, which is told.
 
-    Returns:
-        Indices `[n]` int64 into source and targets `[n]` int64.
+    Args:
+        source: The set.
+        class_names: Of the run, or None.
+        num_classes: Of the run, K.
+        what: What messages call the set.
+        run: What they call that which has the run's classes.
+        others: Images of classes that the run lacks are refused, or else get the label -1, and this text tells of them.
+        same_numbering: Both are known to number their classes alike, whatever they call them; then sets that share no
+            name are matched by number.
 
     Raises:
-        UsageError: If no class is shared.
+        UsageError: If a class is not one of the run's.
     """
-    targets = source.targets
-    theirs = source.class_names or []
-    if class_names and set(class_names) & set(theirs):
-        number = {name: i for i, name in enumerate(class_names)}
-        table = torch.tensor([number.get(name, -1) for name in theirs] + [-1])  # the last entry is for label -1
-        targets = table[targets]
-    index = ((targets >= 0) & (targets < num_classes)).nonzero().squeeze(1)
-    if not len(index):
-        raise UsageError('--extra-val: none of its images shows a class of this run')
-    return index, targets[index]
+    targets, theirs = source.targets, source.class_names
+    shared = set(theirs or ()) & set(class_names or ())
+    if not theirs or not class_names or (same_numbering and not shared):
+        lacks = 'one numbering is known of both' if theirs and class_names else 'class names are not known of both'
+        _logger.info(f'{what}: {lacks}, so its classes are matched with those of {run} by number')
+        outside = targets >= num_classes
+        if others == 'refuse' and outside.any():
+            raise UsageError(f'{what}: it has labels up to {int(targets.max())}, and {run} has {num_classes} classes, '
+                             f'0 to {num_classes - 1} ({CLASSES_HINT})')
+        return torch.where(outside, -1, targets)
+    if theirs == class_names:
+        return targets
+    mapped = renumber(targets, theirs, class_names)
+    lost = (targets >= 0) & (mapped < 0)
+    unknown = [theirs[number] for number in targets[lost].unique().tolist()]
+    lacking = [name for name in class_names if name not in shared]
+    if lost.any() and others == 'refuse':
+        rest = f'; of its classes {what} lacks {name_some(lacking)}' if lacking else ''
+        raise UsageError(f'{what}: {int(lost.sum())} of {len(targets)} images are of classes that {run} does not have: '
+                         f'{name_some(unknown)}{rest} ({CLASSES_HINT})')
+    told = []
+    if lost.any():
+        told.append(f'{int(lost.sum())} of {len(targets)} images are of classes that {run} does not have '
+                    f'({name_some(unknown)}) and {others}')
+    if lacking:
+        told.append(f'it lacks {len(lacking)} of the {len(class_names)} classes of {run} ({name_some(lacking)}), and '
+                    'the others keep their numbers')
+    elif not lost.any():
+        told.append(f'its classes stand in another order than those of {run}, and are matched by name')
+    _logger.warning(f'{what}: {"; ".join(told)}')
+    return mapped
 
 
 def flip_labels(target: torch.Tensor, share: float, num_classes: int, seed: int) -> torch.Tensor:
@@ -210,37 +252,66 @@ def write_labels(
 
 def read_labels(
         path: str | Path,
-        targets: torch.Tensor,
+        source: Source,
         num_classes: int,
+        class_names: list[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Reads a labels file back: indices `[L]`, their labels `[L]`, and the labels before flipping `[L]` or None; int64.
 
-    The labels may differ from the set's own, as they do in studies of label noise.
+    The labels may differ from the set's own, as they do in studies of label noise. Classes are matched by name with
+    those given, and pictures by content with those of the set, where the file tells them.
 
     Raises:
         UsageError: If the file is missing or broken, or does not fit the data set.
     """
+    where = f'--labels-file {path}'
     try:
         content = json.loads(Path(path).read_text())
         index, target = (torch.tensor(content[key]) for key in ('index', 'target'))
         original = torch.tensor(content['original']) if 'original' in content else None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        digests = from_text(content['digests']) if 'digests' in content else None
+        rows = torch.tensor(content['digest_rows']) if 'digest_rows' in content else torch.arange(len(index))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         reason = f'{type(error).__name__} {error}'
-        raise UsageError(f'--labels-file {path}: {reason}; expected index and target lists') from error
+        raise UsageError(f'{where}: {reason}; expected index and target lists') from error
     if index.ndim != 1 or index.shape != target.shape or not len(index):
-        raise UsageError(f'--labels-file {path}: index and target must be lists of one length, and not empty')
+        raise UsageError(f'{where}: index and target must be lists of one length, and not empty')
     if not index.dtype == target.dtype == torch.int64:
-        raise UsageError(f'--labels-file {path}: index and target must be whole numbers')
+        raise UsageError(f'{where}: index and target must be whole numbers')
     if original is not None and (original.shape != target.shape or original.dtype != torch.int64):
-        raise UsageError(f'--labels-file {path}: original must be a list of whole numbers, as long as target')
-    for key, here in (('num_images', len(targets)), ('num_classes', num_classes)):
-        if content.get(key, here) != here:
-            raise UsageError(f'--labels-file {path}: made for another set: its {key} is {content[key]}, here {here}')
+        raise UsageError(f'{where}: original must be a list of whole numbers, as long as target')
+    names = content.get('class_names')
+    if names and class_names and names != class_names:
+        target = _match_labels(where, target, names, class_names)
+        original = None if original is None else _match_labels(where, original, names, class_names)
+    elif content.get('num_classes', num_classes) != num_classes:
+        raise UsageError(f'{where}: made for another set: its num_classes is {content["num_classes"]}, here '
+                         f'{num_classes}')
+    if digests is None and content.get('num_images', len(source)) != len(source):
+        raise UsageError(f'{where}: made for another set: its num_images is {content["num_images"]}, here '
+                         f'{len(source)}')
     if len(index.unique()) != len(index):
-        raise UsageError(f'--labels-file {path}: an index stands there twice')
-    if index.min() < 0 or index.max() >= len(targets):
-        raise UsageError(f'--labels-file {path}: an index is outside of the {len(targets)} images of this split')
+        raise UsageError(f'{where}: an index stands there twice')
+    if index.min() < 0 or (digests is None and index.max() >= len(source)):
+        raise UsageError(f'{where}: an index is outside of the {len(source)} images of this split')
     for labels in (target, original):
         if labels is not None and (labels.min() < 0 or labels.max() >= num_classes):
-            raise UsageError(f'--labels-file {path}: a label is outside of the {num_classes} classes')
+            raise UsageError(f'{where}: a label is outside of the {num_classes} classes')
+    if digests is not None:
+        if len(digests) != len(rows) or (len(rows) and (rows.min() < 0 or rows.max() >= len(index))):
+            raise UsageError(f'{where}: digests does not fit index')
+        index = place_pictures(where, source, index, rows, digests)
     return index, target, original
+
+
+def _match_labels(where: str, labels: torch.Tensor, names: list[str], wanted: list[str]) -> torch.Tensor:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        raise UsageError(f'{where}: a label is outside of its {len(names)} classes')
+    mapped = renumber(labels, names, wanted)
+    unknown = [names[number] for number in labels[mapped < 0].unique().tolist()]
+    if unknown:
+        raise UsageError(f'{where}: its labels are of classes that the training split does not have: '
+                         f'{name_some(unknown)}; it has {name_some(wanted)}')
+    if not torch.equal(mapped, labels):
+        _logger.warning(f'{where}: its classes stand in another order, and are matched by name')
+    return mapped

@@ -15,9 +15,10 @@ were flipped on purpose (train_ssl.py --label-noise), prints how many of them ar
 """
 import argparse
 import csv
+import json
 import math
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ import torch
 from timm.utils import setup_default_logging
 
 from checkpoint import read_args
+from digests import from_text, place_pictures
 from figures import Cell, contact_sheet
+from labels import name_some
 from metrics import auroc, average_precision
 from program import UsageError, replace_file, run_program
 from sources import SOURCE_FLAGS, Source, open_source
@@ -67,6 +70,8 @@ class Margins:
         threshold_sample: [L] bool.
         flipped: [L] bool, None if not known.
         true_label: [L] int64, None if not known.
+        rows, digests: Which of the images have a digest of their content, [d] int64, and those, [d] int64.
+        class_names: Of the run, None if not known.
     """
     where: str
     index: np.ndarray
@@ -75,6 +80,9 @@ class Margins:
     threshold_sample: np.ndarray
     flipped: np.ndarray | None
     true_label: np.ndarray | None
+    rows: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    digests: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    class_names: list[str] | None = None
 
 
 def read_margins(folder: Path) -> Margins:
@@ -94,7 +102,10 @@ def read_margins(folder: Path) -> Margins:
             'index', 'label', 'margin', 'threshold_sample', 'flipped', 'true_label',
         )}
         where = f'{about["dataset"]} {about["split"]}'
-    except (OSError, KeyError, pa.ArrowException) as error:
+        rows = torch.from_numpy(np.flatnonzero(table['digest'].is_valid()))
+        digests = from_text(table['digest'].drop_null().to_pylist())
+        class_names = json.loads(about['class_names'])
+    except (OSError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
         reason = ' '.join(str(error).split())
         raise UsageError(f'{path}: not written by train_ssl.py --save-margins ({reason})') from error
     if not len(table):
@@ -108,17 +119,26 @@ def read_margins(folder: Path) -> Margins:
         column['threshold_sample'].astype(bool),
         column['flipped'].astype(bool) if known else None,
         column['true_label'].astype(np.int64) if known else None,
+        rows,
+        digests,
+        class_names,
     )
 
 
 def check_same_labels(folders: list[Path], runs: list[Margins]) -> None:
     """Raises UsageError unless all runs have the labels of the first."""
     for folder, run in zip(folders, runs):
+        if run.class_names != runs[0].class_names:
+            raise UsageError(f'{folder} has other classes than {folders[0]}, or in another order: '
+                             f'{name_some(run.class_names or ["no names"])}; '
+                             f'{name_some(runs[0].class_names or ["no names"])}')
         if run.where != runs[0].where:
             raise UsageError(f'{folder} has labels of {run.where}, {folders[0]} of {runs[0].where}')
         if not (np.array_equal(run.index, runs[0].index) and np.array_equal(run.label, runs[0].label)):
             raise UsageError(f'{folder} has other labels than {folders[0]}: train both with the same --label-seed or '
                              '--labels-file')
+        if not torch.equal(run.digests, runs[0].digests):
+            raise UsageError(f'{folder} has other pictures than {folders[0]}: the data changed between the runs')
 
 
 @dataclass
@@ -290,15 +310,22 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
 def main(args: Namespace) -> None:
     runs = [read_margins(folder) for folder in args.runs]
     check_same_labels(args.runs, runs)
-    ranking = rank_labels(runs, args.threshold_percentile)
-    if np.isnan(ranking.aum).all():
-        raise UsageError(f'{args.runs[0]}: no labeled image has an AUM yet; train longer')
     data = Namespace(**{**SOURCE_FLAGS, **read_args(args.runs[0] / 'args.yaml')})
     data.data_dir = args.data_dir or data.data_dir
     source = open_source(data, data.train_split)
-    if ranking.index.max() >= len(source):
-        raise UsageError(f'{runs[0].where} has {len(source)} images here, but {args.runs[0]} an image of index '
-                         f'{ranking.index.max()}: the data set has changed')
+    first = runs[0]
+    if first.index.max() >= len(source) and not len(first.digests):
+        raise UsageError(f'{first.where} has {len(source)} images here, but {args.runs[0]} an image of index '
+                         f'{first.index.max()}: the data set has changed')
+    if len(first.digests):
+        what = f'{args.runs[0] / "margins.parquet"}'
+        index = place_pictures(what, source, torch.from_numpy(first.index), first.rows, first.digests).numpy()
+        for run in runs:
+            run.index = index
+    source.class_names = first.class_names or source.class_names
+    ranking = rank_labels(runs, args.threshold_percentile)
+    if np.isnan(ranking.aum).all():
+        raise UsageError(f'{args.runs[0]}: no labeled image has an AUM yet; train longer')
     try:
         args.results_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

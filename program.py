@@ -246,11 +246,14 @@ def setup_accelerator(
     missing = [name for name in trackers if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f'--log-{missing[0]}: needs the package {missing[0]} (pip install {missing[0]})')
+    launched = int(os.environ.get('WORLD_SIZE', '1'))
+    # Of several processes Accelerate makes a group on CPUs only where it is told to; each would else be alone.
+    cpu = device == 'cpu' or (device is None and launched > 1 and not torch.accelerator.is_available())
     accelerator = Accelerator(
         mixed_precision={'bfloat16': 'bf16', 'float16': 'fp16'}[amp_dtype] if amp else 'no',
         log_with=list(trackers) or None,
         project_dir=project_dir,
-        cpu=device == 'cpu',
+        cpu=cpu,
         # The script divides the loss itself; the plugin keeps ACCELERATE_GRADIENT_ACCUMULATION_STEPS from doing so too.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # Two forward passes precede a backward pass. Broadcasting buffers in the second would overwrite what the
@@ -261,6 +264,9 @@ def setup_accelerator(
         ],
     )
     found = accelerator.device.type
+    if accelerator.num_processes < launched:
+        raise UsageError(f'{launched} processes were launched, and each believes that it is alone, as Accelerate makes '
+                         f'no group of them on the device {found}: add --device cpu, or launch one process')
     if device and found != device:
         raise UsageError(f'--device {device}: not available here; Accelerate found {found}')
     if sync_bn and found != 'cuda':

@@ -36,10 +36,11 @@ from seeds import item_seed
 _logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).resolve().parent / 'digits'
-_IMAGENET = dict(img_size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+_IMAGENET = dict(img_size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, numbering='imagenet')
 
 # What a data set's name implies. hflip is 0 where a mirrored image shows another class or none; hub is the repository
-# (and configuration) that the name stands for; files tells torchvision's own copy in a folder.
+# (and configuration) that the name stands for; files tells torchvision's own copy in a folder. Sets of one numbering
+# have their classes in one order, whatever names they give them.
 KNOWN = {
     'digits': dict(img_size=8, mean=(0.3053,) * 3, std=(0.3758,) * 3, hflip=0.),
     'cifar10': dict(
@@ -152,6 +153,14 @@ class Source:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def data_of(self, index: Sequence[int]) -> Iterable[bytes | str | np.ndarray]:
+        """`data` of many indices; a subclass may have a faster way."""
+        return map(self.data, index)
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each undecoded image, `[N]` int64, without reading them; -1 where that is not known."""
+        return np.full(len(self), -1)
+
     def image(self, index: int, least: int | None = None) -> Image.Image:
         """RGB picture of an index; `least` as of `decode_image`.
 
@@ -225,6 +234,26 @@ class HFSource(Source):
             raise ValueError('the cell is empty')
         return cell
 
+    def data_of(self, index: Sequence[int]) -> Iterable[bytes | str]:
+        table = self.dataset.with_format('arrow')
+        for start in range(0, len(index), 1000):
+            for cell in table[list(index[start:start + 1000])].column(self.input_key).to_pylist():
+                if isinstance(cell, dict):
+                    cell = cell['path'] if cell['bytes'] is None else cell['bytes']
+                yield cell or b''
+
+    def sizes(self) -> np.ndarray:
+        cells = self.dataset.with_format('arrow')[:].column(self.input_key).combine_chunks()
+        if not pa.types.is_struct(cells.type):
+            return pc.binary_length(cells).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        sizes = pc.binary_length(cells.field('bytes')).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        paths = cells.field('path')
+        for row in (sizes < 0).nonzero()[0].tolist():
+            path = paths[row].as_py()
+            if path and os.path.isfile(path):
+                sizes[row] = os.path.getsize(path)
+        return sizes
+
     def where(self, index: int) -> str:
         cell = self.dataset[index][self.input_key]
         if isinstance(cell, dict) and cell['bytes'] is None and cell['path']:
@@ -248,12 +277,16 @@ class ArraySource(Source):
     def data(self, index: int) -> np.ndarray:
         return self.images[index]
 
+    def sizes(self) -> np.ndarray:
+        return np.full(len(self), self.images[:1].nbytes)
+
     def where(self, index: int) -> str:
         return f'row {index} of {self.name}'
 
 
 class JoinedSource(Source):
-    """Several sources, one after the other. A part whose classes are not those of the first counts as unlabeled."""
+    """Several sources, one after the other. Classes are those of the first that has labels, the others' are matched by
+    name; images of classes that it lacks count as unlabeled."""
 
     def __init__(self, parts: Sequence[Source]):
         self.parts = parts
@@ -262,10 +295,16 @@ class JoinedSource(Source):
         labeled = [(start, part) for start, part in zip(self.starts, parts) if (part.targets >= 0).any()]
         self.class_names = labeled[0][1].class_names if labeled else None
         for start, part in labeled[1:]:
-            if part.class_names != self.class_names:
-                _logger.warning(f'{part.split}: its classes are not those of {labeled[0][1].split}, and its images '
-                                'count as unlabeled (image folders: --class-map gives both the same)')
-                self.targets[start:start + len(part)] = -1
+            if part.class_names == self.class_names:
+                continue
+            mapped = torch.full_like(part.targets, -1)
+            if part.class_names and self.class_names:
+                mapped = renumber(part.targets, part.class_names, self.class_names)
+            lost = (part.targets >= 0) & (mapped < 0)
+            self.targets[start:start + len(part)] = mapped
+            _logger.warning(f'{part.split}: its classes are not those of {labeled[0][1].split} and are matched by '
+                            f'name; {int(lost.sum())} of its images have a class that is not there and count as '
+                            'unlabeled (image folders: --class-map gives both the same)')
 
     def _find(self, index: int) -> tuple[Source, int]:
         part = bisect_right(self.starts, index) - 1
@@ -275,9 +314,38 @@ class JoinedSource(Source):
         part, index = self._find(index)
         return part.data(index)
 
+    def sizes(self) -> np.ndarray:
+        return np.concatenate([part.sizes() for part in self.parts])
+
     def where(self, index: int) -> str:
         part, index = self._find(index)
         return part.where(index)
+
+
+class PartSource(Source):
+    """Some images of a source, by index `[n]` int64."""
+
+    def __init__(self, source: Source, index: torch.Tensor):
+        self.source, self.index = source, index
+        self.targets, self.class_names = source.targets[index], source.class_names
+
+    def data(self, index: int) -> bytes | str | np.ndarray:
+        return self.source.data(int(self.index[index]))
+
+    def data_of(self, index: Sequence[int]) -> Iterable[bytes | str | np.ndarray]:
+        return self.source.data_of(self.index[torch.as_tensor(index)].tolist())
+
+    def sizes(self) -> np.ndarray:
+        return self.source.sizes()[self.index.numpy()]
+
+    def where(self, index: int) -> str:
+        return self.source.where(int(self.index[index]))
+
+
+def renumber(targets: torch.Tensor, names: list[str], wanted: list[str]) -> torch.Tensor:
+    """Labels `[N]` int64 of classes `names` as the numbers of the same names in `wanted`; -1: no label or not there."""
+    number = {name: i for i, name in enumerate(wanted)}
+    return torch.tensor([*(number.get(name, -1) for name in names), -1])[targets]  # the last entry is for label -1
 
 
 def locate(source: Source, other: Source) -> torch.Tensor:
@@ -285,6 +353,10 @@ def locate(source: Source, other: Source) -> torch.Tensor:
     def parts(of: Source) -> Iterable[tuple[int, Source]]:
         return zip(of.starts, of.parts) if isinstance(of, JoinedSource) else [(0, of)]
 
+    if isinstance(other, PartSource):
+        place = torch.full((len(other.source) + 1,), -1)  # the last entry is for what is not in the source
+        place[other.index] = torch.arange(len(other))
+        return place[locate(source, other.source)]
     position = torch.full((len(source),), -1)
     for at, part in parts(source):
         for other_at, other_part in parts(other):

@@ -69,7 +69,8 @@ from data import (
     decode_all,
     evaluation_batches,
 )
-from labels import Labels, choose_labels, label_seed, match_classes, write_labels
+from digests import to_text
+from labels import choose_labels, label_seed, write_labels
 from methods import ALGORITHMS, FULL_SCHEDULE, Method, has_extra_class, lambda_u
 from metrics import EvalMeter
 from program import (
@@ -86,7 +87,17 @@ from program import (
 )
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
-from sources import Source, create_source, known_facts, locate, open_source, unlabeled_split
+from sources import known_facts
+from splits import (
+    Sources,
+    agree_on_classes,
+    evaluation_name,
+    identify,
+    match_extra,
+    open_sources,
+    place_labeled,
+    tell_choice,
+)
 from views import BatchViews, build_views
 
 _logger = logging.getLogger('train')
@@ -121,6 +132,13 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
                        help='evaluation split (default: the first of validation, val, valid, test that exists)')
+    group.add_argument('--val-fraction', type=float, metavar='SHARE', default=None,
+                       help='evaluate on, and choose best/ by, this share of every class of the training split, which '
+                            'is then in neither the labeled nor the unlabeled set')
+    group.add_argument('--val-seed', type=int, metavar='N', default=0,
+                       help='of that draw, which does not depend on --seed (default: 0)')
+    group.add_argument('--test-split', metavar='NAME', default=None,
+                       help='split to report once, at the end of training (default: none; validate.py reports it too)')
     group.add_argument('--unlabeled-split', metavar='NAME', default=None,
                        help='split of the unlabeled images; a+b joins two (default: the training split; stl10: '
                             'train+unlabeled)')
@@ -389,6 +407,10 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
+    if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+        parser.error(f'--val-fraction {args.val_fraction}: expected a number in (0, 1)')
+    if args.val_fraction is not None and args.val_split is not None:
+        parser.error(f'--val-fraction and --val-split {args.val_split}: give one; --test-split is reported at the end')
     if args.opt.lower() not in list_optimizers():
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
     if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(exclude_tags=()):
@@ -486,28 +508,6 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
     )
 
 
-def open_sources(args: argparse.Namespace) -> tuple[Source, Source, Source]:
-    """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
-    train = unlabeled = open_source(args, args.train_split)
-    if unlabeled_split(args) != args.train_split:
-        unlabeled = open_source(args, unlabeled_split(args))
-        if unlabeled.class_names != train.class_names:  # its labels, if any, mean other classes
-            unlabeled.targets = torch.full_like(unlabeled.targets, -1)
-    return train, unlabeled, open_source(args, args.val_split)
-
-
-def count_classes(args: argparse.Namespace, train, evaluation) -> int:
-    if train.class_names != evaluation.class_names:
-        raise UsageError(f'{args.dataset or args.data_dir}: training and evaluation split have different classes')
-    largest = int(max(train.targets.max(), evaluation.targets.max())) + 1
-    num_classes = args.num_classes or (len(train.class_names) if train.class_names else largest)
-    if num_classes < max(largest, 2):
-        raise UsageError(f'--num-classes {num_classes}: the data set has labels up to {largest - 1}')
-    if (evaluation.targets < 0).any():
-        raise UsageError('the evaluation split has images without a label')
-    return num_classes
-
-
 def build_calmix(
         args: argparse.Namespace,
         datasets: Datasets,
@@ -596,14 +596,17 @@ def step_scheduler(run: Run, args: argparse.Namespace) -> None:
 
 def build_datasets(
         args: argparse.Namespace,
-        sources: tuple[Source, Source, Source],
+        sources: Sources,
         num_classes: int,
         data_config: DataConfig,
         views_on_gpu: bool = False,
 ) -> Datasets:
     """Draws or reads the labels, and wraps the sources in their views."""
-    train, unlabeled, evaluation = sources
-    labels = choose_labels(args, train, num_classes)
+    train = sources.train
+    labels, unlabeled_index, position = choose_labels(args, train, num_classes), None, None
+    if args.algorithm != 'supervised':
+        unlabeled_index, position = place_labeled(args, sources, labels)
+    identity = identify(args, sources, labels, unlabeled_index)
     recipe = dict(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
@@ -626,39 +629,16 @@ def build_datasets(
         return BatchDataset(dataset, *decoded, None if evaluate else BatchViews(kinds, **recipe), views_on_gpu)
 
     labeled_set = with_views({'image': 'weak'}, train, labels.index, labels.trained, 'labeled')
-    evaluation_set = with_views({'image': 'eval'}, evaluation)
-    extra_set = None
+    evaluation_set = with_views({'image': 'eval'}, sources.evaluation)
+    extra_set = test_set = unlabeled_set = None
     if args.extra_val:
-        extra = create_source(args.extra_val, args.extra_val_dir, None)
-        extra_set = with_views({'image': 'eval'}, extra, *match_classes(extra, train.class_names, num_classes))
-    if args.algorithm == 'supervised':
-        return Datasets(labeled_set, None, evaluation_set, extra_set, None, labels)
-    unlabeled_index, position = place_labeled(args, train, unlabeled, labels)
-    kinds = ALGORITHMS[args.algorithm].views
-    unlabeled_set = with_views(kinds, unlabeled, unlabeled_index, stream='unlabeled')
-    return Datasets(labeled_set, unlabeled_set, evaluation_set, extra_set, position, labels)
-
-
-def place_labeled(
-        args: argparse.Namespace,
-        train: Source,
-        unlabeled: Source,
-        labels: Labels,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Which images of the unlabeled split are used, `[U]` int64, and where among them the labeled ones stand, `[L]`
-    int64 (-1: nowhere; None where --exclude-labeled leaves them out).
-    """
-    index = torch.arange(len(unlabeled))
-    position = locate(train, unlabeled)[labels.index]
-    if args.exclude_labeled:
-        if (position < 0).all():
-            _logger.warning(f'--exclude-labeled: no labeled image is known to be in split {unlabeled_split(args)}, and '
-                            'none is left out')
-        index = index[~torch.isin(index, position)]
-        position = None
-    if not len(index):
-        raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
-    return index, position
+        extra_set = with_views({'image': 'eval'}, *match_extra(args, train.class_names, num_classes))
+    if sources.test is not None:
+        test_set = with_views({'image': 'eval'}, sources.test)
+    if unlabeled_index is not None:
+        kinds = ALGORITHMS[args.algorithm].views
+        unlabeled_set = with_views(kinds, sources.unlabeled, unlabeled_index, stream='unlabeled')
+    return Datasets(labeled_set, unlabeled_set, evaluation_set, extra_set, position, labels, identity, test_set)
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> None:
@@ -1023,25 +1003,31 @@ def record_evaluation(
         folder: Path,
         epoch: int,
         train_metrics: dict,
-        meters: list[EvalMeter],
+        meters: dict[str, EvalMeter],
+        split: str,
         data_config: DataConfig,
         args: argparse.Namespace,
 ) -> None:
-    """Logs an evaluation; the main process writes summary.csv, last/ and, if it is the best so far, best/."""
-    metrics = meters[0].compute()
+    """Logs an evaluation; the main process writes summary.csv, last/ and, if it is the best so far, best/.
+
+    Of the meters, `evaluation` is of the named split and chooses best/; the others are only told.
+    """
+    metrics = meters['evaluation'].compute()
     value = metrics[args.eval_metric]
     sign = -1 if args.eval_metric in LOWER_IS_BETTER else 1
     best = run.best_metric is None or sign * value > sign * run.best_metric
     run.best_metric = value if best else run.best_metric
     _logger.info(
-        f'epoch {epoch} evaluation of {metrics["count"]:.0f} images: error {metrics["error"]:.2f} %, '
+        f'epoch {epoch} evaluation of {metrics["count"]:.0f} images of {split}: error {metrics["error"]:.2f} %, '
         f'ECE {metrics["ece"]:.2f} %, NLL {metrics["nll"]:.4f}, confidence {metrics["confidence"]:.2f} %'
         + (f' (best {args.eval_metric} so far)' if best else '')
     )
-    extra = [meter.compute() for meter in meters[1:]]
-    for found in extra:
-        _logger.info(f'epoch {epoch} evaluation of {found["count"]:.0f} images of {args.extra_val}: error '
-                     f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}')
+    further = {}
+    for name, source in (('extra_val', args.extra_val), ('test', args.test_split)):
+        if name in meters:
+            found = further[name] = dict(source=source, **meters[name].compute())
+            _logger.info(f'epoch {epoch} evaluation of {found["count"]:.0f} images of {source}: error '
+                         f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}')
     if not run.accelerator.is_main_process:
         return
     row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
@@ -1049,10 +1035,19 @@ def record_evaluation(
     row.update((f'eval_{name}', metrics[name]) for name in EVAL_COLUMNS)
     write_summary(folder / 'summary.csv', row)
     run.accelerator.log(row, step=run.num_updates)
-    bins = {key: value.tolist() for key, value in meters[0].bins()._asdict().items()}
-    content = dict(epoch=epoch, num_updates=run.num_updates, **metrics, bins=bins)
-    if extra:
-        content['extra_val'] = extra[0]
+    bins = {key: value.tolist() for key, value in meters['evaluation'].bins()._asdict().items()}
+    content = dict(
+        epoch=epoch,
+        num_updates=run.num_updates,
+        split=split,
+        weights='average' if run.ema is not None else 'student',
+        precision=args.amp_dtype if args.amp else 'float32',
+        best_chosen_by=f'{args.eval_metric} on {split}',
+        class_names=run.identity.class_names,
+        **metrics,
+        bins=bins,
+        **further,
+    )
     write_weights(run, folder / 'last', data_config, content)
     if best:
         write_weights(run, folder / 'best', data_config, content)
@@ -1060,7 +1055,13 @@ def record_evaluation(
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
-def describe(run: Run, datasets: Datasets, data_config: DataConfig, args: argparse.Namespace) -> None:
+def describe(
+        run: Run,
+        datasets: Datasets,
+        split: str,
+        data_config: DataConfig,
+        args: argparse.Namespace,
+) -> None:
     """The start-up lines: model, images, sets and batch."""
     _logger.info(
         f'{args.model}, {sum(p.numel() for p in run.timm_model.parameters()):,} parameters, images '
@@ -1073,6 +1074,7 @@ def describe(run: Run, datasets: Datasets, data_config: DataConfig, args: argpar
         f'{args.batch_size * args.grad_accum_steps * processes} labeled on {processes} process(es), device '
         f'{run.accelerator.device}'
     )
+    tell_choice(args, split)
     if args.calibratemix:
         _logger.info(f'{run.calmix}')
 
@@ -1116,11 +1118,12 @@ def build_run(
         accelerator,
         torch.stack([datasets.labels.index, datasets.labels.trained]),
         num_classes,
+        datasets.identity,
     )
 
 
-def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: argparse.Namespace) -> tuple[list, list]:
-    """Batches on the device: endless ones of the labeled and the unlabeled set, and those of the evaluation sets."""
+def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: argparse.Namespace) -> tuple[list, dict]:
+    """Batches on the device: endless ones of the labeled and the unlabeled set, and by name those to evaluate."""
     accelerator = run.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
 
@@ -1138,10 +1141,11 @@ def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: arg
     if datasets.unlabeled is not None:
         batch_size = args.batch_size * args.mu
         train_feeds.append(endless(datasets.unlabeled, batch_size, args.workers, 'unlabeled', of_unlabeled))
-    eval_feeds = [
-        feed(dataset, evaluation_batches(len(dataset), eval_batch_size(args), rank, world), args.workers)
-        for dataset in (datasets.evaluation, datasets.extra) if dataset is not None
-    ]
+    evaluated = dict(evaluation=datasets.evaluation, extra_val=datasets.extra, test=datasets.test)
+    eval_feeds = {
+        name: feed(dataset, evaluation_batches(len(dataset), eval_batch_size(args), rank, world), args.workers)
+        for name, dataset in evaluated.items() if dataset is not None
+    }
     return train_feeds, eval_feeds
 
 
@@ -1149,7 +1153,7 @@ def eval_batch_size(args: argparse.Namespace) -> int:
     return args.validation_batch_size or 4 * args.batch_size
 
 
-def start_folder(folder: Path, run: Run, train: Source, datasets: Datasets, args: argparse.Namespace) -> None:
+def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, args: argparse.Namespace) -> None:
     """Writes what is known of a run before its first update; on the main process."""
     retire_checkpoints(folder, run.num_updates)
     write_args(folder / 'args.yaml', args)
@@ -1161,8 +1165,12 @@ def start_folder(folder: Path, run: Run, train: Source, datasets: Datasets, args
         dataset=args.dataset,
         split=args.train_split,
         num_classes=run.num_classes,
-        num_images=len(train),
+        class_names=run.identity.class_names,
+        num_images=len(sources.train),
         seed=label_seed(args),
+        **({} if sources.held_out is None else dict(held_out=sources.held_out.tolist())),
+        digest_rows=run.identity.rows.tolist(),
+        digests=to_text(run.identity.digests),
     ))
 
 
@@ -1172,8 +1180,8 @@ def finished_metrics(folder: Path, checkpoint: Path, args: argparse.Namespace) -
     if not written.exists():
         raise UsageError(f'--resume {checkpoint}: it is at the end of its {args.epochs} epochs; raise --epochs')
     _logger.info(f'{folder} is finished')
-    about = ('epoch', 'num_updates', 'bins', 'extra_val')
-    return {key: value for key, value in json.loads(written.read_text()).items() if key not in about}
+    found = json.loads(written.read_text())
+    return {key: value for key, value in found.items() if isinstance(value, float) or key == 'count'}
 
 
 def train_and_evaluate(
@@ -1181,6 +1189,7 @@ def train_and_evaluate(
         folder: Path,
         first_epoch: int,
         datasets: Datasets,
+        split: str,
         data_config: DataConfig,
         args: argparse.Namespace,
 ) -> dict[str, float]:
@@ -1201,15 +1210,16 @@ def train_and_evaluate(
                 train_one_epoch(run, epoch, labeled_batches, unlabeled_batches, save, stop, bar, args)
                 train_metrics = run.monitor.read()
                 if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-                    meters = [
-                        validate(run.eval_model, feed, accelerator, run.num_classes, eval_batch_size(args), stop)
-                        for feed in eval_feeds
-                    ]
-                    metrics = meters[0].compute()
-                    skipped = join_skipped([f.skipped for f in [*train_feeds, *eval_feeds]], accelerator, args)
+                    meters = {
+                        name: validate(run.eval_model, feed, accelerator, run.num_classes, eval_batch_size(args), stop)
+                        for name, feed in eval_feeds.items() if name != 'test' or epoch == args.epochs - 1
+                    }
+                    metrics = meters['evaluation'].compute()
+                    feeds = [*train_feeds, *eval_feeds.values()]
+                    skipped = join_skipped([feed.skipped for feed in feeds], accelerator, args)
                     skipped_images = sum(map(len, skipped))
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
-                    record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
+                    record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
                     if args.save_margins:
                         write_margins(run, folder / 'margins.parquet', datasets, args)
                 run.monitor.reset()
@@ -1240,8 +1250,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
     with accelerator.main_process_first():  # downloads and caches are written once
-        train, unlabeled, evaluation = sources = open_sources(args)
-    num_classes = count_classes(args, train, evaluation)
+        sources = open_sources(args)
+    num_classes = agree_on_classes(args, sources)
     model = build_model(args, num_classes + has_extra_class(args))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
@@ -1269,12 +1279,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         accelerator.end_training()
         return metrics
     if accelerator.is_main_process:
-        start_folder(folder, run, train, datasets, args)
+        start_folder(folder, run, sources, datasets, args)
     if args.log_tensorboard or args.log_wandb:
         start_trackers(accelerator, folder, args)
 
-    describe(run, datasets, data_config, args)
-    metrics = train_and_evaluate(run, folder, first_epoch, datasets, data_config, args)
+    split = evaluation_name(args, sources.evaluation)
+    describe(run, datasets, split, data_config, args)
+    metrics = train_and_evaluate(run, folder, first_epoch, datasets, split, data_config, args)
     accelerator.end_training()
     return metrics
 

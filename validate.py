@@ -45,7 +45,7 @@ import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from checkpoint import read_args
 from data import DataConfig, Feed, ViewDataset, create_loader, evaluation_batches
 from figures import Panel, class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
-from labels import read_labels
+from labels import match_classes, name_some, read_labels
 from metrics import (
     calibration_report,
     confidence_and_correct,
@@ -57,7 +57,8 @@ from metrics import (
 )
 from program import RunError, UsageError, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
-from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source, open_tables
+from sources import KNOWN, SOURCE_FLAGS, HFSource, PartSource, Source, create_source, locate, open_source, open_tables
+from splits import HELD_OUT
 
 _logger = logging.getLogger('validate')
 
@@ -100,8 +101,9 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset', metavar='NAME', default=None, help='as train_ssl.py --dataset')
     group.add_argument('--data-dir', metavar='DIR', default=None, help='as train_ssl.py --data-dir')
     group.add_argument('--split', '--val-split', dest='val_split', metavar='NAME', default=None,
-                       help='split to evaluate (default: the run\'s, else the first of validation, val, valid, test '
-                            'that exists)')
+                       help='split to evaluate; held-out: the part that the run\'s --val-fraction held out (default: '
+                            'the run\'s --test-split, else its --val-split, else the first of validation, val, valid, '
+                            'test that exists, also after --val-fraction)')
     group.add_argument('--train-split', metavar='NAME', default=None,
                        help='training split, to which labels.json refers (default: the run\'s, else train)')
     group.add_argument('--dataset-download', action=flag, default=None, help='let torchvision download (torch/)')
@@ -130,10 +132,11 @@ def create_validate_parser() -> argparse.ArgumentParser:
         'on other images than those evaluated: what is found among these, by content, is left out of the fit.',
     )
     group.add_argument('--calibration-split', metavar='NAME', default=None,
-                       help='fit on this split of the same data set, with its labels; all but torchvision\'s sets take '
-                            'slices, as train[:10%%], also of the split evaluated: --split "test[20%%:]" '
-                            '--calibration-split "test[:20%%]". The labeled images of the compared runs are left out. '
-                            'Images that a run saw unlabeled are not: their labels are ones that it did not have')
+                       help='fit on this split of the same data set, with its labels (held-out: as of --split); all '
+                            'but torchvision\'s sets take slices, as train[:10%%], also of the split evaluated: '
+                            '--split "test[20%%:]" --calibration-split "test[:20%%]". The labeled images of the '
+                            'compared runs are left out. Images that a run saw unlabeled are not: their labels are '
+                            'ones that it did not have')
     group.add_argument('--calibration-from-labeled', metavar='FILE', nargs='?', const='', default=None,
                        help='fit on labeled images of the training split: those that FILE lists, a file like a run\'s '
                             'labels.json, or without FILE the run\'s own. On its own labeled images a model is nearly '
@@ -156,9 +159,10 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('Device and loading')
     group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],
                        help='default: what Accelerate finds. cpu is obeyed; the others must be what it finds')
-    group.add_argument('--amp', action=flag, default=False, help='mixed precision (default: float32)')
-    group.add_argument('--amp-dtype', default='bfloat16', choices=['float16', 'bfloat16'],
-                       help='of --amp (default: bfloat16; timm\'s is float16)')
+    group.add_argument('--amp', action=flag, default=None,
+                       help='mixed precision (default: as the run had it, else float32; --no-amp: float32)')
+    group.add_argument('--amp-dtype', default=None, choices=['float16', 'bfloat16'],
+                       help='of --amp (default: the run\'s, else bfloat16; timm\'s is float16)')
     group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
     group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
@@ -238,6 +242,8 @@ def choose_data(args: Namespace, run: dict) -> Namespace:
     """
     given = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key) is not None}
     own = bool(run) and given.get('dataset', run.get('dataset')) == run.get('dataset')
+    if own and args.val_split is None:
+        given['val_split'] = run.get('test_split') or run.get('val_split')
     return Namespace(**{**SOURCE_FLAGS, **(run if own else {}), **given, 'own': own})
 
 
@@ -254,6 +260,53 @@ def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
     if not first.dataset and not first.data_dir:
         raise UsageError(f'{names[0]} comes without a run\'s args.yaml: give --dataset')
     return first
+
+
+def agree_on_precision(args: Namespace, names: list[str], runs: list[dict]) -> None:
+    """Sets --amp and --amp-dtype to what the runs had where they are not given.
+
+    Raises:
+        UsageError: If the runs differ.
+    """
+    had = [(bool(run.get('amp')), run.get('amp_dtype') or 'bfloat16') if run.get('amp') else (False, 'bfloat16')
+           for run in runs]
+    if args.amp is None:
+        for name, other in zip(names, had):
+            if other[0] != had[0][0] or (args.amp_dtype is None and other != had[0]):
+                raise UsageError(f'{names[0]} was trained with {told_precision(*had[0])} and {name} with '
+                                 f'{told_precision(*other)}: checkpoints are compared at one precision, so give --amp '
+                                 'or --no-amp')
+        args.amp = had[0][0]
+    args.amp_dtype = args.amp_dtype or had[0][1]
+
+
+def told_precision(amp: bool, amp_dtype: str) -> str:
+    return f'--amp, {amp_dtype}' if amp else 'float32'
+
+
+def open_held_out(data: Namespace, checkpoints: list[Path | None]) -> Source:
+    """The images that --val-fraction held out of the training split of the runs, by their labels.json.
+
+    Raises:
+        UsageError: If there are none, the runs differ in them, or the data has changed since.
+    """
+    found = set()
+    for checkpoint in checkpoints:
+        file = checkpoint.parent / 'labels.json' if checkpoint is not None else None
+        content = json.loads(file.read_text()) if file is not None and file.exists() else {}
+        found.add(tuple(content.get('held_out', ())))
+    if len(found) != 1 or () in found:
+        raise UsageError(f'split {HELD_OUT}: not all checkpoints are of runs that held out the same images by '
+                         '--val-fraction; give another split')
+    train = open_source(data, data.train_split)
+    index = read_labels(file, train, content['num_classes'], content.get('class_names'))[0]
+    if index.tolist() != content['index']:
+        raise UsageError(f'split {HELD_OUT}: the images of {data.train_split} stand in another order than in the run')
+    return PartSource(train, torch.tensor(found.pop()))
+
+
+def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None]) -> Source:
+    return open_held_out(data, checkpoints) if split == HELD_OUT else open_source(data, split)
 
 
 def split_names(split: str) -> set[str]:
@@ -347,18 +400,51 @@ def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.
     return model, config, view
 
 
-def check_classes(source: Source, split: str, model: nn.Module, data: Namespace, given: int | None) -> None:
-    """Raises UsageError unless the labels of the images are classes of the model."""
+def label_names(model: nn.Module) -> list[str] | None:
+    """Names of a model's classes, as timm keeps them with weights; None if they are not known."""
+    names = model.pretrained_cfg.get('label_names')
+    if isinstance(names, dict):  # of some classes; those of a run are the first ones
+        number = {int(key): name for key, name in names.items()}
+        names = [number[k] for k in range(len(number))] if set(number) == set(range(len(number))) else None
+    return list(names) if names else None
+
+
+def check_classes(
+        source: Source,
+        split: str,
+        model: nn.Module,
+        data: Namespace,
+        given: int | None,
+        by_number: bool = False,
+) -> torch.Tensor:
+    """The labels of the images as the model numbers its classes, `[N]` int64.
+
+    Args:
+        source: The images.
+        split: For messages.
+        model: With names of its classes they are matched by name, else by number.
+        data: The data set, for messages.
+        given: A number of classes that the user gave, for which a data set with fewer names is accepted.
+        by_number: Whether the user says that names which have nothing in common are of the same numbers.
+
+    Raises:
+        UsageError: Unless they are classes of the model.
+    """
     where = data.dataset or data.data_dir
     if (source.targets < 0).any():
         raise UsageError(f'{where}: split {split} has images without a label')
-    largest = int(source.targets.max()) + 1
-    named = len(source.class_names) if source.class_names else largest
-    if largest > model.num_classes or (source.class_names and named != model.num_classes and given is None):
-        raise UsageError(
-            f'{where} has {named} classes and the model {model.num_classes}: a label would mean another class. Give '
-            '--class-map for a folder with a part of the classes, or --num-classes if the numbers agree'
-        )
+    names = label_names(model)
+    if not names or not source.class_names:
+        largest = int(source.targets.max()) + 1
+        named = len(source.class_names) if source.class_names else largest
+        if largest > model.num_classes or (source.class_names and named != model.num_classes and given is None):
+            raise UsageError(
+                f'{where} has {named} classes and the model {model.num_classes}: a label would mean another class. '
+                'Give --class-map for a folder with a part of the classes, or --num-classes if the numbers agree'
+            )
+    return match_classes(
+        source, names, model.num_classes, f'{where} split {split}', run='the model', same_numbering=by_number,
+    )
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -459,6 +545,8 @@ class Result:
     calibration: Outputs | None
     labeled: Outputs | None
     ood: dict[str, Outputs]
+    class_names: list[str] | None = None
+    chosen_by: str = ''  # what best/ was chosen by: a metric on a split
     scaled: dict[str, torch.Tensor] = field(default_factory=dict)  # logits by scaling, the first is 'none'
     parameters: dict[str, dict] = field(default_factory=dict)
     reports: dict[str, dict] = field(default_factory=dict)
@@ -527,10 +615,11 @@ def scale(result: Result, data: Namespace) -> None:
             + ('above it: they are too easy for this model to tell how sure it should be'
                if value == MIN_TEMPERATURE else 'below it: its logits say no more about them than chance')
         )
-    missing = fit_on.logits.shape[1] - len(fit_on.target.unique())
+    missing = sorted({*range(fit_on.logits.shape[1])} - {*fit_on.target.tolist()})
     if missing:
-        _logger.warning(f'{result.name}: {missing} classes have no calibration image; vector scaling can only lower '
-                        'their logits')
+        names = [result.class_names[k] if k < len(result.class_names or ()) else str(k) for k in missing]
+        _logger.warning(f'{result.name}: {len(missing)} classes have no calibration image ({name_some(names)}); vector '
+                        'scaling can only lower their logits. Is it a slice of data that is sorted by class?')
 
 
 def interval(report: dict, name: str) -> str:
@@ -552,7 +641,7 @@ def align(rows: list[list[str]], left: int = 2) -> str:
 def format_table(results: list[Result]) -> str:
     range_of = ' [95 %]' if 'ece_low' in results[0].reports['none'] else ''
     rows = [['run', 'scaling', 'T', f'error %{range_of}', f'ECE %{range_of}', 'equal-mass', 'class-wise', 'smooth',
-             'NLL', 'Brier', 'AUROC']]
+             'NLL', 'Brier', 'AUROC', 'best by']]
     for result in results:
         for scaling, report in result.reports.items():
             temperature = result.parameters[scaling].get('temperature')
@@ -566,7 +655,10 @@ def format_table(results: list[Result]) -> str:
                 f'{report["nll"]:.4f}',
                 f'{report["brier"]:.4f}',
                 '' if report['auroc'] is None else f'{report["auroc"]:.2f}',
+                result.chosen_by,
             ])
+    if not any(result.chosen_by for result in results):
+        rows = [row[:-1] for row in rows]
     note = '\n* at its bound: the likelihood of the calibration images has no maximum'
     return align(rows) + (note if any(result.at_bound for result in results) else '')
 
@@ -620,7 +712,7 @@ def picture_name(name: str, scaling: str) -> str:
     return f'{name}.png' if scaling == 'none' else f'{name}_{scaling}.png'
 
 
-def write_result(folder: Path, result: Result, about: dict, ood: dict, class_names: list[str] | None, args) -> None:
+def write_result(folder: Path, result: Result, about: dict, ood: dict, args) -> None:
     """Files of one checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     outputs = result.outputs
@@ -631,6 +723,9 @@ def write_result(folder: Path, result: Result, about: dict, ood: dict, class_nam
     content = OrderedDict(
         run=result.name,
         **about,
+        chosen_by=result.chosen_by or None,
+        precision=args.amp_dtype if args.amp else 'float32',
+        class_names=result.class_names,
         input_size=result.config.input_size,
         **result.reports['none'],
         bins=bins,
@@ -663,6 +758,7 @@ def write_result(folder: Path, result: Result, about: dict, ood: dict, class_nam
         reliability_diagram(panels, folder / picture_name('reliability', scaling), heading)
     confidence_histogram(confidence, correct, folder / 'confidence.png', result.name)
     risk_coverage_diagram([(result.name, confidence, correct)], folder / 'risk_coverage.png')
+    class_names = result.class_names
     if class_names is not None:
         class_names = [*class_names, *map(str, range(len(class_names), outputs.logits.shape[1]))]
     class_diagram(predicted, confidence, correct, folder / 'classes.png', class_names, result.name)
@@ -718,9 +814,10 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
     try:
         for result, measured in zip(results, ood):
             own = folder / result.name if len(results) > 1 else folder
-            write_result(own, result, about, measured, images.test.class_names, args)
+            write_result(own, result, about, measured, args)
         write_csv(folder / 'comparison.csv', [
-            dict(run=result.name, scaling=scaling, temperature=result.parameters[scaling].get('temperature', ''), **row)
+            dict(run=result.name, scaling=scaling, temperature=result.parameters[scaling].get('temperature', ''),
+                 chosen_by=result.chosen_by, **row)
             for result in results for scaling, row in result.reports.items()
         ])
         if args.ood_dataset:
@@ -792,10 +889,11 @@ def evaluate_checkpoint(
     """A model's outputs on all sets of images, on every process."""
     model, config, view = load_model(args, checkpoint, run)
     given = run.get('num_classes') if args.num_classes is None else args.num_classes
-    check_classes(images.test, images.data.val_split, model, images.data, given)
+    names, by_number = label_names(model), args.num_classes is not None and not run
+    test_targets = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
     if images.calibration is not None:
-        check_classes(images.calibration, args.calibration_split, model, images.data, given)
-        if images.calibration.class_names != images.test.class_names:
+        fit_targets = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number)
+        if names is None and images.calibration.class_names != images.test.class_names:
             raise UsageError(f'--calibration-split {args.calibration_split}: it has other classes than split '
                              f'{images.data.val_split}')
     model.eval().to(accelerator.device)
@@ -803,21 +901,24 @@ def evaluate_checkpoint(
         model.to(memory_format=torch.channels_last)
     check_model(model, config, accelerator, name)
     _logger.info(f'{name}: images {"x".join(map(str, config.input_size))}, mean {config.mean}, std {config.std}, '
-                 f'{accelerator.num_processes} process(es), device {accelerator.device}')
+                 f'{accelerator.num_processes} process(es), device {accelerator.device}, '
+                 f'{args.amp_dtype if args.amp else "float32"}')
 
     def evaluate(source, index=None, targets=None):
         views = {'image': view, 'digest': picture_digest}
         dataset = ViewDataset(source, views, index, targets, skip_bad=images.data.skip_bad_images)
         return collect(model, dataset, config, accelerator, args)
 
+    if data.own:
+        tell_trained(name, checkpoint.parent / 'labels.json', images.data, images.test)
     labeled = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
     if labels_file is not None:
         with accelerator.main_process_first():
             train = open_source(data, data.train_split)
-        index, targets, _ = read_labels(labels_file, train.targets, model.num_classes)
+        index, targets, _ = read_labels(labels_file, train, model.num_classes, names)
         if args.calibration_from_labeled is not None and own_file is not None:
-            trained = read_labels(own_file, train.targets, model.num_classes)[0]
+            trained = read_labels(own_file, train, model.num_classes, names)[0]
             known = int(torch.isin(index, trained).sum())
             if known:
                 _logger.warning(f'{name}: {known} of {len(index)} calibration images are labeled images of its '
@@ -827,26 +928,68 @@ def evaluate_checkpoint(
         name,
         checkpoint,
         config,
-        evaluate(images.test),
-        labeled if images.calibration is None else evaluate(images.calibration),
+        evaluate(images.test, targets=test_targets),
+        labeled if images.calibration is None else evaluate(images.calibration, targets=fit_targets),
         labeled,
         {ood_name: evaluate(source) for ood_name, source in images.ood.items()},
+        names or images.test.class_names,
+        tell_choice(name, checkpoint, images.data),
     )
 
 
+def tell_choice(name: str, checkpoint: Path | None, data: Namespace) -> str:
+    """What a best/ was chosen by, '' if it is none; warns if it was the split that is evaluated."""
+    file = checkpoint / 'metrics.json' if checkpoint is not None and checkpoint.name == 'best' else None
+    if file is None or not file.exists():
+        return ''
+    try:
+        chosen_by = json.loads(file.read_text()).get('best_chosen_by', '')
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f'{file}: {error}') from error
+    split = chosen_by.partition(' on ')[2]
+    if chosen_by and data.own and split_names(split) & split_names(data.val_split):
+        _logger.warning(f'{name}: best/ was chosen by {chosen_by}, which is evaluated here: its score is too good. '
+                        'Report last/, or choose on a part that --val-fraction holds out of the training split')
+    return chosen_by
+
+
+def tell_trained(name: str, own_file: Path, data: Namespace, test: Source) -> None:
+    """Warns of labeled images of a run among those to evaluate."""
+    if not own_file.exists() or not split_names(data.val_split) & split_names(data.train_split):
+        return
+    train = open_source(data, data.train_split)
+    place = locate(train, test)
+    try:
+        content = json.loads(own_file.read_text())
+        labeled = int((place[content['index']] >= 0).sum())
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UsageError(f'{own_file}: does not fit {data.train_split} ({type(error).__name__} {error})') from error
+    if labeled:
+        _logger.warning(f'{name}: {labeled} of the {len(test)} images of {data.val_split} are labeled images of its '
+                        f'training, and {int((place >= 0).sum())} are in its training split: its score is too good')
+
+
 def main(args: Namespace) -> None:
-    accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
-    _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     checkpoints = [Path(path).resolve() for path in args.checkpoint] or [None]
     runs = [read_run(path) if path else {} for path in checkpoints]
     names = name_checkpoints(checkpoints) if args.checkpoint else [args.model.replace('/', '_')]
+    asked = args.amp
+    agree_on_precision(args, names, runs)
+    try:
+        accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
+    except UsageError as error:
+        if args.amp and asked is None:
+            raise UsageError(f'{names[0]} was trained with --amp: {error}; --no-amp evaluates in float32') from error
+        raise
+    for logger in (_logger, logging.getLogger('train')):  # the modules' own
+        logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     chosen = [choose_data(args, run) for run in runs]
     data = agree_on_data(names, chosen)
     with accelerator.main_process_first():  # downloads and caches are written once
         images = Images(
             data,
-            open_source(data, data.val_split),
-            open_source(data, args.calibration_split) if args.calibration_split else None,
+            open_split(data, data.val_split, checkpoints),
+            open_split(data, args.calibration_split, checkpoints) if args.calibration_split else None,
             {name: open_ood_source(args, name) for name in args.ood_dataset},
         )
     if data.val_split is None:

@@ -315,10 +315,12 @@ def test_labeled_images_are_excluded_or_known_wherever_the_unlabeled_set_has_the
 
     def pictures(source, index):
         return [source.image(i).tobytes() for i in index.tolist()]
-    labeled = pictures(opened[0], known.labels.index)
-    assert pictures(opened[1], known.labeled_to_unlabeled) == labeled
+    labeled = pictures(opened.train, known.labels.index)
+    assert pictures(opened.unlabeled, known.labeled_to_unlabeled) == labeled
     assert len(excluded.unlabeled) == len(known.unlabeled) - 20 and excluded.labeled_to_unlabeled is None
-    assert not {*labeled} & {*pictures(opened[1], excluded.unlabeled.index)} and not caplog.text
+    assert not {*labeled} & {*pictures(opened.unlabeled, excluded.unlabeled.index)}
+    assert 'no labeled image' not in caplog.text
+    assert ('500 of the 500 images to evaluate (test) are in the unlabeled set' in caplog.text) == ('test' in split)
     args.unlabeled_split = 'test'
     disjoint = train_ssl.build_datasets(args, train_ssl.open_sources(args), 10, config)
     assert len(disjoint.unlabeled) == 500 and 'no labeled image is known to be in split test' in caplog.text

@@ -1,0 +1,310 @@
+"""Which images a run trains on, chooses its best weights by and is tested on: that they agree, and do not overlap."""
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from digests import MOST_DIGESTS, SAMPLE, digest_pictures, shared_pictures, spread
+from labels import Labels, match_classes, name_some
+from program import UsageError
+from seeds import item_seed
+from sources import JoinedSource, PartSource, Source, create_source, known_facts, locate, open_source, unlabeled_split
+
+_logger = logging.getLogger('train')
+
+HELD_OUT = 'held-out'  # what the part of the training split is called that --val-fraction holds out
+
+
+@dataclass
+class Sources:
+    """The images of a run, before labels are drawn."""
+    train: Source
+    unlabeled: Source  # the same object as train unless --unlabeled-split differs
+    evaluation: Source
+    test: Source | None = None  # of --test-split
+    held_out: torch.Tensor | None = None  # [V] int64, positions in train that are evaluated and not trained on
+
+
+def hold_out(targets: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """A part of a set with the same share of every class, `[V]` int64 indices, ascending.
+
+    Of every class of two images or more, at least one is held out and one is left. A function of labels and seed.
+    """
+    generator = np.random.default_rng(item_seed(seed, 'held out'))
+    drawn = []
+    for label in targets[targets >= 0].unique().tolist():
+        members = (targets == label).nonzero().squeeze(1).numpy()
+        number = min(max(int(share * len(members) + 0.5), 1), len(members) - 1)
+        drawn.append(generator.choice(members, number, replace=False))
+    return torch.from_numpy(np.sort(np.concatenate(drawn))) if drawn else torch.zeros(0, dtype=torch.int64)
+
+
+def open_sources(args: argparse.Namespace) -> Sources:
+    """Opens the splits; with --val-fraction holds out a part of the training split, which then has no label there."""
+    train = unlabeled = open_source(args, args.train_split)
+    if not (train.targets >= 0).any():
+        raise UsageError(f'--train-split {args.train_split}: none of its {len(train)} images has a label')
+    if unlabeled_split(args) != args.train_split:
+        unlabeled = open_source(args, unlabeled_split(args))
+    held_out = None
+    if args.val_fraction is None:
+        evaluation = open_source(args, args.val_split)
+    else:
+        held_out = hold_out(train.targets, args.val_fraction, args.val_seed)
+        if not len(held_out):
+            raise UsageError(f'--val-fraction {args.val_fraction}: no class of --train-split {args.train_split} has '
+                             'two images')
+        evaluation = PartSource(train, held_out)
+        train.targets = train.targets.index_fill(0, held_out, -1)
+    name = evaluation_name(args, evaluation)
+    if args.test_split == name:
+        raise UsageError(f'--test-split {name}: best/ is chosen on it; choose by another one: --val-fraction holds out '
+                         'a part of the training split')
+    test = open_source(args, args.test_split) if args.test_split else None
+    return Sources(train, unlabeled, evaluation, test, held_out)
+
+
+def evaluation_name(args: argparse.Namespace, evaluation: Source) -> str:
+    """What the evaluation split is called in logs and files."""
+    return HELD_OUT if args.val_fraction is not None else args.val_split or evaluation.split or 'evaluation'
+
+
+def tell_choice(args: argparse.Namespace, split: str) -> None:
+    """Says which images choose best/, and if they are the test split, what that does to its score there."""
+    line = f'best/ is chosen by {args.eval_metric} on {split}'
+    if args.val_fraction is not None:
+        then = 'validate.py reports a test split'
+        if args.test_split:
+            then = f'{args.test_split} is reported once, at the end'
+        line += f', {100 * args.val_fraction:g} % of every class of {args.train_split}; {then}'
+    elif split.partition('[')[0] == 'test':
+        line += (', the test split: there its score is too good. Report last/, or hold out a part of the training '
+                 'split to choose by (--val-fraction)')
+    _logger.info(line)
+
+
+def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
+    """Numbers the classes of all splits as the training split does, and returns their number K.
+
+    Raises:
+        UsageError: If a split that is evaluated has a class that the training split lacks, or no label.
+    """
+    train, evaluation = sources.train, sources.evaluation
+    largest = int(train.targets.max()) + 1
+    if not (train.class_names and evaluation.class_names):
+        largest = max(largest, int(evaluation.targets.max()) + 1)
+    num_classes = args.num_classes or (len(train.class_names) if train.class_names else largest)
+    if num_classes < max(largest, 2):
+        raise UsageError(f'--num-classes {num_classes}: the data set has labels up to {largest - 1}')
+    name = evaluation_name(args, evaluation)
+    evaluated = [(f'--val-split {name}' if args.val_split else f'split {name}', evaluation)]
+    if sources.test is not None:
+        evaluated.append((f'--test-split {args.test_split}', sources.test))
+    for what, source in evaluated:
+        if (source.targets < 0).any():
+            raise UsageError(f'{what}: {int((source.targets < 0).sum())} of its {len(source)} images have no label')
+        source.targets = match_classes(source, train.class_names, num_classes, what)
+        source.class_names = train.class_names
+    if sources.unlabeled is not train and (sources.unlabeled.targets >= 0).any():
+        sources.unlabeled.targets = match_classes(
+            sources.unlabeled, train.class_names, num_classes, f'--unlabeled-split {unlabeled_split(args)}',
+            others='count as having no label',
+        )
+    named = min(num_classes, max(largest, len(train.class_names or ())))
+    tell_missing(f'--train-split {args.train_split}', train, 'the data set', torch.arange(named), train.class_names)
+    for what, source in evaluated:
+        present = train.targets[train.targets >= 0].unique()
+        tell_missing(what, source, f'--train-split {args.train_split}', present, train.class_names)
+    return num_classes
+
+
+def tell_missing(what: str, source: Source, other: str, classes: torch.Tensor, names: list[str] | None) -> None:
+    """Warns of classes `[n]` of another set that no image of this one shows."""
+    missing = [str(names[k] if names else k) for k in classes.tolist() if not (source.targets == k).any()]
+    if missing:
+        _logger.warning(f'{what}: no image of {len(missing)} of the {len(classes)} classes that {other} has: '
+                        f'{name_some(missing)}' + ('; is a slice of data that is sorted by class? --val-fraction holds '
+                                                   'out a part of every class' if '[' in what else ''))
+
+
+def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_classes: int):
+    """The second evaluation set, the images of it that show a class of the run `[n]`, and their labels `[n]`, int64.
+
+    Copies of ImageNet and WebVision number their classes alike, and the mini variant has the first 50.
+
+    Raises:
+        UsageError: If no class is shared.
+    """
+    extra = create_source(args.extra_val, args.extra_val_dir, None)
+    numbering = known_facts(args.dataset).get('numbering')
+    alike = numbering is not None and numbering == known_facts(args.extra_val).get('numbering')
+    alike = alike and len(extra.class_names or ()) == 1000 and len(class_names or ()) in (50, 1000)
+    what = f'--extra-val {args.extra_val}'
+    targets = match_classes(
+        extra, class_names, num_classes, what, others='are left out', same_numbering=alike,
+    )
+    index = (targets >= 0).nonzero().squeeze(1)
+    if not len(index):
+        raise UsageError(f'{what}: none of its images shows a class of this run; its classes are '
+                         f'{name_some(extra.class_names or ["not named"])}, those of the run '
+                         f'{name_some(class_names or ["not named"])}')
+    return extra, index, targets[index]
+
+
+def place_labeled(
+        args: argparse.Namespace,
+        sources: Sources,
+        labels: Labels,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Which images of the unlabeled split are used, `[U]` int64, and where among them the labeled ones stand, `[L]`
+    int64 (-1: nowhere; None where --exclude-labeled leaves them out). Held-out images are not used.
+    """
+    index = torch.arange(len(sources.unlabeled))
+    everywhere = locate(sources.train, sources.unlabeled)
+    position = everywhere[labels.index]
+    if sources.held_out is not None:
+        index = index[~torch.isin(index, everywhere[sources.held_out])]
+    if args.exclude_labeled:
+        if (position < 0).all():
+            _logger.warning(f'--exclude-labeled: no labeled image is known to be in split {unlabeled_split(args)}, and '
+                            'none is left out')
+        index = index[~torch.isin(index, position)]
+        position = None
+    elif len(index) < len(sources.unlabeled):
+        place = torch.full((len(sources.unlabeled) + 1,), -1)
+        place[index] = torch.arange(len(index))
+        position = place[position]
+    if not len(index):
+        raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
+    return index, position
+
+
+# --- Content ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Identity:
+    """What data a run belongs to.
+
+    Attributes:
+        class_names: In the run's order, or None.
+        sizes: Images of the training split, the unlabeled set and the evaluation set.
+        rows: Labeled images that are digested, `[d]` int64 rows of the labeled set.
+        digests: Theirs, `[d]` int64.
+        sample: Digests of images spread over the unlabeled set, `[s]` int64.
+        length: Bytes of the labeled images of `rows`, `[d]` int64.
+        place: Tells where a labeled image lies, by row.
+    """
+    class_names: list[str] | None
+    sizes: list[int]
+    rows: torch.Tensor
+    digests: torch.Tensor
+    sample: torch.Tensor
+    length: torch.Tensor
+    place: Callable[[int], str]
+
+    def state(self) -> dict:
+        return {key: getattr(self, key) for key in ('class_names', 'sizes', 'digests', 'sample')}
+
+    def check(self, old: dict, what: str) -> None:
+        """Raises UsageError unless a checkpoint's data are these; tells of an evaluation set of another size."""
+        if old['class_names'] != self.class_names:
+            names, ours = old['class_names'] or [], self.class_names or []
+            parts = [f'it lacks {name_some(only)}' for only in [[n for n in ours if n not in names]] if only]
+            parts += [f'here is no {name_some(only)}' for only in [[n for n in names if n not in ours]] if only]
+            raise UsageError(f'{what}: the checkpoint was made with other classes: '
+                             + ('; '.join(parts) or f'in the order {name_some(names)}, here {name_some(ours)}')
+                             + '; give the data as it was (--class-map sets the order of folders)')
+        for name, then, now in zip(('training split', 'unlabeled set'), old['sizes'], self.sizes):
+            if then != now:
+                raise UsageError(f'{what}: the data has changed: the {name} had {then} images and has {now}')
+        if old['sizes'][2] != self.sizes[2]:
+            _logger.warning(f'{what}: the evaluation set had {old["sizes"][2]} images and has {self.sizes[2]}')
+        differs = (old['digests'] != self.digests) if len(old['digests']) == len(self.digests) else torch.tensor([])
+        if differs.any():
+            first = self.place(int(differs.nonzero()[0]))
+            order = torch.equal(old['digests'].sort().values, self.digests.sort().values)
+            raise UsageError(f'{what}: the data has changed: labeled picture {first} is another one'
+                             + ('; all are there, in another order' if order else ''))
+        if len(old['sample']) == len(self.sample) and (old['sample'] != self.sample).any():
+            raise UsageError(f'{what}: the data has changed: {int((old["sample"] != self.sample).sum())} of '
+                             f'{len(self.sample)} pictures of the unlabeled set that were looked at are other ones, or '
+                             'stand in another order')
+
+
+def identify(
+        args: argparse.Namespace,
+        sources: Sources,
+        labels: Labels,
+        unlabeled_index: torch.Tensor | None,
+) -> Identity:
+    """What data a run belongs to, after a look that no labeled image is evaluated (see `check_overlap`).
+
+    Of more labeled pictures than MOST_DIGESTS as many are digested, of the unlabeled ones SAMPLE.
+    """
+    rows = spread(len(labels.index), MOST_DIGESTS)
+    index = labels.index[rows]
+    digests, length = digest_pictures(sources.train, index)
+    sample = torch.zeros(0, dtype=torch.int64)
+    if unlabeled_index is not None:
+        sample = digest_pictures(sources.unlabeled, unlabeled_index[spread(len(unlabeled_index), SAMPLE)])[0]
+    identity = Identity(
+        sources.train.class_names,
+        [len(sources.train), 0 if unlabeled_index is None else len(unlabeled_index), len(sources.evaluation)],
+        rows,
+        digests,
+        sample,
+        length,
+        lambda row: f'{int(index[row])} ({sources.train.where(int(index[row]))})',
+    )
+    check_overlap(args, sources, labels, unlabeled_index, identity)
+    return identity
+
+
+def split_bases(source: Source) -> set[str | None]:
+    """Names of the splits that a source's images come from, without slices."""
+    if isinstance(source, PartSource):
+        return split_bases(source.source)
+    return {part.split for part in (source.parts if isinstance(source, JoinedSource) else [source])}
+
+
+def check_overlap(
+        args: argparse.Namespace,
+        sources: Sources,
+        labels: Labels,
+        unlabeled_index: torch.Tensor | None,
+        identity: Identity,
+) -> None:
+    """Refuses labeled images among the evaluated ones, and tells how many unlabeled ones are.
+
+    Within a split images are known by position, in different ones by content. Published sets have a few duplicates by
+    themselves: there, and where it is no more than one labeled image in a hundred, the number is told.
+    """
+    evaluated = [(evaluation_name(args, sources.evaluation), sources.evaluation)]
+    if sources.test is not None:
+        evaluated.append((args.test_split, sources.test))
+    remedy = 'give slices that do not overlap, or --val-fraction to hold out a part of the training split'
+    for name, source in evaluated:
+        both = (locate(sources.train, source)[labels.index] >= 0).nonzero().squeeze(1)
+        if len(both):
+            first = int(labels.index[both[0]])
+            raise UsageError(f'{len(both)} of the {len(labels.index)} labeled training images are among the images to '
+                             f'evaluate ({name}), such as {sources.train.where(first)}: {remedy}')
+        if unlabeled_index is not None:
+            number = int((locate(sources.unlabeled, source)[unlabeled_index] >= 0).sum())
+            if number:
+                _logger.warning(f'{number} of the {len(source)} images to evaluate ({name}) are in the unlabeled set '
+                                'too: the network sees them in training, without their labels')
+        if split_bases(sources.train) & split_bases(source):
+            continue
+        shared = shared_pictures(source, identity.digests, identity.length)
+        if shared is None:
+            _logger.info(f'{name}: too large to compare its pictures with the labeled ones')
+        elif len(shared):
+            told = (f'{len(shared)} pictures of {name} are the same as labeled ones of training, such as '
+                    f'{source.where(int(shared[0]))}')
+            if 100 * len(shared) > len(identity.rows) and not known_facts(args.dataset):
+                raise UsageError(f'{told}: take them out of one of the two')
+            _logger.warning(told)

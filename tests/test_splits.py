@@ -1,0 +1,441 @@
+"""Classes by name, data by content: what a run belongs to, and splits that cannot leak."""
+import json
+import logging
+import os
+import shutil
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import ROOT, TINY
+from images import noise
+from PIL import Image
+
+import checkpoint
+import digests
+import mislabeled
+import program
+import splits
+import train_ssl
+import validate
+from digests import digest_pictures, from_text, place_pictures, shared_pictures, to_text
+from labels import match_classes, read_labels
+from program import UsageError
+from sources import ArraySource, JoinedSource, PartSource, create_source, locate
+from splits import hold_out
+
+OWN = ('--img-size', '8', '--model', 'wide_resnet10_1', '-b', '4', '--mu', '2', '--epochs', '1',
+       '--train-steps-per-epoch', '2', '--workers', '0', '--device', 'cpu', '--model-ema-warmup')
+
+
+def write_set(root: Path, splits: dict[str, dict[str, int]], seed: int = 0) -> Path:
+    """Image folders of noise: each split's number of pictures by class."""
+    generator = np.random.default_rng(seed)
+    for split, classes in splits.items():
+        for name, number in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f'{i:03}.png')
+    return root
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """Classes 1, 2 and 10 in two splits, and further splits to evaluate."""
+    return write_set(tmp_path / 'own', dict(
+        train={'1': 8, '2': 8, '10': 8},
+        val={'1': 3, '2': 3, '10': 3},
+        fewer={'2': 3, '10': 3},
+        more={'2': 3, '10': 3, 'bees': 3},
+        others={'x': 3, 'y': 3, 'z': 3},
+    ))
+
+
+def run_in_process(program, *arguments):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return program.main(program._parse_args([str(a) for a in arguments]))
+
+
+@pytest.fixture
+def train_own(tmp_path):
+    def run(experiment: str, *arguments) -> Path:
+        run_in_process(train_ssl, *OWN, '--output', tmp_path, '--experiment', experiment, *arguments)
+        return tmp_path / experiment
+
+    return run
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    for name in ('reliability_diagram', 'confidence_histogram', 'risk_coverage_diagram', 'class_diagram'):
+        monkeypatch.setattr(validate, name, lambda *args, **kwargs: None)
+
+    def run(*arguments) -> dict:
+        where = tmp_path / 'results'
+        run_in_process(validate, '--device', 'cpu', '-j', 0, '--bootstrap', 0, '--results-dir', where, *arguments)
+        return json.loads((where / 'metrics.json').read_text())
+
+    return run
+
+
+def toy(targets, names, start=0):
+    return ArraySource(noise(len(targets) + start, 4)[start:], targets, names, 'toy')
+
+
+# --- Classes ----------------------------------------------------------------------------------------------------------
+
+def test_classes_are_matched_by_name_and_what_differs_is_told(caplog):
+    caplog.set_level(logging.INFO)
+    source = toy([0, 1, 2, -1, 2], ['c', 'a', 'b'])
+    assert match_classes(source, ['a', 'b', 'c'], 3, 'here').tolist() == [2, 0, 1, -1, 1]
+    assert 'here: its classes stand in another order' in caplog.text
+    caplog.clear()
+    fewer = toy([0, 1], ['b', 'c'])
+    assert match_classes(fewer, ['a', 'b', 'c'], 3, 'here').tolist() == [1, 2] and 'lacks 1 of the 3' in caplog.text
+    with pytest.raises(UsageError, match=r'2 of 5 images are of classes that the run does not have: b; .* lacks d \('):
+        match_classes(source, ['a', 'c', 'd'], 3, 'here', run='the run')
+    assert match_classes(source, ['a', 'c', 'd'], 3, 'here', others='are left out').tolist() == [1, 0, -1, -1, -1]
+    caplog.clear()
+    assert match_classes(source, ['c', 'a', 'b'], 3, 'here').tolist() == [0, 1, 2, -1, 2] and not caplog.text
+
+
+def test_sets_without_names_compare_by_number_and_say_so(caplog):
+    caplog.set_level(logging.INFO)
+    for names, ours in ((None, ['a', 'b', 'c']), (['a', 'b', 'c'], None), (None, None)):
+        caplog.clear()
+        assert match_classes(toy([2, 0, -1], names), ours, 3, 'here').tolist() == [2, 0, -1]
+        assert 'by number' in caplog.text
+    with pytest.raises(UsageError, match='labels up to 3, and the training split has 3 classes'):
+        match_classes(toy([3], None), None, 3, 'here')
+
+
+def test_joined_splits_keep_labels_by_name():
+    joined = JoinedSource([toy([0, 1], ['a', 'b']), toy([0, 1, 2], ['b', 'x', 'a'])])
+    assert joined.targets.tolist() == [0, 1, 1, -1, 0] and joined.class_names == ['a', 'b']
+
+
+def test_a_validation_split_without_a_class_keeps_the_numbers_of_training(own, caplog):
+    args = train_ssl._parse_args(['--data-dir', str(own), '--val-split', 'fewer'])
+    opened = splits.open_sources(args)
+    assert splits.agree_on_classes(args, opened) == 3
+    assert opened.train.class_names == ['1', '2', '10'] and opened.evaluation.targets.unique().tolist() == [1, 2]
+    assert 'lacks 1 of the 3 classes of the training split (1)' in caplog.text
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--val-split', 'more'), '--val-split more: 3 of 9 images are of classes that the training split does not have: '
+                              'bees; .* lacks 1'),
+    (('--test-split', 'others'), '--test-split others: 9 of 9 images .*: x, y, z'),
+    (('--extra-val', 'OTHERS'), r'--extra-val .*: none of its images shows a class of this run; its classes are x, y, '
+                                'z, those of the run 1, 2, 10'),
+    (('--val-split', 'train'), '24 of the 24 labeled training images are among the images to evaluate .train., such'),
+    (('--train-split', 'train[:50%]', '--val-split', 'train[40%:]'), '2 of the 12 labeled'),
+    (('--val-split', 'copy'), '9 pictures of copy are the same as labeled ones of training, such as .*copy.*png'),
+    (('--val-fraction', '0.2', '--test-split', 'copy'), '7 pictures of copy are the same'),
+    (('--test-split', 'val'), '--test-split val: best/ is chosen on it'),
+    (('--num-labels', '6', '--train-split', 'fewer'), 'images are of classes that the training split does not have: 1'),
+])
+def test_what_does_not_belong_together_is_refused_by_name(own, train_own, flags, message):
+    if 'OTHERS' in flags:
+        write_set(own.parent / 'second', dict(val={'x': 2, 'y': 2, 'z': 2}))
+        flags = [str(own.parent / 'second') if flag == 'OTHERS' else flag for flag in flags]
+    if 'copy' in flags:
+        for name in ('1', '2', '10'):
+            (own / 'copy' / name).mkdir(parents=True)
+            for i in range(3):
+                shutil.copy(own / 'train' / name / f'00{i}.png', own / 'copy' / name / f'other{i}.png')
+    with pytest.raises(UsageError, match=message):
+        train_own('run', '--data-dir', own, *flags)
+
+
+def test_copies_of_imagenet_are_matched_by_number_where_they_share_no_name(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    words = toy([0, 49, 50, 999], [f'word {i}' for i in range(1000)])
+    monkeypatch.setattr(splits, 'create_source', lambda *args: words)
+    wnids = [f'n{i:08}' for i in range(50)]
+    args = Namespace(dataset='webvision-mini', extra_val='imagenet', extra_val_dir=None)
+    _, index, targets = splits.match_extra(args, wnids, 50)
+    assert index.tolist() == targets.tolist()[:1] + [1] and targets.tolist() == [0, 49] and 'by number' in caplog.text
+    with pytest.raises(UsageError, match='none of its images shows a class'):
+        splits.match_extra(Namespace(dataset='own', extra_val='imagenet', extra_val_dir=None), wnids, 50)
+
+
+def test_names_are_kept_with_labels_weights_metrics_checkpoint_and_margins(own, train_own):
+    folder = train_own('run', '--data-dir', own, '--save-margins', '--num-classes', '4')
+    names = ['1', '2', '10']
+    assert json.loads((folder / 'labels.json').read_text())['class_names'] == names
+    config = json.loads((folder / 'best/config.json').read_text())
+    assert config['label_names'] == {'0': '1', '1': '2', '2': '10'} and config['num_classes'] == 4
+    metrics = json.loads((folder / 'last/metrics.json').read_text())
+    assert metrics['class_names'] == names and metrics['split'] == 'val' and metrics['count'] == 9
+    assert (metrics['weights'], metrics['precision'], metrics['num_updates']) == ('average', 'float32', 2)
+    assert metrics['best_chosen_by'] == 'top1 on val'
+    state = checkpoint.read_checkpoint(folder / 'checkpoint-2.safetensors')
+    assert state['identity']['class_names'] == names
+    table = pq.read_table(folder / 'margins.parquet')
+    assert json.loads(table.schema.metadata[b'class_names']) == names
+    source = create_source('', str(own), 'train')
+    assert table['digest'].to_pylist() == to_text(digest_pictures(source, torch.arange(24))[0]) + [None] * 24
+
+
+@pytest.mark.parametrize('flags', [(), ('--num-classes', '4')])
+def test_validation_matches_a_runs_classes_by_name(own, train_own, evaluate, flags, caplog):
+    folder = train_own('run', '--data-dir', own, *flags)
+    first = evaluate('--checkpoint', folder / 'last')
+    (own / 'map.txt').write_text('10\n1\n2\n')
+    mapped = evaluate('--checkpoint', folder / 'last', '--class-map', own / 'map.txt')
+    assert 'stand in another order than those of the model' in caplog.text
+    assert mapped['error'] == first['error'] and mapped['nll'] == pytest.approx(first['nll'])
+    assert mapped['class_names'] == ['1', '2', '10']
+    table = pq.read_table(folder.parent / 'results' / 'predictions.parquet')
+    assert table['target'].to_pylist() == [2, 2, 2, 0, 0, 0, 1, 1, 1]  # in the order of the map, as the run numbers
+    assert evaluate('--checkpoint', folder / 'last', '--split', 'fewer')['count'] == 6
+    for split, told in (('more', 'does not have: bees; .* lacks 1'), ('others', 'x, y, z')):
+        with pytest.raises(UsageError, match=told):
+            evaluate('--checkpoint', folder / 'last', '--split', split)
+    for split in ('train', 'val'):
+        (own / split / '2').rename(own / split / 'two')
+    with pytest.raises(UsageError, match='3 of 9 images are of classes that the model does not have: two; .* lacks 2'):
+        evaluate('--checkpoint', folder / 'last')
+
+
+def test_a_class_without_an_image_is_named(own, train_own, caplog):
+    for file in (own / 'val' / '2').iterdir():
+        file.unlink()
+    args = train_ssl._parse_args(['--data-dir', str(own), '--train-split', 'train[:17]', '--val-split', 'train[17:]'])
+    splits.agree_on_classes(args, splits.open_sources(args))
+    assert '--val-split train[17:]: no image of 2 of the 3 classes that --train-split train[:17] has: 1' in caplog.text
+    assert 'sorted by class? --val-fraction' in caplog.text
+
+
+def test_labels_that_begin_at_one_are_told(caplog):
+    train, evaluation = toy([1, 2, 3], None), toy([1, 2], None)
+    args = train_ssl._parse_args([])
+    assert splits.agree_on_classes(args, splits.Sources(train, train, evaluation)) == 4
+    assert 'no image of 1 of the 4 classes that the data set has: 0' in caplog.text
+
+
+# --- Content ----------------------------------------------------------------------------------------------------------
+
+def test_pictures_are_found_by_content_wherever_a_set_holds_them(own, caplog):
+    source = create_source('', str(own), 'train')
+    index = torch.tensor([3, 20, 7])
+    known = digest_pictures(source, index)[0]
+    assert torch.equal(from_text(to_text(known)), known)
+    rows = torch.arange(3)
+    assert place_pictures('file', source, index, rows, known).tolist() == [3, 20, 7] and not caplog.text
+    order = torch.randperm(24)
+    moved = PartSource(source, order)
+    found = place_pictures('file', moved, index, rows, known)
+    assert order[found].tolist() == [3, 20, 7] and 'all 3 labeled pictures were found elsewhere' in caplog.text
+    without = PartSource(source, order[order != 20])
+    with pytest.raises(UsageError, match='file: the data has changed since: picture .*png. is another one, and 1 of'):
+        place_pictures('file', without, index, rows, known)
+    with pytest.raises(UsageError, match='give the data in the order that it had'):
+        place_pictures('file', moved, index, rows[:2], known[:2])
+
+
+def test_equal_pictures_keep_places_of_their_own():
+    pixels = noise(2, 4)
+    source = ArraySource(pixels[[0, 0, 1]], [0, 1, 0], None, 'toy')
+    known = digest_pictures(source, torch.tensor([0, 1]))[0]
+    moved = ArraySource(pixels[[1, 0, 0]], [0, 1, 0], None, 'toy')
+    assert place_pictures('file', moved, torch.tensor([0, 1]), torch.arange(2), known).tolist() == [1, 2]
+
+
+def test_shared_pictures_are_those_of_a_slow_comparison(own, shared_data, monkeypatch):
+    table, files = create_source('', str(shared_data / 'cifar10'), 'test[:60]'), create_source('', str(own), 'train')
+    for source in (table, files, toy(range(60), None), JoinedSource([table, files])):
+        other = PartSource(source, torch.tensor([5, 11, 2]))
+        assert other.sizes().tolist() == [len(data) for data in map(raw, [source.data(i) for i in (5, 11, 2)])]
+        found = shared_pictures(source, *digest_pictures(other, torch.arange(3)))
+        assert found.tolist() == [2, 5, 11]
+    monkeypatch.setattr(digests, 'SEARCH_BYTES', 100)
+    assert shared_pictures(table, *digest_pictures(table, torch.arange(3))) is None
+
+
+def raw(data) -> bytes:
+    if isinstance(data, np.ndarray):
+        return data.tobytes()
+    return data if isinstance(data, bytes) else Path(data).read_bytes()
+
+
+@pytest.mark.parametrize('change', ['another name', 'gone', 'another class order'])
+def test_labels_follow_their_pictures_or_are_refused(own, train_own, change, caplog):
+    folder = train_own('run', '--data-dir', own, '--num-labels', '6', '--label-seed', '1')
+    content = json.loads((folder / 'labels.json').read_text())
+    source = create_source('', str(own), 'train')
+    wanted = {source.where(i): source.class_names[k] for i, k in zip(content['index'], content['target'])}
+    first = Path(source.where(content['index'][0]))
+    class_map = ''
+    if change == 'another name':
+        first.rename(first.with_name('zzz.png'))
+        wanted[str(first.with_name('zzz.png'))] = wanted.pop(str(first))
+    elif change == 'gone':
+        first.unlink()
+    else:
+        (own / 'map.txt').write_text('10\n2\n1\n')
+        class_map = str(own / 'map.txt')
+    now = create_source('', str(own), 'train', class_map=class_map)
+    if change == 'gone':
+        with pytest.raises(UsageError, match=f'labels.json: the data has changed since: picture {content["index"][0]} '
+                                             '.*1 of the 6 labeled pictures are nowhere'):
+            read_labels(folder / 'labels.json', now, 3, now.class_names)
+        with pytest.raises(UsageError, match='--resume .*: the data has changed: the training split had 24 images'):
+            train_own('run', '--data-dir', own, '--num-labels', '6', '--label-seed', '1', '--resume', 'auto')
+        return
+    index, target, _ = read_labels(folder / 'labels.json', now, 3, now.class_names)
+    assert {now.where(i): now.class_names[k] for i, k in zip(index.tolist(), target.tolist())} == wanted
+    assert 'found elsewhere by content' in caplog.text
+    with pytest.raises(UsageError, match='the data has changed: labeled picture' if change == 'another name' else
+                       'other classes: in the order 1, 2, 10, here 10, 2, 1'):
+        train_own('run', '--data-dir', own, '--num-labels', '6', '--label-seed', '1', '--resume', 'auto',
+                  *(('--class-map', class_map) if class_map else ()))
+
+
+def test_resume_is_refused_where_unlabeled_pictures_moved(own, train_own):
+    flags = ('--data-dir', own, '--num-labels', '3', '--epochs', '2')
+    folder = train_own('run', *flags)
+    labeled = json.loads((folder / 'labels.json').read_text())['index']
+    source = create_source('', str(own), 'train')
+    a, b = [Path(source.where(i)) for i in range(24) if i not in labeled][:2]
+    a.rename(own / 'part'), b.rename(a), (own / 'part').rename(b)
+    with pytest.raises(UsageError, match='2 of 24 pictures of the unlabeled set that were looked at are other ones'):
+        train_own('run', *flags, '--resume', 'auto', '--epochs', '3')
+
+
+def test_margins_follow_their_pictures_or_are_refused(own, train_own, tmp_path, caplog):
+    folder = train_own('run', '--data-dir', own, '--save-margins', '--epochs', '12')
+    results = tmp_path / 'found'
+
+    def images():
+        mislabeled.main(mislabeled._parse_args([str(folder), '--results-dir', str(results)]))
+        lines = (results / 'mislabeled.csv').read_text().splitlines()[1:]
+        return [Path(line.split(',')[-1]) for line in lines]
+    before = images()
+    worst = before[0]
+    worst.rename(worst.with_name('zzz.png'))
+    after = images()
+    assert after[0] == worst.with_name('zzz.png') and after[1:] == before[1:]
+    assert 'found elsewhere by content' in caplog.text
+    after[0].unlink()
+    with pytest.raises(UsageError, match='margins.parquet: the data has changed since'):
+        images()
+
+
+# --- Held-out part ----------------------------------------------------------------------------------------------------
+
+def test_a_held_out_part_has_the_same_share_of_every_class():
+    targets = torch.tensor([0] * 100 + [1] * 50 + [2] * 3 + [3] + [-1] * 20)[torch.randperm(174)]
+    index = hold_out(targets, 0.1, 5)
+    assert targets[index].bincount(minlength=4).tolist() == [10, 5, 1, 0] and (index.diff() > 0).all()
+    assert torch.equal(index, hold_out(targets, 0.1, 5)) and not torch.equal(index, hold_out(targets, 0.1, 6))
+    assert targets[hold_out(targets, 0.99, 0)].bincount().tolist() == [99, 49, 2]
+
+
+@pytest.mark.parametrize('unlabeled', [None, 'val+train'])
+def test_held_out_images_choose_best_and_are_neither_labeled_nor_unlabeled(own, unlabeled):
+    flags = ['--unlabeled-split', unlabeled] if unlabeled else []
+    args = train_ssl._parse_args(['--data-dir', str(own), '--val-fraction', '0.25', *flags])
+    config = train_ssl.DataConfig((3, 8, 8), (0.,) * 3, (1.,) * 3, 'bilinear', 1.)
+
+    def pictures(dataset):
+        return [dataset.source.image(i).tobytes() for i in dataset.index.tolist()]
+    for args.exclude_labeled in (False, True):
+        opened = splits.open_sources(args)
+        splits.agree_on_classes(args, opened)
+        sets = train_ssl.build_datasets(args, opened, 3, config)
+        held, labeled, seen = map(pictures, (sets.evaluation, sets.labeled, sets.unlabeled))
+        assert len(held) == 6 and sets.evaluation.targets.bincount().tolist() == [2, 2, 2]
+        assert len(labeled) == 18 and not {*held} & {*labeled} and not {*held} & {*seen}
+        if args.exclude_labeled:
+            assert not {*labeled} & {*seen}
+        else:
+            assert [seen[i] for i in sets.labeled_to_unlabeled.tolist()] == labeled
+        assert torch.equal(locate(opened.train, opened.evaluation)[opened.held_out], torch.arange(6))
+        args.unlabeled_split = args.unlabeled_split or 'train[:100%]'
+        if not unlabeled:
+            break
+
+
+def test_the_test_split_is_reported_once_and_validation_knows_the_held_out_part(own, train_own, evaluate, caplog):
+    caplog.set_level(logging.INFO)
+    flags = ('--data-dir', own, '--val-fraction', '0.25', '--test-split', 'val', '--num-labels', '6')
+    whole = train_own('whole', *flags, '--epochs', '2')
+    assert caplog.text.count('images of val: error') == 1
+    assert 'chosen by top1 on held-out, 25 % of every class of train; val is reported once' in caplog.text
+    last, best = (json.loads((whole / name / 'metrics.json').read_text()) for name in ('last', 'best'))
+    assert last['count'] == 6 and last['test']['count'] == 9 and last['test']['source'] == 'val'
+    assert last['best_chosen_by'] == best['best_chosen_by'] == 'top1 on held-out'
+    held_out = json.loads((whole / 'labels.json').read_text())['held_out']
+    found = evaluate('--checkpoint', whole / 'last')
+    assert found['split'] == 'val' and found['error'] == pytest.approx(last['test']['error'])
+    found = evaluate('--checkpoint', whole / 'last', '--split', 'held-out')
+    assert found['count'] == 6 and found['nll'] == pytest.approx(last['nll'])
+    caplog.clear()
+    fitted = evaluate('--checkpoint', whole / 'best', '--calibration-split', 'held-out')
+    assert fitted['calibration_images'] == 6 and fitted['chosen_by'] == 'top1 on held-out'
+    evaluate('--checkpoint', whole / 'best', '--split', 'held-out')
+    assert 'best/ was chosen by top1 on held-out, which is evaluated here' in caplog.text
+    # Stopped and resumed: the same images, the same weights.
+    train_own('half', *flags, '--epochs', '2', '--train-steps-per-epoch', '2')
+    (whole.parent / 'half' / 'checkpoint-4.safetensors').unlink()
+    half = train_own('half', *flags, '--epochs', '2', '--resume', 'auto')
+    for name in ('labels.json', 'last/model.safetensors', 'best/model.safetensors', 'last/metrics.json'):
+        assert (half / name).read_bytes() == (whole / name).read_bytes(), name
+    assert held_out == json.loads((half / 'labels.json').read_text())['held_out']
+    with pytest.raises(UsageError, match='--val-seed 0 -> 1'):
+        train_own('half', *flags, '--epochs', '3', '--resume', 'auto', '--val-seed', '1')
+
+
+def test_a_best_that_the_test_split_chose_is_told(train, evaluate, caplog):
+    caplog.set_level(logging.INFO)
+    folder = train('run')
+    assert 'best/ is chosen by top1 on test, the test split: there its score is too good' in caplog.text
+    evaluate('--checkpoint', folder / 'best', '--split', 'test[:50]')
+    assert 'best/ was chosen by top1 on test, which is evaluated here' in caplog.text
+    caplog.clear()
+    evaluate('--checkpoint', folder / 'last', '--split', 'train[:50]', '--train-split', 'train')
+    assert 'too good' in caplog.text and 'are labeled images of its training' in caplog.text
+
+
+# --- Precision and processes ------------------------------------------------------------------------------------------
+
+def test_validation_takes_the_runs_precision(train, evaluate):
+    folder = train('run', '--amp')
+    own_figures = json.loads((folder / 'last/metrics.json').read_text())
+    assert own_figures['precision'] == 'bfloat16'
+    same, other = evaluate('--checkpoint', folder / 'last'), evaluate('--checkpoint', folder / 'last', '--no-amp')
+    assert same['precision'] == 'bfloat16' and same['nll'] == pytest.approx(own_figures['nll'], rel=1e-6)
+    assert other['precision'] == 'float32' and other['nll'] != pytest.approx(own_figures['nll'], rel=1e-6)
+    plain = train('plain')
+    with pytest.raises(UsageError, match='run was trained with --amp, bfloat16 and plain with float32: .*--no-amp'):
+        evaluate('--checkpoint', folder / 'last', plain / 'last')
+
+
+def test_processes_that_would_each_be_alone_are_refused(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)  # a device that Accelerate has no group for
+    with pytest.raises(UsageError, match='2 processes were launched, .* add --device cpu'):
+        program.setup_accelerator()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='two processes would take two GPUs')
+def test_the_launchers_line_for_one_machine_works_on_cpus_as_it_stands(tmp_path):
+    tiny = list(TINY)
+    del tiny[tiny.index('--device'):tiny.index('--device') + 2]
+    environment = {key: value for key, value in os.environ.items() if key != 'ACCELERATE_USE_CPU'}
+    done = subprocess.run(
+        ['accelerate', 'launch', '--multi_gpu', '--num_processes', '2', str(ROOT / 'train_ssl.py'), *tiny,
+         '--output', str(tmp_path), '--experiment', 'run'],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0 and 'on 2 process(es), device cpu' in done.stderr, done.stderr
