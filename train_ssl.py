@@ -86,7 +86,16 @@ from program import (
 )
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
-from sources import Source, create_source, known_facts, locate, open_source, unlabeled_split
+from sources import (
+    MAX_PIXELS,
+    Source,
+    create_source,
+    known_facts,
+    locate,
+    open_source,
+    settle_sources,
+    unlabeled_split,
+)
 from views import BatchViews, build_views
 
 _logger = logging.getLogger('train')
@@ -122,8 +131,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--val-split', metavar='NAME', default=None,
                        help='evaluation split (default: the first of validation, val, valid, test that exists)')
     group.add_argument('--unlabeled-split', metavar='NAME', default=None,
-                       help='split of the unlabeled images; a+b joins two (default: the training split; stl10: '
-                            'train+unlabeled)')
+                       help='split of the unlabeled images, or a folder of them: its path below the data set\'s or '
+                            'an absolute one; a+b joins two (default: the training split; stl10: train+unlabeled)')
     group.add_argument('--extra-val', metavar='NAME', default=None,
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
@@ -135,6 +144,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help='leave out images of WebVision\'s lists that are not there, instead of stopping')
     group.add_argument('--skip-bad-images', action=flag, default=False,
                        help='step over images that cannot be decoded, and count them, instead of stopping')
+    group.add_argument('--max-pixels', type=int, metavar='N', default=MAX_PIXELS,
+                       help=f'pixels up to which an image is decoded, a guard of the memory (default: {MAX_PIXELS})')
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME', default='wide_resnet28_2',
@@ -488,6 +499,7 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
 
 def open_sources(args: argparse.Namespace) -> tuple[Source, Source, Source]:
     """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
+    settle_sources(args)
     train = unlabeled = open_source(args, args.train_split)
     if unlabeled_split(args) != args.train_split:
         unlabeled = open_source(args, unlabeled_split(args))
@@ -629,7 +641,7 @@ def build_datasets(
     evaluation_set = with_views({'image': 'eval'}, evaluation)
     extra_set = None
     if args.extra_val:
-        extra = create_source(args.extra_val, args.extra_val_dir, None)
+        extra = create_source(args.extra_val, args.extra_val_dir, None, max_pixels=args.max_pixels)
         extra_set = with_views({'image': 'eval'}, extra, *match_classes(extra, train.class_names, num_classes))
     if args.algorithm == 'supervised':
         return Datasets(labeled_set, None, evaluation_set, extra_set, None, labels)

@@ -35,7 +35,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.utils import ParseKwargs, setup_default_logging
 from torch import nn
@@ -57,13 +56,24 @@ from metrics import (
 )
 from program import RunError, UsageError, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
-from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source, open_tables
+from sources import (
+    KNOWN,
+    SOURCE_FLAGS,
+    HFSource,
+    Source,
+    create_source,
+    open_source,
+    open_tables,
+    plain_folder,
+    table_files,
+)
+from views import bound_memory
 
 _logger = logging.getLogger('validate')
 
 # Of the command line and of a run's args.yaml: which images, and for weights without a config.json, which model.
 DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
-             'target_key', 'skip_bad_images')
+             'target_key', 'skip_bad_images', 'max_pixels')
 MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
               'std')
 OOD_SCORES = ('msp', 'energy', 'margin')
@@ -107,6 +117,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--class-map', metavar='FILE', default=None, help='timm\'s class map (image folders)')
     group.add_argument('--skip-bad-images', action=flag, default=None,
                        help='leave out images that cannot be decoded, and count them, instead of stopping')
+    group.add_argument('--max-pixels', type=int, metavar='N', default=None, help='as train_ssl.py --max-pixels')
 
     group = parser.add_argument_group('Images', 'What is not given is taken from the config.json of the weights, or '
                                                 'from timm\'s of a model.')
@@ -258,29 +269,13 @@ def split_names(split: str) -> set[str]:
     return {part.partition('[')[0].strip() for part in split.split('+')}
 
 
-class PlainFolder(Source):
-    """All images below a folder, without labels."""
-
-    def __init__(self, paths: list[str]):
-        self.paths, self.class_names = paths, None
-        self.targets = torch.full((len(paths),), -1)
-
-    def data(self, index: int) -> str:
-        return self.paths[index]
-
-    def where(self, index: int) -> str:
-        return self.paths[index]
-
-
-def open_ood_source(args: Namespace, name: str) -> Source:
+def open_ood_source(args: Namespace, name: str, max_pixels: int) -> Source:
     """A set without need of labels: without --ood-split all images of a folder or of parquet files."""
-    if args.ood_split is None and name not in KNOWN and Path(name).is_dir():
-        paths = [path for path, _ in find_images_and_targets(name)[0]]
-        if paths:
-            return PlainFolder(paths)
+    if args.ood_split is None and name not in KNOWN and Path(name).is_dir() and not table_files(Path(name)):
+        return plain_folder(name, max_pixels)
     if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
         return HFSource(open_tables(sorted(glob(name, recursive=True))), name, labeled=False)
-    return create_source(name, args.ood_data_dir, args.ood_split, labeled=False)
+    return create_source(name, args.ood_data_dir, args.ood_split, labeled=False, max_pixels=max_pixels)
 
 
 @dataclass
@@ -339,7 +334,7 @@ def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.
         mean=config['mean'],
         normalize=False,
     ).transforms
-    view = transforms.Compose([*steps, *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
+    view = transforms.Compose([*bound_memory(steps), *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
     config = DataConfig(**{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
     return model, config, view
 
@@ -843,7 +838,7 @@ def main(args: Namespace) -> None:
             data,
             open_source(data, data.val_split),
             open_source(data, args.calibration_split) if args.calibration_split else None,
-            {name: open_ood_source(args, name) for name in args.ood_dataset},
+            {name: open_ood_source(args, name, data.max_pixels) for name in args.ood_dataset},
         )
     if data.val_split is None:
         data.val_split = images.test.name.rpartition(' ')[2]  # the one that create_source found
