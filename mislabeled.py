@@ -31,7 +31,7 @@ from checkpoint import read_args
 from figures import Cell, contact_sheet
 from metrics import auroc, average_precision
 from program import UsageError, replace_file, run_program
-from sources import SOURCE_FLAGS, Source, open_source
+from sources import SOURCE_FLAGS, Source, open_run_source, open_source
 
 COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')
 
@@ -295,7 +295,8 @@ def main(args: Namespace) -> None:
         raise UsageError(f'{args.runs[0]}: no labeled image has an AUM yet; train longer')
     data = Namespace(**{**SOURCE_FLAGS, **read_args(args.runs[0] / 'args.yaml')})
     data.data_dir = args.data_dir or data.data_dir
-    source = open_source(data, data.train_split)
+    source = open_source(data, data.train_split) if args.data_dir else open_run_source(
+        data, data.train_split, args.runs[0])
     if ranking.index.max() >= len(source):
         raise UsageError(f'{runs[0].where} has {len(source)} images here, but {args.runs[0]} an image of index '
                          f'{ranking.index.max()}: the data set has changed')

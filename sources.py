@@ -606,8 +606,8 @@ def unlabeled_split(args: argparse.Namespace) -> str:
 def settle_sources(args: argparse.Namespace) -> None:
     """Settles the flags that name a run's images, so that its args.yaml names the same ones from any working folder.
 
-    Files and folders get absolute paths. Where a folder has a split labeled and no train, labeled and unlabeled are the
-    training and the unlabeled split by default.
+    Files and folders get absolute paths, and a folder as --dataset becomes the --data-dir that it means. Where a folder
+    has a split labeled and no train, labeled and unlabeled are the training and the unlabeled split by default.
     """
     for name_key, dir_key in (('dataset', 'data_dir'), ('extra_val', 'extra_val_dir')):
         name, folder = getattr(args, name_key) or '', getattr(args, dir_key)
@@ -617,6 +617,8 @@ def settle_sources(args: argparse.Namespace) -> None:
         path, colon, config = rest.partition(':')
         if prefix.lower() == 'hfds' and os.path.isdir(path):
             setattr(args, name_key, prefix + slash + os.path.abspath(path) + colon + config)
+        elif name_key == 'dataset' and folder is None and name not in KNOWN and os.path.isdir(name):
+            args.dataset, args.data_dir = '', os.path.abspath(name)
         elif name and name not in KNOWN and (os.path.isdir(name) or name.endswith('.parquet')):
             setattr(args, name_key, os.path.abspath(name))
     if args.class_map and os.path.isfile(args.class_map):
@@ -670,3 +672,12 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         flat=split is not None and split == args.unlabeled_split,
         max_pixels=args.max_pixels,
     )
+
+
+def open_run_source(args: argparse.Namespace, split: str | None, run: Path | str) -> Source:
+    """`open_source` where a run's args.yaml names the images: an error says so, as the user gave no flag."""
+    try:
+        return open_source(args, split)
+    except UsageError as error:
+        where = Path(run) / 'args.yaml'
+        raise UsageError(f'{error} (as {where} has it; --data-dir says where the images are now)') from error

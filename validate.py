@@ -25,6 +25,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -62,6 +63,7 @@ from sources import (
     HFSource,
     Source,
     create_source,
+    open_run_source,
     open_source,
     open_tables,
     plain_folder,
@@ -833,10 +835,12 @@ def main(args: Namespace) -> None:
     names = name_checkpoints(checkpoints) if args.checkpoint else [args.model.replace('/', '_')]
     chosen = [choose_data(args, run) for run in runs]
     data = agree_on_data(names, chosen)
+    inherited = data.own and args.dataset is None and args.data_dir is None
+    opener = partial(open_run_source, run=checkpoints[0].parent) if inherited else open_source
     with accelerator.main_process_first():  # downloads and caches are written once
         images = Images(
             data,
-            open_source(data, data.val_split),
+            opener(data, data.val_split),
             open_source(data, args.calibration_split) if args.calibration_split else None,
             {name: open_ood_source(args, name, data.max_pixels) for name in args.ood_dataset},
         )
