@@ -159,7 +159,10 @@ def decode_all(dataset: ViewDataset, prepare: Callable) -> tuple[torch.Tensor, t
     pixels, good = None, torch.zeros(len(dataset), dtype=torch.bool)
     for i, at in enumerate(dataset.index.tolist()):
         try:
-            image = np.asarray(prepare(dataset.source.image(at, dataset.least)))
+            image = dataset.source.image(at, dataset.least)
+            if max(image.size) > SMALL * min(image.size):  # not to be prepared: scaled up, a strip takes much memory
+                return None
+            image = np.asarray(prepare(image))
         except ImageError:
             if not dataset.skip_bad:
                 raise

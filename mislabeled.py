@@ -34,7 +34,7 @@ from figures import Cell, contact_sheet
 from labels import name_some
 from metrics import auroc, average_precision
 from program import UsageError, replace_file, run_program
-from sources import SOURCE_FLAGS, Source, open_source
+from sources import SOURCE_FLAGS, Source, open_run_source, open_source
 
 COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')
 
@@ -312,7 +312,8 @@ def main(args: Namespace) -> None:
     check_same_labels(args.runs, runs)
     data = Namespace(**{**SOURCE_FLAGS, **read_args(args.runs[0] / 'args.yaml')})
     data.data_dir = args.data_dir or data.data_dir
-    source = open_source(data, data.train_split)
+    source = open_source(data, data.train_split) if args.data_dir else open_run_source(
+        data, data.train_split, args.runs[0])
     first = runs[0]
     if first.index.max() >= len(source) and not len(first.digests):
         raise UsageError(f'{first.where} has {len(source)} images here, but {args.runs[0]} an image of index '

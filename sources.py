@@ -6,13 +6,9 @@ wherever it lies. Tables stay memory-mapped: neither processes nor workers copy 
 """
 import argparse
 import inspect
-import io
-import json
 import logging
 import os
 import re
-import struct
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -24,14 +20,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image, ImageOps
-from pyarrow import csv
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision import datasets as tv_datasets
 
+from folders import (
+    begins_with_pictures,
+    from_stored,
+    image_folder,
+    index_table,
+    is_hidden,
+    readable,
+    tell,
+    webvision_splits,
+)
+from pictures import DECODE_ERRORS, MAX_PIXELS, decode_image, find_bits
 from program import RunError, UsageError
-from seeds import item_seed
 
 _logger = logging.getLogger(__name__)
 
@@ -101,39 +105,10 @@ TORCHVISION = {
 }
 # Where evaluation looks when no split is named: the first of these that exists.
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
-INDEX_FROM = 50_000  # image files from which on their listing is kept on disk
-
-
 
 
 class ImageError(RunError):
     """An image that cannot be decoded; names the file or row."""
-
-
-def decode_image(data: bytes | str | Path | np.ndarray, least: int | None = None) -> Image.Image:
-    """Encoded bytes, a path or a uint8 `[H, W, 3]` or `[H, W]` array to an upright 8-bit RGB picture.
-
-    Honours the EXIF orientation, scales 16-bit greyscale down (PIL would clip it to white), resolves palettes and CMYK,
-    and drops an alpha channel. With `least`, a JPEG is decoded at a half, a quarter or an eighth of its size as long as
-    its sides keep that many pixels, which costs that much less.
-
-    Raises:
-        OSError, ValueError or another error of PIL if the data is no complete image.
-    """
-    if isinstance(data, np.ndarray):
-        return Image.fromarray(data).convert('RGB')
-    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-        if least is not None:
-            image.draft(None, (least, least))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I'):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        elif image.mode == 'F':
-            raise ValueError('floating-point pixels have no known range; store the image with 8 or 16 bits')
-        if image.mode in ('P', 'PA', 'LA'):
-            image = image.convert('RGBA')
-        return image.convert('RGB')
 
 
 # --- Sources ----------------------------------------------------------------------------------------------------------
@@ -143,12 +118,15 @@ class Source:
 
     `targets` is `[N]` int64 (-1: no label), `class_names` a list or None. `data(index)` returns the undecoded image, as
     `decode_image` takes it, and `where(index)` the file or row behind an index, for messages. A source that
-    `create_source` opened also knows the split that it is of, and where in it its first image stands.
+    `create_source` opened also knows the split that it is of, and where in it its first image stands. `bits` and
+    `max_pixels` are `decode_image`'s.
     """
     targets: torch.Tensor
     class_names: list[str] | None
     split: str | None = None
     start: int = 0
+    bits: int = 8
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -161,6 +139,9 @@ class Source:
         """Bytes of each undecoded image, `[N]` int64, without reading them; -1 where that is not known."""
         return np.full(len(self), -1)
 
+    def bits_at(self, index: int) -> int:
+        return self.bits
+
     def image(self, index: int, least: int | None = None) -> Image.Image:
         """RGB picture of an index; `least` as of `decode_image`.
 
@@ -168,11 +149,8 @@ class Source:
             ImageError: If it cannot be decoded.
         """
         try:
-            return decode_image(self.data(index), least)
-        except (
-                OSError, SyntaxError, ValueError, EOFError, NotImplementedError, struct.error,
-                Image.DecompressionBombError,
-        ) as error:
+            return decode_image(self.data(index), least, self.bits_at(index), self.max_pixels)
+        except DECODE_ERRORS as error:
             raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {error}') from error
 
 
@@ -229,7 +207,7 @@ class HFSource(Source):
     def data(self, index: int) -> bytes | str:
         cell = self.dataset[index][self.input_key]
         if isinstance(cell, dict):
-            cell = cell['path'] if cell['bytes'] is None else cell['bytes']
+            cell = from_stored(cell['path'] or '') if cell['bytes'] is None else cell['bytes']
         if not cell:
             raise ValueError('the cell is empty')
         return cell
@@ -257,7 +235,7 @@ class HFSource(Source):
     def where(self, index: int) -> str:
         cell = self.dataset[index][self.input_key]
         if isinstance(cell, dict) and cell['bytes'] is None and cell['path']:
-            return cell['path']
+            return readable(from_stored(cell['path']))
         return f'row {index} of {self.name}'
 
 
@@ -321,6 +299,10 @@ class JoinedSource(Source):
         part, index = self._find(index)
         return part.where(index)
 
+    def bits_at(self, index: int) -> int:
+        part, index = self._find(index)
+        return part.bits_at(index)
+
 
 class PartSource(Source):
     """Some images of a source, by index `[n]` int64."""
@@ -328,6 +310,7 @@ class PartSource(Source):
     def __init__(self, source: Source, index: torch.Tensor):
         self.source, self.index = source, index
         self.targets, self.class_names = source.targets[index], source.class_names
+        self.max_pixels = source.max_pixels
 
     def data(self, index: int) -> bytes | str | np.ndarray:
         return self.source.data(int(self.index[index]))
@@ -337,6 +320,9 @@ class PartSource(Source):
 
     def sizes(self) -> np.ndarray:
         return self.source.sizes()[self.index.numpy()]
+
+    def bits_at(self, index: int) -> int:
+        return self.source.bits_at(int(self.index[index]))
 
     def where(self, index: int) -> str:
         return self.source.where(int(self.index[index]))
@@ -396,21 +382,37 @@ def local_layouts(name: str) -> str:
     return own + '<split>*.parquet, <split>*.arrow or <split>/<class>/<image>'
 
 
-def folder_splits(root: Path, name: str = '', class_map: str = '') -> dict[str, Callable]:
-    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`."""
+def table_files(root: Path) -> list[Path]:
+    """Parquet or arrow files of a folder, in it or in folders there; third-level ones only beside no pictures."""
+    def shown(files: Iterable[Path]) -> list[Path]:
+        return [file for file in sorted(files) if not any(map(is_hidden, file.relative_to(root).parts))]
+
+    for pattern in ('*.parquet', '*/*.parquet', '*.arrow', '*/*.arrow'):
+        files = shown(root.glob(pattern))
+        if files:
+            return files
+    # Class folders are on that level, and to search them through would take seconds for a million pictures.
+    return shown(file for folder in shown(root.glob('*/*/')) if not begins_with_pictures(folder)
+                 for file in folder.glob('*.parquet'))
+
+
+def folder_splits(root: Path, name: str = '', class_map: str = '', flat: bool = False) -> dict[str, Callable]:
+    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`; `flat`
+    as of `image_folder`."""
     if not root.is_dir():
         raise UsageError(f'{root}: no such folder')
     if (root / 'dataset_dict.json').is_file():
         tables = datasets.load_from_disk(str(root))
         return {split: partial(tables.__getitem__, split) for split in tables}
-    for pattern in ('*.parquet', '*/*.parquet', '*.arrow', '*/*.arrow', '*/*/*.parquet'):
-        files = sorted(root.glob(pattern))
-        if files:
-            return table_splits(files, root)
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
+    files = table_files(root)
+    if files:
+        return table_splits(files, root)
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if not folders:
         raise UsageError(f'{root}: no data set in it; expected {local_layouts(name)}')
-    return {folder.name: partial(image_folder, folder, class_map) for folder in folders}
+    return {
+        folder.name: partial(image_folder, folder, class_map, flat or _is_unlabeled(folder.name)) for folder in folders
+    }
 
 
 def table_splits(files: Sequence[Path], root: Path | None = None) -> dict[str, Callable]:
@@ -443,153 +445,6 @@ def open_tables(files: Sequence[str]) -> datasets.Dataset:
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         reason = ' '.join(str(error.__cause__ or error).split())
         raise UsageError(f'{files[0]}{" and others" * (len(files) > 1)}: cannot be read: {reason}') from error
-
-
-def image_folder(folder: Path, class_map: str = '') -> datasets.Dataset:
-    """Images in one folder per class; classes in timm's natural order. A folder unlabeled needs no classes."""
-    folder = folder.absolute()  # as the listing may be read again from elsewhere
-
-    def listing() -> tuple:
-        try:
-            reader = ReaderImageFolder(str(folder), class_map=class_map)
-        except (RuntimeError, AssertionError, OSError) as error:
-            raise UsageError(f'{folder}: {error}') from error
-        if '' in reader.class_to_idx and not _is_unlabeled(folder.name):
-            raise UsageError(f'{folder}: images lie directly in it; expected one folder per class')
-        names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
-        if [reader.class_to_idx[name] for name in names] != list(range(len(names))):  # a class map may leave gaps
-            names = None
-        paths, labels = zip(*reader.samples)
-        watched = [entry for entry, _, _ in os.walk(folder, followlinks=True)]
-        if class_map:  # timm finds one in the folder too
-            watched.append(class_map if os.path.exists(class_map) else str(folder / class_map))
-        return pa.array(paths), pa.array(labels), names, watched, ''
-
-    return file_index(('folder', str(folder), class_map), listing)
-
-
-def webvision_splits(root: Path, mini: bool, skip_missing: bool) -> dict[str, Callable]:
-    """WebVision 1.0 from its file lists: train (both parts), google, flickr, val.
-
-    The mini variant has the first 50 classes, and its train is the Google part, as is usual.
-    """
-    google, flickr = 'train_filelist_google.txt', 'train_filelist_flickr.txt'
-    train = [google] if mini else [google, flickr]
-    lists = dict(train=train, google=[google], flickr=[flickr], val=['val_filelist.txt'])
-    found = {split: files for split, files in lists.items() if all((root / 'info' / f).is_file() for f in files)}
-    if not found:
-        raise UsageError(
-            f'{root}: no WebVision in it (--data-dir); expected info/{google}, info/{flickr}, info/val_filelist.txt, '
-            'and the images in google/, flickr/ and val_images_256/'
-        )
-    return {split: partial(webvision, root, files, mini, skip_missing) for split, files in found.items()}
-
-
-def webvision(root: Path, lists: Sequence[str], mini: bool, skip_missing: bool) -> datasets.Dataset:
-    """Images of WebVision's file lists, whose lines are `path label`; classes in the order of info/synsets.txt."""
-    root = root.absolute()
-    folders = [root / 'val_images_256', root / 'val_images', root] if lists[0].startswith('val') else [root]
-    base = next((folder for folder in folders if folder.is_dir()), root)
-
-    def listing() -> tuple:
-        rows = pa.concat_arrays([_read_file_list(root / 'info' / name) for name in lists])
-        if mini:
-            rows = rows.filter(pc.less(rows.field('label'), 50))
-        parents = pc.unique(pc.replace_substring_regex(rows.field('path'), r'[^/]*$', '')).to_pylist()
-        present = [
-            pa.array([parent + name for name in os.listdir(base / parent)], pa.string())
-            for parent in parents if (base / parent).is_dir()
-        ]
-        exists = pc.is_in(rows.field('path'), pa.chunked_array(present, pa.string()))
-        missing, note = pc.sum(pc.invert(exists)).as_py() or 0, ''
-        if missing:
-            note = f'{base}: {missing} of {len(rows)} images are missing'
-            if not skip_missing:
-                first = ', '.join(rows.field('path').filter(pc.invert(exists))[:5].to_pylist())
-                raise UsageError(f'{note}, such as {first} (--skip-missing leaves them out)')
-            rows = rows.filter(exists)
-        synsets = root / 'info' / 'synsets.txt'
-        names = [line.split()[0] for line in synsets.read_text().splitlines()] if synsets.is_file() else []
-        looked_at = {root, base, synsets, *(root / 'info' / name for name in lists)}
-        looked_at |= {base / parent for parent in parents} | {(base / parent).parent for parent in parents}
-        path = pc.binary_join_element_wise(f'{base}', rows.field('path'), '/')
-        return path, rows.field('label'), names[:50] if mini else names, map(str, looked_at), note
-
-    return file_index(('webvision', str(base), *lists, mini, skip_missing), listing)
-
-
-def _read_file_list(file: Path) -> pa.StructArray:
-    """Lines `path label` as a struct array of path and label."""
-    try:
-        table = csv.read_csv(
-            file,
-            read_options=csv.ReadOptions(column_names=['line']),
-            parse_options=csv.ParseOptions(delimiter='\x01', quote_char=False),
-            convert_options=csv.ConvertOptions(column_types={'line': pa.string()}),
-        )
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UsageError(f'{file}: {error}') from error
-    lines = table.column('line').combine_chunks()
-    rows = pc.extract_regex(lines, r'^(?P<path>.+?)\s+(?P<label>\d+)\s*$')
-    if rows.null_count:
-        raise UsageError(f'{file}: expected lines of path and label, not "{lines.filter(rows.is_null())[0]}"')
-    return pa.StructArray.from_arrays([rows.field('path'), rows.field('label').cast(pa.int64())], ['path', 'label'])
-
-
-def index_table(path: pa.Array, label: pa.Array, names: list[str] | None) -> pa.Table:
-    """Paths `[N]` and labels `[N]` as the columns image and label of a table that `datasets` understands."""
-    features = datasets.Features(
-        image=datasets.Image(),
-        label=datasets.ClassLabel(names=names) if names else datasets.Value('int64'),
-    )
-    image = pa.StructArray.from_arrays([pa.nulls(len(path), pa.binary()), path], ['bytes', 'path'])
-    return pa.table(dict(image=image, label=label)).cast(features.arrow_schema)
-
-
-def file_index(key: tuple, listing: Callable[[], tuple]) -> datasets.Dataset:
-    """Table of image files with columns image and label.
-
-    A large listing is kept as an arrow file in the cache of `datasets` and memory-mapped. It is used again as long as
-    no file or folder that it was made from has changed since.
-
-    Args:
-        key: Names the listing.
-        listing: Returns paths `[N]` and labels `[N]` as arrow arrays, class names or None, the files and folders it
-            was made from, and a note to log (or '').
-    """
-    file = Path(datasets.config.HF_DATASETS_CACHE) / 'calibratemix' / f'{item_seed(*key):016x}.arrow'
-    if file.is_file():
-        with pa.memory_map(str(file)) as kept:
-            about = json.loads(pa.ipc.open_stream(kept).schema.metadata[b'calibratemix'])
-        if about['times'] == _times(about['times']):
-            if about['note']:
-                _logger.warning(about['note'])
-            return datasets.Dataset.from_file(str(file))
-    started = time.time_ns()
-    path, label, names, looked_at, note = listing()
-    if note:
-        _logger.warning(note)
-    table = index_table(path, label, names)
-    times = _times(looked_at)
-    # What changed within the last second may change again without a new time.
-    if len(table) < INDEX_FROM or max(times.values()) > started - 10 ** 9:
-        return datasets.Dataset(table)
-    about = json.dumps(dict(times=times, note=note))
-    part = file.with_suffix(f'.{os.getpid()}')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        schema = table.schema.with_metadata({**table.schema.metadata, 'calibratemix': about})
-        with pa.OSFile(str(part), 'wb') as sink, pa.ipc.new_stream(sink, schema) as writer:
-            writer.write_table(table, max_chunksize=100_000)
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UsageError(f'{file}: cannot be written ({error.strerror}); set HF_HOME to another folder') from error
-    return datasets.Dataset.from_file(str(file))
-
-
-def _times(paths: Iterable[str]) -> dict[str, int]:
-    return {path: os.stat(path).st_mtime_ns if os.path.exists(path) else 0 for path in paths}
 
 
 def torch_splits(name: str, root: str, download: bool) -> dict[str, Callable]:
@@ -666,6 +521,7 @@ def find_splits(
         class_map: str = '',
         download: bool = False,
         skip_missing: bool = False,
+        flat: bool = False,
 ) -> dict[str, Callable]:
     """The splits of a data set and what opens them; see `create_source`."""
     prefix, _, rest = name.partition('/')
@@ -680,14 +536,14 @@ def find_splits(
         if 'files' in facts and any(root.glob(facts['files'])):
             return torch_splits(name, data_dir, download=False)
         config = facts['hub'].partition(':')[2]  # a copy of the hub's repository has a folder for each
-        return folder_splits(root / config if (root / config).is_dir() else root, name, class_map)
+        return folder_splits(root / config if (root / config).is_dir() else root, name, class_map, flat)
     if prefix == 'hfds':
         return hub_splits(name, rest, data_dir)
     if prefix in ('hfids', 'tfds', 'wds'):
         raise UsageError(f'--dataset {name}: a stream, whose images have no index to keep margins by; take hfds/')
     if prefix == 'torch':
         if rest.lower() in ('imagenet', 'image_folder', 'folder'):
-            return folder_splits(root, class_map=class_map)
+            return folder_splits(root, class_map=class_map, flat=flat)
         return torch_splits(rest.lower(), str(root), download)
     if name.endswith('.parquet'):
         files = [Path(file) for file in sorted(glob(name, recursive=True))]
@@ -701,7 +557,19 @@ def find_splits(
             f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
             'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
         )
-    return folder_splits(root, class_map=class_map)
+    return folder_splits(root, class_map=class_map, flat=flat)
+
+
+def named_folder(name: str, data_dir: str | None, split: str, splits: dict[str, Callable]) -> tuple[str, Path] | None:
+    """A split that is given as the path of a folder, below the data set's own or absolute: its name and the folder.
+
+    The name is that of the split which lies there, if one does.
+    """
+    root = Path(data_dir or name or '.')
+    if split in splits or not (root / split).is_dir():
+        return None
+    same = (other for other in splits if (root / other).is_dir() and (root / other).samefile(root / split))
+    return next(same, split), root / split
 
 
 def create_source(
@@ -714,6 +582,8 @@ def create_source(
         download: bool = False,
         skip_missing: bool = False,
         labeled: bool = True,
+        flat: bool = False,
+        max_pixels: int = MAX_PIXELS,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -727,24 +597,32 @@ def create_source(
             - '' for a folder at data_dir.
         data_dir: Root of the files that belong to a name; cache of 'hfds/'.
         split: Exact name of a split, several joined by +, or a slice of one such as `train[:50%]` (not of torchvision's
-            arrays); None picks the first of VAL_SPLITS that exists. A split called unlabeled has no labels.
+            arrays); None picks the first of VAL_SPLITS that exists. A split called unlabeled has no labels. The path of
+            a folder of images, absolute or below the data set's, is one too.
         input_key: Image column; default: the first one.
         target_key: Label column; default: label, else fine_label.
         class_map: timm's class map file, for image folders.
         download: Lets torchvision download.
         skip_missing: Leaves out images of WebVision's lists that are not there.
         labeled: Without, labels need not be there.
+        flat: Images may lie directly in the split's folder, which then has no labels.
+        max_pixels: Larger pictures are refused when they are asked for.
 
     Raises:
         UsageError: If the name, the split or a column is unknown, listing what exists, or if the split is empty.
     """
-    if split and '+' in split:
-        return JoinedSource([
-            create_source(name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled)
+    if split and '+' in split and named_folder(name, data_dir, split, {}) is None:
+        source = JoinedSource([
+            create_source(
+                name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled, flat,
+                max_pixels,
+            )
             for part in split.split('+')
         ])
+        source.max_pixels = max_pixels
+        return source
     shown = name or data_dir
-    splits = find_splits(name, data_dir, class_map, download, skip_missing)
+    splits = find_splits(name, data_dir, class_map, download, skip_missing, flat or not labeled)
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)
@@ -752,14 +630,22 @@ def create_source(
             raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
                              f'{"--val-split" if labeled else "--ood-split"}')
     base, bracket, _ = split.partition('[')
+    for asked in (split, base):  # a folder's name may have a bracket
+        folder = named_folder(name, data_dir, asked, splits)
+        if folder is not None:
+            base, bracket = folder[0], bracket if asked == base else ''
+            splits.setdefault(base, partial(image_folder, folder[1], class_map, flat or not labeled))
+            break
     if base not in splits:
-        raise UsageError(f'{shown}: no split {split}; it has {there}')
+        hint = '; a folder of images elsewhere is named by its absolute path' if os.sep in split else ''
+        raise UsageError(f'{shown}: no split {split}; it has {there}{hint}')
     opened = splits[base]()
     if isinstance(opened, Source):
         if bracket:
             raise UsageError(f'{shown}: no slices such as {split} of torchvision\'s arrays')
         opened.split = split
         return opened
+    bits = tell_bits(HFSource(opened, f'{shown} {base}', input_key, labeled=False))  # its slices are scaled alike
     start = 0
     if bracket:
         try:
@@ -769,15 +655,67 @@ def create_source(
             raise UsageError(f'{shown}: {split} is no slice of the {len(opened)} images of {base}') from error
     labeled = labeled and not _is_unlabeled(base)
     source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled)
-    source.split, source.start = base, start
+    source.split, source.start, source.bits, source.max_pixels = base, start, bits, max_pixels
     if name == 'svhn':
         source.targets[source.targets == 10] = 0  # as its own files number the digit 0
+    return source
+
+
+def tell_bits(source: HFSource) -> int:
+    """Bits of the source's greyscale pictures; see `find_bits`."""
+    bits, note = find_bits(source.data, len(source))
+    tell(note and f'{source.name}: {note}')
+    return bits
+
+
+def plain_folder(folder: str, max_pixels: int = MAX_PIXELS) -> Source:
+    """All images below a folder, without labels."""
+    source = HFSource(image_folder(Path(folder), flat=True), folder, labeled=False)
+    source.bits, source.max_pixels = tell_bits(source), max_pixels
     return source
 
 
 def unlabeled_split(args: argparse.Namespace) -> str:
     """The split of the unlabeled images: --unlabeled-split, else the data set's own, else the training split."""
     return args.unlabeled_split or known_facts(args.dataset).get('unlabeled_split', args.train_split)
+
+
+def settle_sources(args: argparse.Namespace) -> None:
+    """Settles the flags that name a run's images, so that its args.yaml names the same ones from any working folder.
+
+    Files and folders get absolute paths, and a folder as --dataset becomes the --data-dir that it means. Where a folder
+    has a split labeled and no train, labeled and unlabeled are the training and the unlabeled split by default.
+    """
+    for name_key, dir_key in (('dataset', 'data_dir'), ('extra_val', 'extra_val_dir')):
+        name, folder = getattr(args, name_key) or '', getattr(args, dir_key)
+        if folder and os.path.isdir(folder):
+            setattr(args, dir_key, os.path.abspath(folder))
+        prefix, slash, rest = name.partition('/')
+        path, colon, config = rest.partition(':')
+        if prefix.lower() == 'hfds' and os.path.isdir(path):
+            setattr(args, name_key, prefix + slash + os.path.abspath(path) + colon + config)
+        elif name_key == 'dataset' and folder is None and name not in KNOWN and os.path.isdir(name):
+            args.dataset, args.data_dir = '', os.path.abspath(name)
+        elif name and name not in KNOWN and (os.path.isdir(name) or name.endswith('.parquet')):
+            setattr(args, name_key, os.path.abspath(name))
+    if args.class_map and os.path.isfile(args.class_map):
+        args.class_map = os.path.abspath(args.class_map)
+    root = Path(args.dataset or args.data_dir or '')
+    if not (args.dataset or args.data_dir) or not root.is_dir():
+        return
+    splits = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    if not any(split == 'labeled' or _is_unlabeled(split) for split in splits) or table_files(root):
+        return
+    if args.train_split == 'train' and 'train' not in splits and 'labeled' in splits:
+        args.train_split = 'labeled'
+        tell(f'{root}: no split train; --train-split labeled is taken')
+    unlabeled = next(filter(_is_unlabeled, splits), None)
+    if args.unlabeled_split is None and unlabeled:
+        if args.train_split == 'labeled':
+            args.unlabeled_split = unlabeled
+            tell(f'{root}: --unlabeled-split {unlabeled} is taken, as it lies beside labeled')
+        else:
+            tell(f'{root}: split {unlabeled} is not used; --unlabeled-split {args.train_split}+{unlabeled} takes it')
 
 
 # The flags by which a program names its images, with their defaults. A run's args.yaml holds them.
@@ -793,6 +731,7 @@ SOURCE_FLAGS = dict(
     dataset_download=False,
     skip_missing=False,
     skip_bad_images=False,
+    max_pixels=MAX_PIXELS,
 )
 
 
@@ -807,4 +746,15 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         class_map=args.class_map,
         download=args.dataset_download,
         skip_missing=args.skip_missing,
+        flat=split is not None and split == args.unlabeled_split,
+        max_pixels=args.max_pixels,
     )
+
+
+def open_run_source(args: argparse.Namespace, split: str | None, run: Path | str) -> Source:
+    """`open_source` where a run's args.yaml names the images: an error says so, as the user gave no flag."""
+    try:
+        return open_source(args, split)
+    except UsageError as error:
+        where = Path(run) / 'args.yaml'
+        raise UsageError(f'{error} (as {where} has it; --data-dir says where the images are now)') from error

@@ -11,7 +11,17 @@ from digests import MOST_DIGESTS, SAMPLE, digest_pictures, shared_pictures, spre
 from labels import Labels, match_classes, name_some
 from program import UsageError
 from seeds import item_seed
-from sources import JoinedSource, PartSource, Source, create_source, known_facts, locate, open_source, unlabeled_split
+from sources import (
+    JoinedSource,
+    PartSource,
+    Source,
+    create_source,
+    known_facts,
+    locate,
+    open_source,
+    settle_sources,
+    unlabeled_split,
+)
 
 _logger = logging.getLogger('train')
 
@@ -44,6 +54,7 @@ def hold_out(targets: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
 def open_sources(args: argparse.Namespace) -> Sources:
     """Opens the splits; with --val-fraction holds out a part of the training split, which then has no label there."""
+    settle_sources(args)
     train = unlabeled = open_source(args, args.train_split)
     if not (train.targets >= 0).any():
         raise UsageError(f'--train-split {args.train_split}: none of its {len(train)} images has a label')
@@ -138,7 +149,7 @@ def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_cla
     Raises:
         UsageError: If no class is shared.
     """
-    extra = create_source(args.extra_val, args.extra_val_dir, None)
+    extra = create_source(args.extra_val, args.extra_val_dir, None, max_pixels=args.max_pixels)
     numbering = known_facts(args.dataset).get('numbering')
     alike = numbering is not None and numbering == known_facts(args.extra_val).get('numbering')
     alike = alike and len(extra.class_names or ()) == 1000 and len(class_names or ()) in (50, 1000)

@@ -87,7 +87,7 @@ from program import (
 )
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
-from sources import known_facts
+from sources import MAX_PIXELS, known_facts
 from splits import (
     Sources,
     agree_on_classes,
@@ -140,8 +140,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--test-split', metavar='NAME', default=None,
                        help='split to report once, at the end of training (default: none; validate.py reports it too)')
     group.add_argument('--unlabeled-split', metavar='NAME', default=None,
-                       help='split of the unlabeled images; a+b joins two (default: the training split; stl10: '
-                            'train+unlabeled)')
+                       help='split of the unlabeled images, or a folder of them: its path below the data set\'s or '
+                            'an absolute one; a+b joins two (default: the training split; stl10: train+unlabeled)')
     group.add_argument('--extra-val', metavar='NAME', default=None,
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
@@ -153,6 +153,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help='leave out images of WebVision\'s lists that are not there, instead of stopping')
     group.add_argument('--skip-bad-images', action=flag, default=False,
                        help='step over images that cannot be decoded, and count them, instead of stopping')
+    group.add_argument('--max-pixels', type=int, metavar='N', default=MAX_PIXELS,
+                       help=f'pixels up to which an image is decoded, a guard of the memory (default: {MAX_PIXELS})')
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', metavar='NAME', default='wide_resnet28_2',

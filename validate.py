@@ -35,7 +35,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_transform, resolve_input_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.utils import ParseKwargs, setup_default_logging
 from torch import nn
@@ -57,14 +56,28 @@ from metrics import (
 )
 from program import RunError, UsageError, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
-from sources import KNOWN, SOURCE_FLAGS, HFSource, PartSource, Source, create_source, locate, open_source, open_tables
+from sources import (
+    KNOWN,
+    SOURCE_FLAGS,
+    HFSource,
+    PartSource,
+    Source,
+    create_source,
+    locate,
+    open_run_source,
+    open_source,
+    open_tables,
+    plain_folder,
+    table_files,
+)
 from splits import HELD_OUT
+from views import bound_memory
 
 _logger = logging.getLogger('validate')
 
 # Of the command line and of a run's args.yaml: which images, and for weights without a config.json, which model.
 DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
-             'target_key', 'skip_bad_images')
+             'target_key', 'skip_bad_images', 'max_pixels')
 MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
               'std')
 # How the pictures and the text call logits that were scaled.
@@ -112,6 +125,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--class-map', metavar='FILE', default=None, help='timm\'s class map (image folders)')
     group.add_argument('--skip-bad-images', action=flag, default=None,
                        help='leave out images that cannot be decoded, and count them, instead of stopping')
+    group.add_argument('--max-pixels', type=int, metavar='N', default=None, help='as train_ssl.py --max-pixels')
 
     group = parser.add_argument_group('Images', 'What is not given is taken from the config.json of the weights, or '
                                                 'from timm\'s of a model.')
@@ -305,8 +319,11 @@ def open_held_out(data: Namespace, checkpoints: list[Path | None]) -> Source:
     return PartSource(train, torch.tensor(found.pop()))
 
 
-def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None]) -> Source:
-    return open_held_out(data, checkpoints) if split == HELD_OUT else open_source(data, split)
+def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None], run: Path | None) -> Source:
+    """A split of the data, or what --val-fraction held out; `run` is the folder whose args.yaml names the data."""
+    if split == HELD_OUT:
+        return open_held_out(data, checkpoints)
+    return open_source(data, split) if run is None else open_run_source(data, split, run)
 
 
 def split_names(split: str) -> set[str]:
@@ -314,29 +331,13 @@ def split_names(split: str) -> set[str]:
     return {part.partition('[')[0].strip() for part in split.split('+')}
 
 
-class PlainFolder(Source):
-    """All images below a folder, without labels."""
-
-    def __init__(self, paths: list[str]):
-        self.paths, self.class_names = paths, None
-        self.targets = torch.full((len(paths),), -1)
-
-    def data(self, index: int) -> str:
-        return self.paths[index]
-
-    def where(self, index: int) -> str:
-        return self.paths[index]
-
-
-def open_ood_source(args: Namespace, name: str) -> Source:
+def open_ood_source(args: Namespace, name: str, max_pixels: int) -> Source:
     """A set without need of labels: without --ood-split all images of a folder or of parquet files."""
-    if args.ood_split is None and name not in KNOWN and Path(name).is_dir():
-        paths = [path for path, _ in find_images_and_targets(name)[0]]
-        if paths:
-            return PlainFolder(paths)
+    if args.ood_split is None and name not in KNOWN and Path(name).is_dir() and not table_files(Path(name)):
+        return plain_folder(name, max_pixels)
     if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
         return HFSource(open_tables(sorted(glob(name, recursive=True))), name, labeled=False)
-    return create_source(name, args.ood_data_dir, args.ood_split, labeled=False)
+    return create_source(name, args.ood_data_dir, args.ood_split, labeled=False, max_pixels=max_pixels)
 
 
 @dataclass
@@ -395,7 +396,7 @@ def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.
         mean=config['mean'],
         normalize=False,
     ).transforms
-    view = transforms.Compose([*steps, *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
+    view = transforms.Compose([*bound_memory(steps), *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
     config = DataConfig(**{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
     return model, config, view
 
@@ -985,12 +986,14 @@ def main(args: Namespace) -> None:
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     chosen = [choose_data(args, run) for run in runs]
     data = agree_on_data(names, chosen)
+    inherited = data.own and args.dataset is None and args.data_dir is None
+    run = checkpoints[0].parent if inherited else None
     with accelerator.main_process_first():  # downloads and caches are written once
         images = Images(
             data,
-            open_split(data, data.val_split, checkpoints),
-            open_split(data, args.calibration_split, checkpoints) if args.calibration_split else None,
-            {name: open_ood_source(args, name) for name in args.ood_dataset},
+            open_split(data, data.val_split, checkpoints, run),
+            open_split(data, args.calibration_split, checkpoints, run) if args.calibration_split else None,
+            {name: open_ood_source(args, name, data.max_pixels) for name in args.ood_dataset},
         )
     if data.val_split is None:
         data.val_split = images.test.name.rpartition(' ')[2]  # the one that create_source found

@@ -14,11 +14,40 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from torchvision import transforms
+from torchvision.transforms import functional
 from torchvision.transforms.v2 import functional as tv
 
 from program import UsageError
 
 # --- Images through PIL -----------------------------------------------------------------------------------------------
+
+LONG = 16  # times as long as wide; what an image that is longer still becomes is worked out for the crop alone
+
+
+def resized_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height with the shorter one at `side`, as torchvision rounds the longer one."""
+    shorter, longer = min(size), max(size)
+    longer = int(side * longer / shorter)
+    return (side, longer) if size[0] <= size[1] else (longer, side)
+
+
+def resize_part(
+        image: Image.Image,
+        size: tuple[int, int],
+        box: tuple[int, int, int, int],
+        resize: transforms.Resize,
+) -> Image.Image:
+    """`resize(image)`, of this size, cut to a box (left, top, right, bottom; pixels of the result) but for rounding.
+
+    Of a strip of 4000 x 1 pixels a whole result 224 pixels high would have 896,000 columns.
+    """
+    scale = [image.width / size[0], image.height / size[1]] * 2
+    return image.resize(
+        (box[2] - box[0], box[3] - box[1]),
+        functional.pil_modes_mapping[resize.interpolation],
+        box=[edge * s for edge, s in zip(box, scale)],
+    )
+
 
 class FlipCrop:
     """Random crop of a square out of an image with a reflected border, and a random mirror image of it.
@@ -26,26 +55,59 @@ class FlipCrop:
     torchvision's RandomCrop pads by reflection too, at ten times the cost for a 32-pixel image.
 
     Args:
-        size: Side of the crop in pixels; the image has at least this height and width.
+        size: Side of the crop in pixels.
         border: Width of the reflected border in pixels, below the image's size.
         hflip: Probability of mirroring.
+        resize: Brings the image's shorter side to `size` before.
     """
 
-    def __init__(self, size: int, border: int, hflip: float):
-        self.size, self.border, self.hflip = size, border, hflip
+    def __init__(self, size: int, border: int, hflip: float, resize: transforms.Resize):
+        self.size, self.border, self.hflip, self.resize = size, border, hflip, resize
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        pixels = np.asarray(image)
-        rows, columns = (self._reflected(length) for length in pixels.shape[:2])
+        size = resized_size(image.size, self.size)
+        rows, columns = (self._reflected(length) for length in reversed(size))
         if random.random() < self.hflip:
             columns = columns[::-1]
-        return Image.fromarray(pixels[rows[:, None], columns])
+        if max(size) > LONG * self.size:
+            box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            image, columns, rows = resize_part(image, size, box, self.resize), columns - box[0], rows - box[1]
+        else:
+            image = self.resize(image)
+        return Image.fromarray(np.asarray(image)[rows[:, None], columns])
 
     def _reflected(self, length: int) -> np.ndarray:
         """Indices of a random window into `length` pixels, mirrored where it leaves them."""
         start = random.randint(-self.border, length + self.border - self.size)
         window = np.abs(np.arange(start, start + self.size))
         return np.where(window < length, window, 2 * (length - 1) - window)
+
+
+class ResizeCentreCrop:
+    """timm's Resize and CenterCrop, the same but for rounding and for the memory that a strip takes."""
+
+    def __init__(self, resize: transforms.Resize, crop: transforms.CenterCrop):
+        self.resize, self.crop = resize, crop
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        size = resized_size(image.size, self.resize.size)
+        if max(size) <= LONG * self.resize.size:
+            return self.crop(self.resize(image))
+        box = []
+        for length, kept in zip(size, reversed(self.crop.size)):
+            start = max(round((length - kept) / 2), 0)
+            box.append((start, min(start + kept, length)))
+        (left, right), (top, bottom) = box
+        return self.crop(resize_part(image, size, (left, top, right, bottom), self.resize))
+
+
+def bound_memory(steps: Sequence[Callable]) -> list[Callable]:
+    """timm's evaluation transforms, with their resizing and crop joined, so that no strip is scaled up as a whole."""
+    steps = list(steps)
+    if len(steps) > 1 and isinstance(steps[0], transforms.Resize) and isinstance(steps[0].size, int) and isinstance(
+            steps[1], transforms.CenterCrop):
+        steps[:2] = [ResizeCentreCrop(*steps[:2])]
+    return steps
 
 
 # RandAugment's operations as FixMatch uses them (arXiv 2001.07685, appendix), in timm's names.
@@ -141,7 +203,7 @@ def build_views(
         raise UsageError(f'--interpolation {interpolation}: expected one of {", ".join(modes)}')
     to_tensor = [*([transforms.Grayscale()] if in_chans == 1 else []), transforms.PILToTensor()]
     resize = transforms.Resize(img_size, interpolation=transforms.InterpolationMode(interpolation))
-    geometry = [resize, FlipCrop(img_size, int(img_size * (1 - crop_ratio)), hflip)]
+    geometry = [FlipCrop(img_size, int(img_size * (1 - crop_ratio)), hflip, resize)]
     # timm's own transform ends in its own PILToTensor, after which there is nothing left to convert.
     *evaluate, _ = create_transform(
         img_size, interpolation=interpolation, crop_pct=crop_pct, normalize=False,
@@ -150,7 +212,7 @@ def build_views(
         resize=resize,
         weak=transforms.Compose([*geometry, *to_tensor]),
         strong=transforms.Compose([*geometry, StrongAugment(num_ops, cutout, _fill(mean)), *to_tensor]),
-        eval=transforms.Compose([*evaluate, *to_tensor]),
+        eval=transforms.Compose([*bound_memory(evaluate), *to_tensor]),
     )
 
 

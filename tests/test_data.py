@@ -21,6 +21,7 @@ from torchvision import datasets as tv_datasets
 from torchvision import transforms
 from torchvision.transforms import functional
 
+import folders
 import seeds
 import sources
 from data import EndlessBatches, ViewDataset, create_loader, evaluation_batches
@@ -579,7 +580,7 @@ def test_folders_without_class_folders_are_an_error_unless_unlabeled(tmp_path):
     (tmp_path / 'val').mkdir()
     with pytest.raises(UsageError, match='expected one folder per class'):
         create_source(str(tmp_path), None, 'train')
-    with pytest.raises(UsageError, match='Found 0 images'):
+    with pytest.raises(UsageError, match='no picture in it'):
         create_source(str(tmp_path), None, 'val')
     source = create_source(str(tmp_path), None, 'unlabeled')
     assert source.targets.tolist() == [-1, -1] and source.class_names is None and colour(source, 1) == GREEN
@@ -880,7 +881,7 @@ def test_only_the_first_five_missing_images_are_named(webvision):
 
 @pytest.mark.parametrize('kind', ['webvision', 'folder'])
 def test_a_large_listing_is_kept_until_a_folder_changes(request, monkeypatch, tmp_path, kind):
-    monkeypatch.setattr(sources, 'INDEX_FROM', 2)
+    monkeypatch.setattr(folders, 'INDEX_FROM', 2)
     if kind == 'webvision':
         name, root = 'webvision', request.getfixturevalue('webvision')
         new = root / 'google' / 'q0002' / 'new.jpg'
@@ -893,9 +894,9 @@ def test_a_large_listing_is_kept_until_a_folder_changes(request, monkeypatch, tm
         age(root)
     first = create_source(name, str(root), 'train')
     assert first.dataset.cache_files
-    listed, function = [], 'listdir' if kind == 'webvision' else 'walk'
-    original = getattr(os, function)
-    monkeypatch.setattr(os, function, lambda *a, **k: listed.append(a) or original(*a, **k))
+    listed, (module, function) = [], (os, 'listdir') if kind == 'webvision' else (folders, 'list_pictures')
+    original = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *a, **k: listed.append(a) or original(*a, **k))
     second = create_source(name, str(root), 'train')
     assert not listed and torch.equal(second.targets, first.targets) and second.class_names == first.class_names
     assert all(colour(second, i) == colour(first, i) for i in range(len(first)))
@@ -919,7 +920,7 @@ def test_a_large_listing_is_kept_until_a_folder_changes(request, monkeypatch, tm
 
 
 def test_a_class_map_in_the_folder_is_watched_too(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, 'INDEX_FROM', 2)
+    monkeypatch.setattr(folders, 'INDEX_FROM', 2)
     for name in 'ab':
         write_images(tmp_path / 'train' / name, [RED])
     for n, order in enumerate(['a\nb\n', 'b\na\n']):
@@ -930,7 +931,7 @@ def test_a_class_map_in_the_folder_is_watched_too(monkeypatch, tmp_path):
 
 
 def test_a_listing_is_kept_only_once_it_is_settled_and_from_any_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, 'INDEX_FROM', 2)
+    monkeypatch.setattr(folders, 'INDEX_FROM', 2)
     monkeypatch.chdir(tmp_path)
     write_images(Path('set') / 'train' / 'a', [RED, GREEN])
     assert not create_source('set', None, 'train').dataset.cache_files  # more may come within the clock's tick
