@@ -57,6 +57,7 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
                 label_seed(args),
                 args.labels_per_class,
                 args.label_fraction,
+                train.class_names,
             )
             if args.num_labels and args.num_labels % num_classes:
                 _logger.info(f'{args.num_labels} labels over {num_classes} classes: some classes get one more than '
@@ -78,6 +79,7 @@ def select_labeled(
         seed: int,
         labels_per_class: int | None = None,
         label_fraction: float | None = None,
+        class_names: list[str] | None = None,
 ) -> torch.Tensor:
     """Draws the labeled images, balanced over the classes or in proportion to them.
 
@@ -92,6 +94,7 @@ def select_labeled(
         seed: Of the draw.
         labels_per_class: The same number of every class.
         label_fraction: This share of every class, rounded, at least one image.
+        class_names: For messages.
 
     Returns:
         `[L]` int64 indices, ascending.
@@ -121,7 +124,8 @@ def select_labeled(
     drawn = []
     for label, (members, number) in enumerate(zip(by_class, wanted)):
         if len(members) < number:
-            raise UsageError(f'{asked}: asks for {number} images of class {label}, which has {len(members)}')
+            name = class_names[label] if label < len(class_names or ()) else label
+            raise UsageError(f'{asked}: asks for {number} images of class {name}, which has {len(members)}')
         drawn.append(generator.choice(members, number, replace=False))
     return torch.from_numpy(np.sort(np.concatenate(drawn)))
 

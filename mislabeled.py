@@ -320,7 +320,7 @@ def main(args: Namespace) -> None:
                          f'{first.index.max()}: the data set has changed')
     if len(first.digests):
         what = f'{args.runs[0] / "margins.parquet"}'
-        index = place_pictures(what, source, torch.from_numpy(first.index), first.rows, first.digests).numpy()
+        index = place_pictures(what, source, torch.tensor(first.index), first.rows, first.digests).numpy()
         for run in runs:
             run.index = index
     source.class_names = first.class_names or source.class_names

@@ -221,16 +221,18 @@ class HFSource(Source):
                 yield cell or b''
 
     def sizes(self) -> np.ndarray:
-        cells = self.dataset.with_format('arrow')[:].column(self.input_key).combine_chunks()
-        if not pa.types.is_struct(cells.type):
-            return pc.binary_length(cells).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-        sizes = pc.binary_length(cells.field('bytes')).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        paths = cells.field('path')
-        for row in (sizes < 0).nonzero()[0].tolist():
-            path = paths[row].as_py()
-            if path and os.path.isfile(path):
-                sizes[row] = os.path.getsize(path)
-        return sizes
+        parts = []
+        for cells in self.dataset.with_format('arrow')[:].column(self.input_key).chunks:  # joined, they would be copied
+            paths = None
+            if pa.types.is_struct(cells.type):
+                cells, paths = cells.field('bytes'), cells.field('path')
+            part = pc.binary_length(cells).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+            for row in (part < 0).nonzero()[0].tolist() if paths is not None else []:
+                path = paths[row].as_py()
+                if path and os.path.isfile(path):
+                    part[row] = os.path.getsize(path)
+            parts.append(part)
+        return np.concatenate(parts)
 
     def where(self, index: int) -> str:
         cell = self.dataset[index][self.input_key]

@@ -45,8 +45,11 @@ def hold_out(targets: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """
     generator = np.random.default_rng(item_seed(seed, 'held out'))
     drawn = []
-    for label in targets[targets >= 0].unique().tolist():
-        members = (targets == label).nonzero().squeeze(1).numpy()
+    has = torch.bincount(targets[targets >= 0])
+    by_class = np.split(targets.argsort(stable=True).numpy(), np.cumsum([(targets < 0).sum(), *has]))[1:]
+    for members in by_class:
+        if not len(members):
+            continue
         number = min(max(int(share * len(members) + 0.5), 1), len(members) - 1)
         drawn.append(generator.choice(members, number, replace=False))
     return torch.from_numpy(np.sort(np.concatenate(drawn))) if drawn else torch.zeros(0, dtype=torch.int64)
@@ -134,7 +137,8 @@ def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
 
 def tell_missing(what: str, source: Source, other: str, classes: torch.Tensor, names: list[str] | None) -> None:
     """Warns of classes `[n]` of another set that no image of this one shows."""
-    missing = [str(names[k] if names else k) for k in classes.tolist() if not (source.targets == k).any()]
+    present = {*source.targets.unique().tolist()}
+    missing = [str(names[k] if names else k) for k in classes.tolist() if k not in present]
     if missing:
         _logger.warning(f'{what}: no image of {len(missing)} of the {len(classes)} classes that {other} has: '
                         f'{name_some(missing)}' + ('; is a slice of data that is sorted by class? --val-fraction holds '
