@@ -631,11 +631,12 @@ def create_source(
         if split is None:
             raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
                              f'{"--val-split" if labeled else "--ood-split"}')
-    base, bracket, _ = split.partition('[')
-    for asked in (split, base):  # a folder's name may have a bracket
+    base = split if split in splits else split.partition('[')[0]  # a folder's name may have a bracket
+    bracket = split[len(base):]
+    for asked, rest in ((split, ''), (base, bracket)):
         folder = named_folder(name, data_dir, asked, splits)
         if folder is not None:
-            base, bracket = folder[0], bracket if asked == base else ''
+            base, bracket = folder[0], rest
             splits.setdefault(base, partial(image_folder, folder[1], class_map, flat or not labeled))
             break
     if base not in splits:
@@ -651,7 +652,7 @@ def create_source(
     start = 0
     if bracket:
         try:
-            [part] = datasets.ReadInstruction.from_spec('x' + split[len(base):]).to_absolute({'x': len(opened)})
+            [part] = datasets.ReadInstruction.from_spec('x' + bracket).to_absolute({'x': len(opened)})
             opened, start = opened.select(range(part.from_, part.to)), part.from_
         except (ValueError, AssertionError, IndexError) as error:
             raise UsageError(f'{shown}: {split} is no slice of the {len(opened)} images of {base}') from error

@@ -4,6 +4,7 @@
 images as tensors, on any device, at several times the rate; each image of a batch still has its own operations and
 magnitudes, which torchvision's RandAugment does not give (one draw a batch).
 """
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -41,11 +42,18 @@ def resize_part(
 
     Of a strip of 4000 x 1 pixels a whole result 224 pixels high would have 896,000 columns.
     """
-    scale = [image.width / size[0], image.height / size[1]] * 2
-    return image.resize(
+    sides = []
+    for whole, part, low, high in zip(image.size, size, box[:2], box[2:]):
+        scale = whole / part
+        reach = math.ceil(4 * max(scale, 1))  # of the widest filter, and more
+        start, end = max(math.floor(low * scale) - reach, 0), min(math.ceil(high * scale) + reach, whole)
+        # Pillow has its box in float32: near zero it is exact.
+        sides.append((start, end, low * scale - start, high * scale - start))
+    (left, right, *width), (top, bottom, *height) = sides
+    return image.crop((left, top, right, bottom)).resize(
         (box[2] - box[0], box[3] - box[1]),
         functional.pil_modes_mapping[resize.interpolation],
-        box=[edge * s for edge, s in zip(box, scale)],
+        box=(width[0], height[0], width[1], height[1]),
     )
 
 
