@@ -25,9 +25,9 @@ import folders
 import seeds
 import sources
 from data import EndlessBatches, ViewDataset, create_loader, evaluation_batches
-from labels import match_classes, read_fold, read_labels, select_labeled, write_labels
+from labels import read_fold, read_labels, select_labeled, write_labels
 from program import UsageError
-from sources import KNOWN, ArraySource, HFSource, ImageError, create_source, decode_image
+from sources import KNOWN, HFSource, ImageError, create_source, decode_image
 from views import build_views
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -503,12 +503,12 @@ def test_slices_and_joined_splits(tmp_path):
     assert source.where(110) == 'row 0 of digits test[3:4]'
 
 
-def test_splits_of_other_classes_are_joined_without_their_labels(tmp_path, caplog):
+def test_splits_of_other_classes_are_joined_by_the_names_of_their_classes(tmp_path, caplog):
     for split, names in (('train', 'abc'), ('extra', 'bc'), ('more', 'abc')):
         for name in names:
             write_images(tmp_path / split / name, [RED])
     source = create_source(str(tmp_path), None, 'train+extra+more')
-    assert source.targets.tolist() == [0, 1, 2, -1, -1, 0, 1, 2] and source.class_names == ['a', 'b', 'c']
+    assert source.targets.tolist() == [0, 1, 2, 1, 2, 0, 1, 2] and source.class_names == ['a', 'b', 'c']
     assert 'extra: its classes are not those of train' in caplog.text
 
 
@@ -941,17 +941,6 @@ def test_a_listing_is_kept_only_once_it_is_settled_and_from_any_folder(monkeypat
     again = create_source(str(tmp_path / 'set'), None, 'train')
     assert kept.dataset.cache_files == again.dataset.cache_files != []
     assert colour(again, 1) == GREEN and again.where(1) == str(tmp_path / 'set' / 'train' / 'a' / '001.png')
-
-
-def test_classes_of_a_second_evaluation_set_are_matched_by_name_or_number():
-    def source(targets, names):
-        return ArraySource(noise(len(targets), 4), targets, names, 'toy')
-    index, target = match_classes(source([0, 1, 2, -1], ['x', 'n2', 'n1']), ['n1', 'n2'], 2)
-    assert index.tolist() == [1, 2] and target.tolist() == [1, 0]
-    index, target = match_classes(source([0, 1, 2, -1], ['tench', 'goldfish', 'shark']), ['n1', 'n2'], 2)
-    assert index.tolist() == [0, 1] and target.tolist() == [0, 1]
-    with pytest.raises(UsageError, match='--extra-val'):
-        match_classes(source([5, 6], None), None, 3)
 
 
 # --- Real images ------------------------------------------------------------------------------------------------------
