@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from filelists import is_name_list, match_names, read_names
 from program import UsageError
 from seeds import item_seed
 from sources import Source
@@ -39,7 +40,11 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
     """Draws or reads the labeled images, as the arguments say."""
     original = None
     if args.labels_file:
-        index, label, original = read_labels(args.labels_file, train.targets, num_classes)
+        if is_name_list(args.labels_file):
+            index = find_named(args.labels_file, train, args.input_key)
+            label = train.targets[index]
+        else:
+            index, label, original = read_labels(args.labels_file, train.targets, num_classes)
         if args.num_labels not in (None, len(index)):
             raise UsageError(f'--num-labels {args.num_labels}: --labels-file {args.labels_file} has {len(index)}')
     else:
@@ -67,6 +72,23 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
         rows = draw_threshold_samples(len(label), num_classes, label_seed(args), args.aum_threshold_samples)
         trained = label.index_fill(0, rows, num_classes)
     return Labels(index, label, original, trained)
+
+
+def find_named(file: str, train: Source, input_key: str | None = None) -> torch.Tensor:
+    """Images of the training split whose files a list names, `[L]` int64, ascending; see `filelists.match_names`.
+
+    Raises:
+        UsageError: If the images have no file names, none is found, or one is ambiguous or has no label.
+    """
+    paths = train.file_paths()
+    if paths is None:
+        raise UsageError(f'--labels-file {file}: lists names of files, which the images of this data set do not have')
+    index = torch.tensor(match_names(read_names(Path(file), input_key), paths, f'--labels-file {file}'))
+    without = index[train.targets[index] < 0]
+    if len(without):
+        raise UsageError(f'--labels-file {file}: {len(without)} of the {len(index)} images have no label in the '
+                         f'training split, such as {paths[without[0]]}')
+    return index
 
 
 def select_labeled(

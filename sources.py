@@ -30,8 +30,23 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torchvision import datasets as tv_datasets
 
+import filelists
 from program import RunError, UsageError
 from seeds import item_seed
+from tables import (
+    LFS_POINTER,
+    VAL_SPLITS,
+    cache_fault,
+    choose_image_column,
+    choose_label_column,
+    digest_files,
+    find_tables,
+    is_unlabeled,
+    read_targets,
+    table_splits,
+    tell_empty_classes,
+    training_class_names,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +63,7 @@ KNOWN = {
     ),
     'cifar100': dict(
         img_size=32, mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762),
-        hub='uoft-cs/cifar100', files='cifar-100-python',
+        hub='uoft-cs/cifar100', files='cifar-100-python', target_key='fine_label',
     ),
     'svhn': dict(
         img_size=32, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970), hflip=0.,
@@ -66,15 +81,26 @@ SHORT_NAMES = tuple(KNOWN)
 KNOWN.update({f'torch/{name}': KNOWN[name] for name in ('cifar10', 'cifar100', 'svhn', 'stl10', 'imagenet')})
 KNOWN.update({f'torch/{name}': dict(hflip=0.) for name in ('mnist', 'kmnist', 'qmnist', 'usps')})
 KNOWN.update({f'hfds/{KNOWN[name]["hub"]}': KNOWN[name] for name in SHORT_NAMES if 'hub' in KNOWN[name]})
+KNOWN.update({f'hfds/{name}': KNOWN[name] for name in ('cifar10', 'cifar100', 'svhn')})  # their older names on the hub
+# The hub has many copies of the sets of digits and letters.
+DIGITS = re.compile(r'(^|[-_.])([ekq]|not|color(ed)?[-_]?)?mnist|(^|[-_.])(usps|svhn)|digits')
 
 
 def known_facts(name: str) -> dict:
-    """What is in KNOWN of a data set; torchvision's may be spelt as its classes are, such as torch/SVHN."""
+    """What is in KNOWN of a data set; torchvision's may be spelt as its classes are, such as torch/SVHN.
+
+    A repository of the hub whose name says digits is not to be mirrored.
+    """
     prefix, slash, rest = name.partition('/')
     prefix = prefix.lower() if slash else prefix
-    return KNOWN.get(prefix + slash + (rest.lower() if prefix == 'torch' else rest), {})
+    facts = KNOWN.get(prefix + slash + (rest.lower() if prefix == 'torch' else rest))
+    if facts is None and prefix == 'hfds':
+        repository = rest.partition(':')[0].rstrip('/').rpartition('/')[2].lower()
+        facts = dict(hflip=0.) if DIGITS.search(repository) and 'fashion' not in repository else {}
+    return facts or {}
 
 
+UNLABELED_DIR = 'unlabeled-dir'  # the split that --unlabeled-dir adds
 # torchvision's sets that have splits and labels, and give arrays or (through their loader) paths.
 TORCHVISION = {
     'cifar10': ('CIFAR10', 'train test'),
@@ -98,8 +124,6 @@ TORCHVISION = {
     'svhn': ('SVHN', 'train test extra'),
     'usps': ('USPS', 'train test'),
 }
-# Where evaluation looks when no split is named: the first of these that exists.
-VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 INDEX_FROM = 50_000  # image files from which on their listing is kept on disk
 
 
@@ -164,7 +188,22 @@ class Source:
                 OSError, SyntaxError, ValueError, EOFError, NotImplementedError, struct.error,
                 Image.DecompressionBombError,
         ) as error:
-            raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {error}') from error
+            reason = 'a pointer of Git LFS, without the data (git lfs pull)' if self._is_pointer(index) else error
+            raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {reason}') from error
+
+    def _is_pointer(self, index: int) -> bool:
+        try:
+            data = self.data(index)
+            if isinstance(data, str):
+                with open(data, 'rb') as file:
+                    data = file.read(len(LFS_POINTER))
+        except (OSError, ValueError):
+            return False
+        return isinstance(data, bytes) and data.startswith(LFS_POINTER)
+
+    def file_paths(self) -> list[str] | None:
+        """The file behind every image, or its name where the set holds the bytes; None if it has no such names."""
+        return None
 
 
 class HFSource(Source):
@@ -174,12 +213,13 @@ class HFSource(Source):
         dataset: Image files in an `Image` column, or as written without that library: bytes, or a struct of bytes and
             path.
         name: For messages.
-        input_key: Image column; default: the first one.
-        target_key: Label column, whole numbers or null; default: label, else fine_label.
+        input_key: Image column; default: image or img, else the only one.
+        target_key: Label column, see `read_targets`; default: the only one that looks like it.
         labeled: Without, all targets are -1, whatever the columns say.
+        training_names: Returns the class names by which labels that are words are numbered; default: their own.
 
     Raises:
-        UsageError: If there is no image, or a column is missing or of the wrong kind, listing the columns there are.
+        UsageError: If there is no image, or a column is missing, of the wrong kind or one of several, listing them.
     """
 
     def __init__(
@@ -189,33 +229,25 @@ class HFSource(Source):
             input_key: str | None = None,
             target_key: str | None = None,
             labeled: bool = True,
+            training_names: Callable[[], list[str] | None] | None = None,
     ):
         if not len(dataset):
             raise UsageError(f'{name}: no image in it')
-        columns = ', '.join(dataset.column_names)
-        image_columns = [key for key, feature in dataset.features.items() if _holds_images(feature)]
-        input_key = input_key or next(iter(image_columns), None)
-        if input_key not in dataset.column_names:
-            raise UsageError(f'{name}: no image column {input_key or ""}; it has {columns} (--input-key)')
-        if input_key not in image_columns:
-            raise UsageError(f'{name}: column {input_key} holds no images; it has {columns} (--input-key)')
+        input_key = choose_image_column(dataset.features, name, input_key)
         self.targets, self.class_names = torch.full((len(dataset),), -1), None
         if labeled:
-            target_key = target_key or ('label' if 'label' in dataset.column_names else 'fine_label')
-            if target_key not in dataset.column_names:
-                raise UsageError(f'{name}: no label column {target_key}; it has {columns} (--target-key)')
-            feature = dataset.features[target_key]
-            target = dataset.select_columns([target_key]).with_format('arrow')[:].column(target_key).to_numpy()
-            if np.issubdtype(target.dtype, np.floating):  # whole numbers with nulls arrive as floats
-                target = np.nan_to_num(target, nan=-1)
-            if not np.issubdtype(target.dtype, np.number) or (target != target.astype(np.int64)).any():
-                kind = getattr(feature, 'dtype', type(feature).__name__)
-                raise UsageError(f'{name}: labels in column {target_key} must be whole numbers, not {kind}')
-            self.targets = torch.from_numpy(target.astype(np.int64))
-            self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+            target_key = choose_label_column(dataset.features, name, target_key, input_key)
+            self.targets, self.class_names = read_targets(dataset, target_key, name, training_names)
         self.name, self.input_key, self.dataset = name, input_key, dataset.select_columns([input_key])
         if isinstance(dataset.features[input_key], datasets.Image):
             self.dataset = self.dataset.cast_column(input_key, datasets.Image(decode=False))
+
+    def file_paths(self) -> list[str] | None:
+        column = self.dataset.with_format('arrow')[:].column(self.input_key)
+        if not pa.types.is_struct(column.type):
+            return None
+        paths = pc.struct_field(column, 'path')
+        return None if paths.null_count else paths.to_pylist()
 
     def data(self, index: int) -> bytes | str:
         cell = self.dataset[index][self.input_key]
@@ -230,12 +262,6 @@ class HFSource(Source):
         if isinstance(cell, dict) and cell['bytes'] is None and cell['path']:
             return cell['path']
         return f'row {index} of {self.name}'
-
-
-def _holds_images(feature) -> bool:
-    if isinstance(feature, dict):
-        return {'bytes', 'path'} <= feature.keys()
-    return isinstance(feature, datasets.Image) or getattr(feature, 'dtype', '') in ('binary', 'large_binary')
 
 
 class ArraySource(Source):
@@ -279,6 +305,10 @@ class JoinedSource(Source):
         part, index = self._find(index)
         return part.where(index)
 
+    def file_paths(self) -> list[str] | None:
+        paths = [part.file_paths() for part in self.parts]
+        return None if None in paths else [path for part in paths for path in part]
+
 
 def locate(source: Source, other: Source) -> torch.Tensor:
     """Where each image of a source stands in another one of the same data set, `[N]` int64; -1: it does not."""
@@ -304,10 +334,21 @@ def locate(source: Source, other: Source) -> torch.Tensor:
 def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict[str, Callable]:
     """A data set of the hub, or a folder in a form that `datasets` understands; '<path>[:config]'."""
     path, _, config = repository.partition(':')
+    files = find_tables(Path(path)) if path and Path(path).is_dir() else []
+    if files and not declares_configs(Path(path)):
+        return folder_splits(Path(path, config) if Path(path, config).is_dir() else Path(path))
+    if files:  # of which a copy may have kept the time of modification, by which `datasets` tells changes
+        cache_dir = str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f'files-{digest_files(map(str, files))}')
     try:
         tables = datasets.load_dataset(path, config or None, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        fault = cache_fault(error)
+        if fault:
+            raise UsageError(f'--dataset {name}: {fault}') from error
         reason = ' '.join(str(error).split())  # a RuntimeError: the set has a loading script, which is not run any more
+        if 'Config name is missing' in reason:
+            configs = re.findall(r"'([^']*)'", reason.partition('configs:')[2].partition(']')[0])
+            reason = f'it has the configurations {", ".join(configs)}; choose one, as --dataset {name}:{configs[0]}'
         if isinstance(error, ConnectionError):
             reason = f'the hub ({path}) cannot be reached and no copy is cached here'
         if isinstance(error, (ConnectionError, datasets.exceptions.DatasetNotFoundError)):
@@ -317,6 +358,12 @@ def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict
     return {split: partial(tables.__getitem__, split) for split in tables}
 
 
+def declares_configs(folder: Path) -> bool:
+    """Whether the README of a hub repository's copy says which files belong to which configuration."""
+    readme = folder / 'README.md'
+    return readme.is_file() and re.search(r'^configs:', readme.read_text(errors='replace'), re.MULTILINE) is not None
+
+
 def local_layouts(name: str) -> str:
     """The forms in which a folder may hold a data set, for messages."""
     files = known_facts(name).get('files')
@@ -324,53 +371,37 @@ def local_layouts(name: str) -> str:
     return own + '<split>*.parquet, <split>*.arrow or <split>/<class>/<image>'
 
 
-def folder_splits(root: Path, name: str = '', class_map: str = '') -> dict[str, Callable]:
-    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`."""
+def folder_splits(root: Path, name: str = '', class_map: str = '', **columns) -> dict[str, Callable]:
+    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`.
+
+    `columns` are the arguments of `filelists.read_metadata`, for folders of pictures with such a file.
+    """
     if not root.is_dir():
         raise UsageError(f'{root}: no such folder')
     if (root / 'dataset_dict.json').is_file():
-        tables = datasets.load_from_disk(str(root))
+        try:
+            tables = datasets.load_from_disk(str(root))
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise UsageError(f'{root}: cannot be read: {" ".join(str(error).split())}') from error
         return {split: partial(tables.__getitem__, split) for split in tables}
-    for pattern in ('*.parquet', '*/*.parquet', '*.arrow', '*/*.arrow', '*/*/*.parquet'):
-        files = sorted(root.glob(pattern))
-        if files:
-            return table_splits(files, root)
+    files = find_tables(root)
+    if files:
+        return table_splits(files, root)
+    described = filelists.read_metadata(root, **columns)
+    if described:
+        return {split: partial(described.__getitem__, split) for split in described}
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith('.'))
     if not folders:
         raise UsageError(f'{root}: no data set in it; expected {local_layouts(name)}')
-    return {folder.name: partial(image_folder, folder, class_map) for folder in folders}
+    return {folder.name: partial(open_folder, folder, class_map, columns) for folder in folders}
 
 
-def table_splits(files: Sequence[Path], root: Path | None = None) -> dict[str, Callable]:
-    """Parquet or arrow files, below root. A file's split is its name up to the number of the shard, or its last part if
-    that is the name of a split (`cifar10-train-00000-of-00001`), or else its folder's name if that is one or its own is
-    a number; a sole split with another name is train.
-    """
-    names = ('train', 'unlabeled', 'extra', *VAL_SPLITS)
-    folders = {file.parent for file in files}
-    in_folders = len(folders) > 1 or (root is not None and root not in folders)
-    splits = {}
-    for file in files:
-        split = re.sub(r'[-_.]\d+(-of-\d+.*)?$', '', file.stem)
-        split = file.parent.name if split.isdigit() else split
-        last = re.split('[-_.]', split)[-1]
-        if in_folders and last not in names and file.parent.name in names:
-            last = file.parent.name
-        splits.setdefault(last if last in names else split, []).append(str(file))
-    if len(splits) == 1 and not splits.keys() & {*names}:
-        splits = {'train': splits.popitem()[1]}
-    return {split: partial(open_tables, paths) for split, paths in splits.items()}
-
-
-def open_tables(files: Sequence[str]) -> datasets.Dataset:
-    """Arrow files as they lie; parquet files through the cache of `datasets`, which holds them as arrow."""
-    try:
-        if files[0].endswith('.arrow'):
-            return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-        return datasets.load_dataset('parquet', data_files={'train': list(files)}, split='train')
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        reason = ' '.join(str(error.__cause__ or error).split())
-        raise UsageError(f'{files[0]}{" and others" * (len(files) > 1)}: cannot be read: {reason}') from error
+def open_folder(folder: Path, class_map: str, columns: dict) -> datasets.Dataset:
+    """One split: what a `metadata.csv` in the folder says, else a folder for each class."""
+    described = filelists.read_metadata(folder, **columns)
+    if len(described) > 1:
+        raise UsageError(f'{folder}: its metadata has the splits {", ".join(described)}; give that file as --dataset')
+    return next(iter(described.values())) if described else image_folder(folder, class_map)
 
 
 def image_folder(folder: Path, class_map: str = '') -> datasets.Dataset:
@@ -382,7 +413,7 @@ def image_folder(folder: Path, class_map: str = '') -> datasets.Dataset:
             reader = ReaderImageFolder(str(folder), class_map=class_map)
         except (RuntimeError, AssertionError, OSError) as error:
             raise UsageError(f'{folder}: {error}') from error
-        if '' in reader.class_to_idx and not _is_unlabeled(folder.name):
+        if '' in reader.class_to_idx and not is_unlabeled(folder.name):
             raise UsageError(f'{folder}: images lie directly in it; expected one folder per class')
         names = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
         if [reader.class_to_idx[name] for name in names] != list(range(len(names))):  # a class map may leave gaps
@@ -584,20 +615,19 @@ def stl10_files(folder: Path, split: str) -> ArraySource:
     return ArraySource(images, targets, names.read_text().split() if names.is_file() else None, f'stl10 {split}')
 
 
-def _is_unlabeled(split: str) -> bool:
-    return split.startswith('unlabel')
-
-
 def find_splits(
         name: str,
         data_dir: str | None,
         class_map: str = '',
         download: bool = False,
         skip_missing: bool = False,
+        input_key: str | None = None,
+        target_key: str | None = None,
 ) -> dict[str, Callable]:
     """The splits of a data set and what opens them; see `create_source`."""
     prefix, _, rest = name.partition('/')
     prefix, facts, root = prefix.lower(), known_facts(name), Path(data_dir or '.')
+    columns = dict(input_key=input_key, target_key=target_key, skip_missing=skip_missing)
     if name == 'digits':
         return folder_splits(BUNDLED)
     if name in ('webvision', 'webvision-mini'):
@@ -608,15 +638,17 @@ def find_splits(
         if 'files' in facts and any(root.glob(facts['files'])):
             return torch_splits(name, data_dir, download=False)
         config = facts['hub'].partition(':')[2]  # a copy of the hub's repository has a folder for each
-        return folder_splits(root / config if (root / config).is_dir() else root, name, class_map)
+        return folder_splits(root / config if (root / config).is_dir() else root, name, class_map, **columns)
     if prefix == 'hfds':
         return hub_splits(name, rest, data_dir)
     if prefix in ('hfids', 'tfds', 'wds'):
         raise UsageError(f'--dataset {name}: a stream, whose images have no index to keep margins by; take hfds/')
     if prefix == 'torch':
         if rest.lower() in ('imagenet', 'image_folder', 'folder'):
-            return folder_splits(root, class_map=class_map)
+            return folder_splits(root, class_map=class_map, **columns)
         return torch_splits(rest.lower(), str(root), download)
+    if filelists.is_file_table(name):
+        return filelists.file_table_splits(Path(name), data_dir and root, **columns)
     if name.endswith('.parquet'):
         files = [Path(file) for file in sorted(glob(name, recursive=True))]
         if not files:
@@ -627,9 +659,10 @@ def find_splits(
         given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
         raise UsageError(
             f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
-            'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
+            'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, .parquet files, and '
+            'tables of file and label (.csv, .tsv, .jsonl)'
         )
-    return folder_splits(root, class_map=class_map)
+    return folder_splits(root, class_map=class_map, **columns)
 
 
 def create_source(
@@ -642,6 +675,9 @@ def create_source(
         download: bool = False,
         skip_missing: bool = False,
         labeled: bool = True,
+        train_split: str | None = None,
+        unlabeled_dir: str | None = None,
+        val_labels: str | None = None,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -652,27 +688,40 @@ def create_source(
             - 'webvision', 'webvision-mini': from data_dir;
             - 'hfds/<hub name or folder>[:config]', 'torch/<one of TORCHVISION>';
             - a folder in one of `folder_splits`'s forms, a .parquet file or a glob of them;
+            - a .csv, .tsv or .jsonl file with a row a picture, see `filelists.list_files`;
             - '' for a folder at data_dir.
-        data_dir: Root of the files that belong to a name; cache of 'hfds/'.
+        data_dir: Root of the files that belong to a name or that a table names; cache of 'hfds/'.
         split: Exact name of a split, several joined by +, or a slice of one such as `train[:50%]` (not of torchvision's
             arrays); None picks the first of VAL_SPLITS that exists. A split called unlabeled has no labels.
-        input_key: Image column; default: the first one.
-        target_key: Label column; default: label, else fine_label.
+        input_key: Image column; default: image or img, else the only one.
+        target_key: Label column; default: the only one that looks like it (CIFAR-100 by its name: fine_label).
         class_map: timm's class map file, for image folders.
         download: Lets torchvision download.
-        skip_missing: Leaves out images of WebVision's lists that are not there.
+        skip_missing: Leaves out images of WebVision's lists and of tables of files that are not there.
         labeled: Without, labels need not be there.
+        train_split: The training split, whose sorted names number labels that are words; default: this split.
+        unlabeled_dir: Adds a split UNLABELED_DIR, of the pictures below this folder that no row of a table names.
+        val_labels: Labels of the pictures of this split, a flat folder; see `filelists.ground_truth`.
 
     Raises:
         UsageError: If the name, the split or a column is unknown, listing what exists, or if the split is empty.
     """
     if split and '+' in split:
         return JoinedSource([
-            create_source(name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled)
+            create_source(
+                name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled,
+                train_split or split, unlabeled_dir, val_labels,
+            )
             for part in split.split('+')
         ])
     shown = name or data_dir
-    splits = find_splits(name, data_dir, class_map, download, skip_missing)
+    target_key = target_key or known_facts(name).get('target_key')
+    splits = find_splits(name, data_dir, class_map, download, skip_missing, input_key, target_key)
+    if unlabeled_dir:
+        named = frozenset()
+        if filelists.is_file_table(name):
+            named = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files
+        splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), named)
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)
@@ -682,7 +731,10 @@ def create_source(
     base, bracket, _ = split.partition('[')
     if base not in splits:
         raise UsageError(f'{shown}: no split {split}; it has {there}')
-    opened = splits[base]()
+    if val_labels:
+        opened = filelists.ground_truth(Path(val_labels), Path(data_dir or name) / base, input_key, target_key)
+    else:
+        opened = splits[base]()
     if isinstance(opened, Source):
         if bracket:
             raise UsageError(f'{shown}: no slices such as {split} of torchvision\'s arrays')
@@ -695,17 +747,29 @@ def create_source(
             opened, start = opened.select(range(part.from_, part.to)), part.from_
         except (ValueError, AssertionError, IndexError) as error:
             raise UsageError(f'{shown}: {split} is no slice of the {len(opened)} images of {base}') from error
-    labeled = labeled and not _is_unlabeled(base)
-    source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled)
+    labeled = labeled and not is_unlabeled(base)
+    train = [part.partition('[')[0] for part in (train_split or base).split('+')]
+
+    def training_names():
+        """From the whole training split, so that a slice numbers its classes alike."""
+        tables = (splits[part]() for part in train if part in splits and not is_unlabeled(part))
+        return training_class_names(tables, target_key, f'{shown} {train_split or base}')
+
+    source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled, training_names)
     source.split, source.start = base, start
+    if labeled and split == train_split:
+        tell_empty_classes(source.targets, source.class_names, source.name)
     if name == 'svhn':
         source.targets[source.targets == 10] = 0  # as its own files number the digit 0
     return source
 
 
 def unlabeled_split(args: argparse.Namespace) -> str:
-    """The split of the unlabeled images: --unlabeled-split, else the data set's own, else the training split."""
-    return args.unlabeled_split or known_facts(args.dataset).get('unlabeled_split', args.train_split)
+    """The split of the unlabeled images: --unlabeled-split, else the data set's own, else the training split; with
+    --unlabeled-dir its pictures too.
+    """
+    split = args.unlabeled_split or known_facts(args.dataset).get('unlabeled_split', args.train_split)
+    return f'{split}+{UNLABELED_DIR}' if args.unlabeled_dir else split
 
 
 # The flags by which a program names its images, with their defaults. A run's args.yaml holds them.
@@ -715,6 +779,8 @@ SOURCE_FLAGS = dict(
     train_split='train',
     val_split=None,
     unlabeled_split=None,
+    unlabeled_dir=None,
+    val_labels=None,
     input_key=None,
     target_key=None,
     class_map='',
@@ -735,4 +801,7 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         class_map=args.class_map,
         download=args.dataset_download,
         skip_missing=args.skip_missing,
+        train_split=args.train_split,
+        unlabeled_dir=args.unlabeled_dir,
+        val_labels=args.val_labels if split == args.val_split else None,
     )

@@ -114,9 +114,12 @@ def create_parser() -> argparse.ArgumentParser:
                        help='digits (bundled); cifar10, cifar100, svhn, stl10, imagenet (from --data-dir if given, '
                             'else from the hub); webvision, webvision-mini (from --data-dir); hfds/<hub name or '
                             'folder>[:config]; torch/<torchvision\'s name>; a folder with <split>/<class>/<image> or '
-                            'parquet files; a .parquet file or glob (default: the folder --data-dir)')
+                            'parquet files; a .parquet file or glob; a .csv, .tsv or .jsonl file with a row a picture: '
+                            'columns file_name (or filename, path, image) and label (or class, target), an empty '
+                            'label for none, and if there are splits a column split (default: the folder --data-dir)')
     group.add_argument('--data-dir', metavar='DIR', default=None,
-                       help='where the files of --dataset lie; cache folder of hfds/')
+                       help='where the files of --dataset lie; of a .csv: what its paths are relative to (default: its '
+                            'own folder); cache folder of hfds/')
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
@@ -124,15 +127,26 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--unlabeled-split', metavar='NAME', default=None,
                        help='split of the unlabeled images; a+b joins two (default: the training split; stl10: '
                             'train+unlabeled)')
+    group.add_argument('--unlabeled-dir', metavar='DIR', default=None,
+                       help='pictures below this folder, however deep, are unlabeled images too; those that a row of a '
+                            '.csv names are left out')
+    group.add_argument('--val-labels', metavar='FILE', default=None,
+                       help='labels of an evaluation split that is a flat folder, such as ImageNet\'s: Kaggle\'s '
+                            'LOC_val_solution.csv or another .csv of file and label; or a text file whose line n is '
+                            'the wnid of the picture number n, or its number in ILSVRC2012_validation_ground_truth.txt '
+                            '(with the devkit\'s meta.mat or map_clsloc.txt beside it, which say whose it is)')
     group.add_argument('--extra-val', metavar='NAME', default=None,
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
     group.add_argument('--extra-val-dir', metavar='DIR', default=None, help='as --data-dir, for --extra-val')
-    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hub, parquet, arrow)')
-    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hub, parquet, arrow)')
+    group.add_argument('--input-key', metavar='COLUMN', default=None,
+                       help='image column (hub, parquet, arrow), or that of the files (csv); default: by its name')
+    group.add_argument('--target-key', metavar='COLUMN', default=None,
+                       help='label column (hub, parquet, arrow, csv); default: the only one that looks like it')
     group.add_argument('--class-map', metavar='FILE', default='', help='timm\'s class map (image folders)')
     group.add_argument('--skip-missing', action=flag, default=False,
-                       help='leave out images of WebVision\'s lists that are not there, instead of stopping')
+                       help='leave out images of WebVision\'s lists or of a .csv that are not there, and count them, '
+                            'instead of stopping')
     group.add_argument('--skip-bad-images', action=flag, default=False,
                        help='step over images that cannot be decoded, and count them, instead of stopping')
 
@@ -232,7 +246,9 @@ def create_parser() -> argparse.ArgumentParser:
     draw.add_argument('--label-fold', type=int, metavar='N', default=None,
                       help='one of STL-10\'s ten predefined folds of 1,000 labeled images')
     group.add_argument('--labels-file', metavar='FILE', default=None,
-                       help='take the labeled images from a run\'s labels.json instead of drawing them')
+                       help='take the labeled images from a run\'s labels.json instead of drawing them, or from a '
+                            'list of file names: a text file with one a line, as SimCLR\'s 1percent.txt, or a .csv '
+                            'with a column of them')
     group.add_argument('--label-seed', type=int, metavar='N', default=None,
                        help='seed of the draw of the labeled images (default: --seed)')
     group.add_argument('--label-noise', type=float, metavar='SHARE', default=0.,
@@ -489,6 +505,9 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
 def open_sources(args: argparse.Namespace) -> tuple[Source, Source, Source]:
     """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
     train = unlabeled = open_source(args, args.train_split)
+    if not args.labels_file and (train.targets < 0).all():
+        raise UsageError(f'{args.dataset or args.data_dir}: no image of split {args.train_split} has a label; name the '
+                         'labeled one as --train-split and this one as --unlabeled-split')
     if unlabeled_split(args) != args.train_split:
         unlabeled = open_source(args, unlabeled_split(args))
         if unlabeled.class_names != train.class_names:  # its labels, if any, mean other classes

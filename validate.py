@@ -57,13 +57,14 @@ from metrics import (
 )
 from program import RunError, UsageError, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
-from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source, open_tables
+from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source
+from tables import open_tables
 
 _logger = logging.getLogger('validate')
 
 # Of the command line and of a run's args.yaml: which images, and for weights without a config.json, which model.
 DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
-             'target_key', 'skip_bad_images')
+             'target_key', 'skip_bad_images', 'val_labels')
 MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
               'std')
 OOD_SCORES = ('msp', 'energy', 'margin')
@@ -101,6 +102,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
                             'that exists)')
     group.add_argument('--train-split', metavar='NAME', default=None,
                        help='training split, to which labels.json refers (default: the run\'s, else train)')
+    group.add_argument('--val-labels', metavar='FILE', default=None,
+                       help='labels of a split that is a flat folder, as train_ssl.py --val-labels')
     group.add_argument('--dataset-download', action=flag, default=None, help='let torchvision download (torch/)')
     group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hub, parquet, arrow)')
     group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hub, parquet, arrow)')
