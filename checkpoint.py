@@ -259,8 +259,8 @@ def read_checkpoint(path: Path) -> dict:
 CHECKPOINT_FORMAT = 2  # goes up when the contents of a checkpoint take another form or meaning
 
 # Differences that would attach a margin or a table to another image or class.
-FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'unlabeled_dir', 'exclude_labeled', 'algorithm', 'calibratemix',
-              'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
+FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'unlabeled_dir', 'exclude_labeled', 'algorithm',
+              'calibratemix', 'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
 # Differences that nobody needs to be told of.
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
              'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')

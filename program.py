@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,26 @@ def setup_accelerator(
         raise UsageError(f'Accelerate is configured for {accelerator.distributed_type.value}, which this script does '
                          'not support: launch it with --multi_gpu, or change the configuration (accelerate config)')
     return accelerator
+
+
+@contextmanager
+def once_a_machine(accelerator: Accelerator):
+    """Runs a block on the main process first, then on the first process of every other machine, then on the rest.
+
+    What it downloads or puts into a cache is written once on a disk that machines share, and once a machine where they
+    share none. However long that takes, the others wait: --dist-timeout is for processes that do not answer, and one
+    that died is noticed at once as ever.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=30))
+    own_turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
+    for turn in range(3):
+        if turn == own_turn:
+            yield
+        torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)
 
 
 def replace_file(path: Path, write) -> None:

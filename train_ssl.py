@@ -79,6 +79,7 @@ from program import (
     StopRequest,
     UsageError,
     catch_signals,
+    once_a_machine,
     parse_with_config,
     replace_file,
     run_program,
@@ -1258,7 +1259,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     share_batch(args, accelerator.num_processes)
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
-    with accelerator.main_process_first():  # downloads and caches are written once
+    with once_a_machine(accelerator):  # downloads and caches are written once
         train, unlabeled, evaluation = sources = open_sources(args)
     num_classes = count_classes(args, train, evaluation)
     model = build_model(args, num_classes + has_extra_class(args))

@@ -55,7 +55,7 @@ from metrics import (
     ood_scores,
     reliability_bins,
 )
-from program import RunError, UsageError, replace_file, run_program, setup_accelerator
+from program import RunError, UsageError, once_a_machine, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
 from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source
 from tables import open_tables
@@ -812,7 +812,7 @@ def evaluate_checkpoint(
     labeled = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
     if labels_file is not None:
-        with accelerator.main_process_first():
+        with once_a_machine(accelerator):
             train = open_source(data, data.train_split)
         index, targets, _ = read_labels(labels_file, train.targets, model.num_classes)
         if args.calibration_from_labeled is not None and own_file is not None:
@@ -841,7 +841,7 @@ def main(args: Namespace) -> None:
     names = name_checkpoints(checkpoints) if args.checkpoint else [args.model.replace('/', '_')]
     chosen = [choose_data(args, run) for run in runs]
     data = agree_on_data(names, chosen)
-    with accelerator.main_process_first():  # downloads and caches are written once
+    with once_a_machine(accelerator):  # downloads and caches are written once
         images = Images(
             data,
             open_source(data, data.val_split),
