@@ -247,7 +247,7 @@ def _clean_labels(rows: Rows, at: int, file: Path) -> None:
         if isinstance(cells[at], list):
             raise UsageError(f'{file}, line {line}: a list of labels; images of several classes (multi-label) cannot '
                              'be trained here, so choose a column of one label an image (--target-key)')
-        if rows.columns[at] == 'PredictionString' and cells[at]:
+        if rows.columns[at].lower() == 'predictionstring' and cells[at]:
             cells[at] = cells[at].split()[0]
         whole &= cells[at] is None or re.fullmatch(r'\d+\.0', cells[at]) is not None
     if whole and any(cells[at] for cells in rows.cells):
@@ -466,8 +466,8 @@ def _name_synsets(numbers: list[str], file: Path) -> list[str]:
         raise UsageError(f'--val-labels {file}: numbers of ILSVRC\'s own order, which is not that of the folders: put '
                          'the devkit\'s meta.mat or map_clsloc.txt (lines of wnid and number) beside it')
     if meta.suffix == '.txt':
-        found = (re.search(r'(?=.*\b(n\d{8})\b)(?=.*(?:^|\s)(\d+)(?:\s|$))', line) for line in read_lines(meta, ''))
-        wnids = {match[2]: match[1] for match in found if match}
+        found = (re.match(r'(n\d{8})\s+(\d+)\b|(\d+)\s+(n\d{8})\b', line) for line in read_lines(meta, ''))
+        wnids = {match[2] or match[3]: match[1] or match[4] for match in found if match}
     else:
         try:
             from scipy import io
@@ -475,7 +475,7 @@ def _name_synsets(numbers: list[str], file: Path) -> list[str]:
             raise UsageError(f'--val-labels {file}: reading {meta.name} needs scipy (pip install scipy)') from error
         try:
             synsets = io.loadmat(meta, squeeze_me=True)['synsets']
-            wnids = {str(row['ILSVRC2012_ID']): str(row['WNID']) for row in synsets if row['num_children'] == 0}
+            wnids = {str(int(row['ILSVRC2012_ID'])): str(row['WNID']) for row in synsets if row['num_children'] == 0}
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UsageError(f'--val-labels {file}: {meta} is no meta.mat of the devkit '
                              f'({" ".join(str(error).split())})') from error

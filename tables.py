@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 IMAGE_COLUMNS = ('image', 'img')  # taken where there are others too
 LABEL_COLUMNS = ('label', 'labels', 'target', 'targets', 'cls', 'class')
-WORDY_LABEL_COLUMNS = ('class_name', 'label_name', 'category')  # where none of the above is there
+WORDY_LABEL_COLUMNS = ('class_name', 'label_name', 'category', 'predictionstring')  # where none of the above is there
 SYSTEM_NAMES = ('__MACOSX', '@eaDir', 'lost+found')
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 
