@@ -20,9 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from program import UsageError
-from tables import VAL_SPLITS, find_label_columns, is_hidden, list_some, refuse_pointer
-
-_logger = logging.getLogger(__name__)
+from tables import VAL_SPLITS, find_label_columns, is_hidden, list_some, refuse_pointer, tell
 
 FORMS = ('.csv', '.tsv', '.jsonl')
 # Columns of file names; of the first group that has any, one is taken.
@@ -124,7 +122,7 @@ def _list_files(
                 f'{rows.cells[missing[0]][at]} (paths are relative to {base}; --data-dir names another folder)')
         if not skip_missing or len(missing) == len(paths):
             raise UsageError(note if len(missing) == len(paths) else f'{note}; --skip-missing leaves them out')
-        _logger.warning(note)
+        tell(note)
     splits = _find_split_names(rows, at, file)
     keep = _one_row_a_file(rows, paths, splits, label_at, set(missing), file)
     by_split = {}
@@ -134,6 +132,12 @@ def _list_files(
         split: _image_table(rows.columns, [rows.cells[i] for i in chosen], at, [paths[i] for i in chosen])
         for split, chosen in sorted(by_split.items())
     }
+    told = []
+    for split, chosen in sorted(by_split.items()):
+        empty = sum(label_at is not None and not rows.cells[i][label_at] for i in chosen)
+        told.append(f'{split} of {len(chosen)} pictures' + (f', {empty} of them without a label' if empty else ''))
+    label = 'no known label column' if label_at is None else f'labels in {rows.columns[label_at]}'
+    tell(f'{file}: files in column {rows.columns[at]}, {label}; {"; ".join(told)}', logging.INFO)
     return Listed(tables, frozenset(paths), label_at is not None)
 
 
@@ -197,7 +201,7 @@ def _read_csv(opened, file: Path) -> Rows:
     if delimiter not in header:
         other = next((mark for mark in ';\t,' if mark in header), delimiter)
         if other != delimiter:
-            _logger.warning(f'{file}: columns are taken as separated by {other!r}, as its first line is')
+            tell(f'{file}: columns are taken as separated by {other!r}, as its first line is')
             delimiter = other
     reader, columns, cells, lines = csv.reader(opened, delimiter=delimiter), None, [], []
     line = 1
@@ -251,7 +255,8 @@ def _clean_labels(rows: Rows, at: int, file: Path) -> None:
             cells[at] = cells[at].split()[0]
         whole &= cells[at] is None or re.fullmatch(r'\d+\.0', cells[at]) is not None
     if whole and any(cells[at] for cells in rows.cells):
-        _logger.info(f'{file}: labels such as {next(c[at] for c in rows.cells if c[at])} are taken as whole numbers')
+        first = next(cells[at] for cells in rows.cells if cells[at])
+        tell(f'{file}: labels such as {first} are taken as whole numbers', logging.INFO)
         for cells in rows.cells:
             cells[at] = cells[at] and cells[at][:-2]
 
@@ -298,7 +303,7 @@ def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
     for count, what in ((slashes, 'have backslashes, which are taken as slashes'),
                         (endings, 'have no ending and are found by the rest of the name')):
         if count:
-            _logger.info(f'{file}: {count} of {len(paths)} file names {what}')
+            tell(f'{file}: {count} of {len(paths)} file names {what}', logging.INFO)
     return paths, missing
 
 
@@ -307,13 +312,13 @@ def _find_split_names(rows: Rows, at: int, file: Path) -> list[str]:
     if column is not None:
         unnamed = sum(not cells[column] for cells in rows.cells)
         if unnamed:
-            _logger.warning(f'{file}: {unnamed} rows with an empty split count as train')
+            tell(f'{file}: {unnamed} rows with an empty split count as train')
         return [cells[column] or 'train' for cells in rows.cells]
     firsts = [cells[at].replace('\\', '/').lstrip('./').partition('/')[0] for cells in rows.cells]
     names = set(firsts)
     if len(names) > 1 and names <= {'train', 'unlabeled', 'extra', *VAL_SPLITS}:
-        _logger.info(f'{file}: no column split; the first folder of each path counts as its split '
-                     f'({", ".join(sorted(names))})')
+        tell(f'{file}: no column split; the first folder of each path counts as its split '
+             f'({", ".join(sorted(names))})', logging.INFO)
         return firsts
     return ['train'] * len(rows.cells)
 
@@ -344,7 +349,7 @@ def _one_row_a_file(
         again.append(i)
     if again:
         told = [f'{rows.lines[i]} (as {rows.lines[first[paths[i]]]})' for i in again]
-        _logger.warning(f'{file}: {len(again)} rows repeat another one and count once: lines {list_some(told)}')
+        tell(f'{file}: {len(again)} rows repeat another one and count once: lines {list_some(told)}')
     return list(first.values())
 
 
@@ -362,8 +367,8 @@ def list_pictures(folder: Path) -> list[str]:
             elif not is_hidden(name):
                 others[ending or 'no ending'] += 1
     if others:
-        _logger.info(f'{folder}: {sum(others.values())} files are no pictures by their endings and left out: '
-                     f'{", ".join(f"{count} {ending}" for ending, count in others.most_common(5))}')
+        tell(f'{folder}: {sum(others.values())} files are no pictures by their endings and left out: '
+             f'{", ".join(f"{count} {ending}" for ending, count in others.most_common(5))}', logging.INFO)
     return found
 
 
@@ -374,8 +379,8 @@ def open_pictures(folder: Path, named: frozenset[str] = frozenset()) -> datasets
     found = list_pictures(folder)
     paths = [path for path in found if path not in named]
     if len(paths) < len(found):
-        _logger.info(f'--unlabeled-dir {folder}: {len(found) - len(paths)} of {len(found)} pictures are named by a row '
-                     'of --dataset already')
+        tell(f'--unlabeled-dir {folder}: {len(found) - len(paths)} of {len(found)} pictures are named by a row '
+             'of --dataset already', logging.INFO)
     if not paths:
         raise UsageError(f'--unlabeled-dir {folder}: no picture in it that is not named by a row already')
     return _image_table(['image'], [[None]] * len(paths), 0, paths)
@@ -399,12 +404,12 @@ def read_metadata(
         raise UsageError(f'{folder}: {" and ".join(file.name for file in files)} side by side; move all but one away')
     listed = list_files(files[0], None, input_key, target_key, skip_missing)
     if not listed.labeled:
-        _logger.warning(f'{files[0]}: not read, as no column of labels is known in it (--target-key)')
+        tell(f'{files[0]}: not read, as no column of labels is known in it (--target-key)')
         return {}
     unnamed = [path for path in list_pictures(folder) if path not in listed.files]
     if unnamed:
-        _logger.warning(f'{files[0]}: {len(unnamed)} pictures beside it have no row and are left out, such as '
-                        f'{unnamed[0]}')
+        tell(f'{files[0]}: {len(unnamed)} pictures beside it have no row and are left out, such as '
+             f'{unnamed[0]}')
     return listed.splits
 
 
@@ -482,7 +487,7 @@ def _name_synsets(numbers: list[str], file: Path) -> list[str]:
     unknown = sorted(set(numbers) - wnids.keys())
     if unknown:
         raise UsageError(f'--val-labels {file}: {meta} has no class number {list_some(unknown)}')
-    _logger.info(f'{file}: numbers of classes are wnids by {meta}')
+    tell(f'{file}: numbers of classes are wnids by {meta}', logging.INFO)
     return [wnids[number] for number in numbers]
 
 
@@ -519,8 +524,8 @@ def read_names(file: Path, input_key: str | None = None) -> list[str]:
     at = rows.columns.index(choose_file_column(rows.columns, file, input_key))
     others = find_label_columns(dict.fromkeys(rows.columns), rows.columns[at])
     if others:
-        _logger.warning(f'--labels-file {file}: names alone are read from it, and labels are the training split\'s; '
-                        f'{" and ".join(others)} is not read')
+        tell(f'--labels-file {file}: names alone are read from it, and labels are the training split\'s; '
+             f'{" and ".join(others)} is not read')
     return [cells[at] for cells in rows.cells if cells[at]]
 
 
@@ -561,5 +566,5 @@ def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[i
     again = sum(found.values()) - len(found)
     if again:
         told.append(f'{again} names stand there again and count once')
-    (_logger.warning if missing or again else _logger.info)(f'{what}: {"; ".join(told)}')
+    tell(f'{what}: {"; ".join(told)}', logging.WARNING if missing or again else logging.INFO)
     return sorted(found)

@@ -791,8 +791,12 @@ SOURCE_FLAGS = dict(
 
 
 def open_source(args: argparse.Namespace, split: str | None) -> Source:
-    """A split of --dataset; `args` has the flags of SOURCE_FLAGS."""
-    return create_source(
+    """A split of --dataset; `args` has the flags of SOURCE_FLAGS.
+
+    Raises:
+        UsageError: As `create_source`, and if no image of the training split has a label, unless a file gives them.
+    """
+    source = create_source(
         args.dataset,
         args.data_dir,
         split,
@@ -805,3 +809,7 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         unlabeled_dir=args.unlabeled_dir,
         val_labels=args.val_labels if split == args.val_split else None,
     )
+    if split == args.train_split and not getattr(args, 'labels_file', None) and (source.targets < 0).all():
+        raise UsageError(f'{args.dataset or args.data_dir}: no image of split {split} has a label; give the labeled '
+                         'split as --train-split and this one as --unlabeled-split')
+    return source

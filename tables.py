@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -54,6 +54,13 @@ def sort_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=key)
 
 
+@cache
+def tell(note: str, level: int = logging.WARNING) -> None:
+    """Logs a line, once, and on the first of several processes."""
+    if os.environ.get('RANK', '0') == '0':
+        _logger.log(level, note)
+
+
 def list_some(names: Iterable[str], most: int = 5) -> str:
     """Names for a message, the first few of them: 'a, b, c and 4 more'."""
     names = list(names)
@@ -74,8 +81,8 @@ def find_tables(root: Path) -> list[Path]:
     depth, kind = next(((d, k) for d, k in orders if levels[d][k]), (0, 'parquet'))
     left_out = [f'{file}' for level in levels[depth + 1:] for file in level[kind]]
     if left_out and levels[depth][kind]:
-        _logger.warning(f'{root}: {len(left_out)} .{kind} files in deeper folders are left out, such as {left_out[0]}; '
-                        'name their folder as --dataset to read them')
+        tell(f'{root}: {len(left_out)} .{kind} files in deeper folders are left out, such as {left_out[0]}; '
+             'name their folder as --dataset to read them')
     return sorted(levels[depth][kind])
 
 
@@ -163,15 +170,15 @@ def check_shards(split: str, files: Sequence[Path], root: Path | None) -> None:
             text = f'{where} has {len(numbers)} of its {total} shards; missing: {list_some(names)}'
             if root is not None:
                 raise UsageError(f'{text} (to train on a part, name its files as --dataset \'GLOB\')')
-            _logger.warning(text)
+            tell(text)
         return
     counted = sorted(int(m[1]) for m in (re.search(r'(?:^|[-_.])(\d+)$', name.rsplit('.', 1)[0]) for name in plain)
                      if m)
     if len(counted) > 1 and counted[-1] - counted[0] >= len(counted):
         gaps = list_some(str(n) for n in range(counted[0], counted[-1]) if n not in counted)
-        _logger.warning(f'{where} has files numbered {counted[0]} to {counted[-1]}, without {gaps}')
+        tell(f'{where} has files numbered {counted[0]} to {counted[-1]}, without {gaps}')
     elif len(plain) > 1 and len(counted) < len(plain):
-        _logger.info(f'{where} is joined from {len(plain)} files: {list_some(plain)}')
+        tell(f'{where} is joined from {len(plain)} files: {list_some(plain)}', logging.INFO)
 
 
 def open_tables(files: Sequence[str]) -> datasets.Dataset:
@@ -273,8 +280,8 @@ def join_tables(parts: list[datasets.Dataset], files: Sequence[str]) -> datasets
             if odd:
                 raise UsageError(f'{file}: other classes in column {key} than in {files[0]}: only one of the two has '
                                  f'{list_some(odd)}')
-            _logger.warning(f'{file}: its classes in column {key} stand in another order than those of {files[0]}, and '
-                            'are mapped by name')
+            tell(f'{file}: its classes in column {key} stand in another order than those of {files[0]}, and '
+                 'are mapped by name')
             number = pa.array([feature.names.index(name) for name in theirs.names], pa.int64())
             labels = part.select_columns([key]).with_format('arrow')[:].column(key).combine_chunks()
             part = part.remove_columns(key).add_column(key, number.take(labels), feature=feature)
@@ -297,7 +304,7 @@ def choose_image_column(features: datasets.Features, name: str, asked: str | Non
         UsageError: If there is none, or several among which to choose.
     """
     columns = ', '.join(features)
-    found = [key for key, feature in features.items() if holds_images(feature)]
+    found, given = [key for key, feature in features.items() if holds_images(feature)], asked is not None
     if asked is None:
         asked = next((key for key in IMAGE_COLUMNS if key in found), None)
         if asked is None and len(found) > 1:
@@ -307,6 +314,9 @@ def choose_image_column(features: datasets.Features, name: str, asked: str | Non
         raise UsageError(f'{name}: no image column {asked or ""}; it has {columns} (--input-key)')
     if asked not in found:
         raise UsageError(f'{name}: column {asked} holds no images; it has {columns} (--input-key)')
+    if not given and len(found) > 1:
+        others = ', '.join(key for key in found if key != asked)
+        tell(f'{name}: images are column {asked}, and not {others} (--input-key)', logging.INFO)
     return asked
 
 
@@ -333,6 +343,8 @@ def choose_label_column(features: dict, name: str, asked: str | None, image_colu
         raise UsageError(f'{name}: {" and ".join(found)} may each be the label column; choose one (--target-key)')
     if asked is None and not found:
         raise UsageError(f'{name}: no label column; it has {columns} (--target-key)')
+    if asked is None and found[0].lower() not in LABEL_COLUMNS:
+        tell(f'{name}: labels are column {found[0]} (--target-key)', logging.INFO)
     asked = asked or found[0]
     if asked not in features:
         raise UsageError(f'{name}: no label column {asked}; it has {columns} (--target-key)')
@@ -418,5 +430,5 @@ def tell_empty_classes(targets: torch.Tensor, class_names: list[str] | None, nam
         count = ''
         if not class_names and empty == [0]:
             count = f'; do the labels count from 1? As they stand there are {len(has)} classes, 0 to {len(has) - 1}'
-        _logger.warning(f'{name}: class {list_some(named)} has no image{count}' if len(empty) == 1 else
-                        f'{name}: {len(empty)} classes have no image: {list_some(named)}')
+        tell(f'{name}: class {list_some(named)} has no image{count}' if len(empty) == 1 else
+             f'{name}: {len(empty)} classes have no image: {list_some(named)}')

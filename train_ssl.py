@@ -115,12 +115,11 @@ def create_parser() -> argparse.ArgumentParser:
                        help='digits (bundled); cifar10, cifar100, svhn, stl10, imagenet (from --data-dir if given, '
                             'else from the hub); webvision, webvision-mini (from --data-dir); hfds/<hub name or '
                             'folder>[:config]; torch/<torchvision\'s name>; a folder with <split>/<class>/<image> or '
-                            'parquet files; a .parquet file or glob; a .csv, .tsv or .jsonl file with a row a picture: '
-                            'columns file_name (or filename, path, image) and label (or class, target), an empty '
-                            'label for none, and if there are splits a column split (default: the folder --data-dir)')
+                            'parquet files; a .parquet file or glob; a .csv, .tsv or .jsonl file, a row a picture: '
+                            'columns file_name (filename, path, image), label (class, target; empty: none) and, if '
+                            'there are splits, split (default: the folder --data-dir)')
     group.add_argument('--data-dir', metavar='DIR', default=None,
-                       help='where the files of --dataset lie; of a .csv: what its paths are relative to (default: its '
-                            'own folder); cache folder of hfds/')
+                       help='where the files of --dataset lie (of a .csv, by default in its folder); cache of hfds/')
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
@@ -129,13 +128,12 @@ def create_parser() -> argparse.ArgumentParser:
                        help='split of the unlabeled images; a+b joins two (default: the training split; stl10: '
                             'train+unlabeled)')
     group.add_argument('--unlabeled-dir', metavar='DIR', default=None,
-                       help='pictures below this folder, however deep, are unlabeled images too; those that a row of a '
-                            '.csv names are left out')
+                       help='pictures below this folder that no row of a .csv names are unlabeled images too')
     group.add_argument('--val-labels', metavar='FILE', default=None,
-                       help='labels of an evaluation split that is a flat folder, such as ImageNet\'s: Kaggle\'s '
-                            'LOC_val_solution.csv or another .csv of file and label; or a text file whose line n is '
-                            'the wnid of the picture number n, or its number in ILSVRC2012_validation_ground_truth.txt '
-                            '(with the devkit\'s meta.mat or map_clsloc.txt beside it, which say whose it is)')
+                       help='labels of an evaluation split that is a flat folder, as ImageNet\'s: a .csv of file and '
+                            'label, as Kaggle\'s LOC_val_solution.csv, or a text file with a line a picture: wnids, or '
+                            'ILSVRC2012_validation_ground_truth.txt with the devkit\'s meta.mat or map_clsloc.txt '
+                            'beside it, which name its numbers')
     group.add_argument('--extra-val', metavar='NAME', default=None,
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
@@ -506,9 +504,6 @@ def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
 def open_sources(args: argparse.Namespace) -> tuple[Source, Source, Source]:
     """Training, unlabeled and evaluation images; the first two are one object unless --unlabeled-split differs."""
     train = unlabeled = open_source(args, args.train_split)
-    if not args.labels_file and (train.targets < 0).all():
-        raise UsageError(f'{args.dataset or args.data_dir}: no image of split {args.train_split} has a label; name the '
-                         'labeled one as --train-split and this one as --unlabeled-split')
     if unlabeled_split(args) != args.train_split:
         unlabeled = open_source(args, unlabeled_split(args))
         if unlabeled.class_names != train.class_names:  # its labels, if any, mean other classes

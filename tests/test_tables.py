@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import train_in_process
 from images import noise, plain
 from PIL import Image
 
 import train_ssl
-from conftest import train_in_process
 from filelists import list_files, match_names, read_names
 from labels import find_named
 from program import UsageError
-from sources import ImageError, create_source, known_facts
+from sources import ImageError, create_source, known_facts, open_source, unlabeled_split
 
 ROOT = Path(__file__).resolve().parent.parent
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -385,7 +385,7 @@ def test_pictures_below_unlabeled_dir_that_no_row_names_are_unlabeled_too(photos
     (photos / 'p' / '.hidden.png').write_bytes(b'')
     (photos / 'p' / 'notes.txt').write_text('')
     args = train_ssl._parse_args(['--dataset', str(photos / 'l.csv'), '--unlabeled-dir', str(photos / 'p')])
-    train, unlabeled, evaluation = train_ssl.open_sources(args)
+    train, unlabeled, evaluation = (open_source(args, split) for split in ('train', unlabeled_split(args), None))
     assert len(train) == 3 and len(evaluation) == 1 and unlabeled.targets.tolist() == [0, 1, -1, -1, -1]
     assert [os.path.basename(path) for path in unlabeled.file_paths()[3:]] == ['b 1.png', 'u0.png']
     assert '4 of 6 pictures are named by a row' in caplog.text and '1 .txt' in caplog.text
@@ -478,7 +478,7 @@ def of_folder(same_pictures, tmp_path_factory):
 def summary_of(run, named):
     """What a run and its data are, whatever form they are in."""
     args = train_ssl._parse_args(list(map(str, named)))
-    train, _, evaluation = train_ssl.open_sources(args)
+    train, evaluation = open_source(args, 'train'), open_source(args, None)
     labels = json.loads((run / 'labels.json').read_text())
     metrics = json.loads((run / 'last' / 'metrics.json').read_text())
     return dict(
