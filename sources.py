@@ -665,6 +665,10 @@ def find_splits(
     return folder_splits(root, class_map=class_map, **columns)
 
 
+def _starts_with(folders: tuple[str, ...], path: str) -> bool:
+    return path.startswith(folders)
+
+
 def create_source(
         name: str,
         data_dir: str | None,
@@ -700,7 +704,7 @@ def create_source(
         skip_missing: Leaves out images of WebVision's lists and of tables of files that are not there.
         labeled: Without, labels need not be there.
         train_split: The training split, whose sorted names number labels that are words; default: this split.
-        unlabeled_dir: Adds a split UNLABELED_DIR, of the pictures below this folder that no row of a table names.
+        unlabeled_dir: Adds a split UNLABELED_DIR, of the pictures below this folder that are in no other split.
         val_labels: Labels of the pictures of this split, a flat folder; see `filelists.ground_truth`.
 
     Raises:
@@ -718,10 +722,13 @@ def create_source(
     target_key = target_key or known_facts(name).get('target_key')
     splits = find_splits(name, data_dir, class_map, download, skip_missing, input_key, target_key)
     if unlabeled_dir:
-        named = frozenset()
         if filelists.is_file_table(name):
-            named = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files
-        splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), named)
+            known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files.__contains__
+        else:  # below a folder of the training split or one for evaluation
+            root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
+            used = splits.keys() & {*(part.partition('[')[0] for part in parts), *VAL_SPLITS}
+            known = partial(_starts_with, tuple(f'{root / part}/' for part in used))
+        splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), known)
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)
