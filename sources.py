@@ -44,7 +44,7 @@ from tables import (
     is_unlabeled,
     read_targets,
     table_splits,
-    tell_empty_classes,
+    tell_counting_from_one,
     training_class_names,
 )
 
@@ -764,8 +764,8 @@ def create_source(
 
     source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled, training_names)
     source.split, source.start = base, start
-    if labeled and split == train_split:
-        tell_empty_classes(source.targets, source.class_names, source.name)
+    if source.class_names is None and split == train_split:
+        tell_counting_from_one(source.targets, source.name)
     if name == 'svhn':
         source.targets[source.targets == 10] = 0  # as its own files number the digit 0
     return source

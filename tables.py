@@ -421,14 +421,9 @@ def training_class_names(tables: Iterable, target_key: str | None, name: str) ->
     return names or sort_names(words) or None
 
 
-def tell_empty_classes(targets: torch.Tensor, class_names: list[str] | None, name: str) -> None:
-    """Tells which classes of a training split have no image; labels that count from 1 leave class 0 empty."""
-    has = torch.bincount(targets[targets >= 0], minlength=len(class_names or ()))
-    empty = (has == 0).nonzero().squeeze(1).tolist()
-    if empty and len(has) > len(empty):
-        named = [f'{class_names[i]} (number {i})' if class_names else str(i) for i in empty]
-        count = ''
-        if not class_names and empty == [0]:
-            count = f'; do the labels count from 1? As they stand there are {len(has)} classes, 0 to {len(has) - 1}'
-        tell(f'{name}: class {list_some(named)} has no image{count}' if len(empty) == 1 else
-             f'{name}: {len(empty)} classes have no image: {list_some(named)}')
+def tell_counting_from_one(targets: torch.Tensor, name: str) -> None:
+    """Says of labels without names that are 1 to K, and not 0 to K-1, that they make K+1 classes."""
+    found = targets[targets >= 0].unique()
+    if len(found) and found.tolist() == list(range(1, len(found) + 1)):
+        tell(f'{name}: class 0 has no image; do the labels count from 1? As they stand there are {len(found) + 1} '
+             f'classes, 0 to {len(found)}, of which one is never right')

@@ -138,10 +138,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
     group.add_argument('--extra-val-dir', metavar='DIR', default=None, help='as --data-dir, for --extra-val')
-    group.add_argument('--input-key', metavar='COLUMN', default=None,
-                       help='image column (hub, parquet, arrow), or that of the files (csv); default: by its name')
-    group.add_argument('--target-key', metavar='COLUMN', default=None,
-                       help='label column (hub, parquet, arrow, csv); default: the only one that looks like it')
+    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column of a table, if not by its name')
+    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column, if not the only likely one')
     group.add_argument('--class-map', metavar='FILE', default='', help='timm\'s class map (image folders)')
     group.add_argument('--skip-missing', action=flag, default=False,
                        help='leave out images of WebVision\'s lists or of a .csv that are not there, and count them, '
