@@ -138,7 +138,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
     group.add_argument('--extra-val-dir', metavar='DIR', default=None, help='as --data-dir, for --extra-val')
-    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column of a table, if not by its name')
+    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column of a table, if not image')
     group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column, if not the only likely one')
     group.add_argument('--class-map', metavar='FILE', default='', help='timm\'s class map (image folders)')
     group.add_argument('--skip-missing', action=flag, default=False,
