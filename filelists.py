@@ -381,7 +381,7 @@ def list_pictures(folder: Path) -> list[str]:
     return found
 
 
-def open_pictures(folder: Path, known: Callable[[str], bool]) -> datasets.Dataset:
+def open_pictures(folder: Path, known: Callable[[str], bool], column: str = 'image') -> datasets.Dataset:
     """All pictures below a folder, without labels, but those whose path is known to be in a split already."""
     if not folder.is_dir():
         raise UsageError(f'--unlabeled-dir {folder}: no such folder')
@@ -392,7 +392,7 @@ def open_pictures(folder: Path, known: Callable[[str], bool]) -> datasets.Datase
              '--dataset already and left out here', logging.INFO)
     if not paths:
         raise UsageError(f'--unlabeled-dir {folder}: no picture in it that is not in a split of --dataset already')
-    return _image_table(['image'], [[None]] * len(paths), 0, paths)
+    return _image_table([column], [[None]] * len(paths), 0, paths)
 
 
 def read_metadata(
@@ -437,7 +437,7 @@ def ground_truth(
             the picture whose name ends with the number n: wnids, or the numbers of ILSVRC's devkit, whose meta.mat or
             map_clsloc.txt then lies beside the file or in its folder data.
         folder: The pictures.
-        input_key, target_key: Columns of the table.
+        input_key, target_key: Columns of the table, or what they are called here.
 
     Raises:
         UsageError: If the file does not fit the pictures.
@@ -466,9 +466,8 @@ def ground_truth(
                          'columns file_name and label)')
     if all(line.isdecimal() for line in lines):
         lines = _name_synsets(lines, file)
-    features = datasets.Features(image=datasets.Image(), label=datasets.Value('string'))
-    images = [dict(bytes=None, path=path) for path in paths]
-    return datasets.Dataset.from_dict(dict(image=images, label=[lines[n - 1] for n in numbers]), features=features)
+    columns = [input_key or 'image', target_key or 'label']
+    return _image_table(columns, [[None, lines[n - 1]] for n in numbers], 0, paths)
 
 
 def _name_synsets(numbers: list[str], file: Path) -> list[str]:

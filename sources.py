@@ -728,7 +728,7 @@ def create_source(
             root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
             used = splits.keys() & {*(part.partition('[')[0] for part in parts), *VAL_SPLITS}
             known = partial(_starts_with, tuple(f'{root / part}/' for part in used))
-        splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), known)
+        splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), known, input_key or 'image')
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)

@@ -389,6 +389,10 @@ def test_pictures_below_unlabeled_dir_that_no_row_names_are_unlabeled_too(photos
     assert len(train) == 3 and len(evaluation) == 1 and unlabeled.targets.tolist() == [0, 1, -1, -1, -1]
     assert [os.path.basename(path) for path in unlabeled.file_paths()[3:]] == ['b 1.png', 'u0.png']
     assert '4 of its 6 pictures are in a split' in caplog.text and '1 .txt' in caplog.text
+    (photos / 'l.csv').write_text(CSV.replace('file_name,label', 'picture,kind'))
+    keys = dict(input_key='picture', target_key='kind', unlabeled_dir=str(photos / 'p'))
+    source = create_source(str(photos / 'l.csv'), None, 'train+unlabeled-dir', **keys)
+    assert source.targets.tolist() == [0, 1, -1, -1, -1]
     write_pictures(photos / 'f', 'train/a/0.png', 'train/b/0.png', 'val/a/0.png', 'pool/0.png', 'pool/x/0.png')
     source = create_source(str(photos / 'f'), None, 'unlabeled-dir', unlabeled_dir=str(photos / 'f'))
     assert [Path(path).relative_to(photos / 'f').parts[0] for path in source.file_paths()] == ['pool', 'pool']
