@@ -264,7 +264,8 @@ def read_checkpoint(path: Path) -> dict:
 CHECKPOINT_FORMAT = 3  # goes up when the contents of a checkpoint take another form or meaning
 
 # Differences that would attach a margin or a table to another image or class.
-FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'exclude_labeled', 'val_fraction', 'val_seed', 'algorithm',
+FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'unlabeled_dir', 'exclude_labeled', 'val_fraction',
+              'val_seed', 'algorithm',
               'calibratemix', 'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
 # Differences that nobody needs to be told of.
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',

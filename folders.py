@@ -25,7 +25,7 @@ from pyarrow import csv
 from timm.data.readers.class_map import load_class_map
 
 from pictures import picture_extensions
-from program import UsageError
+from program import UsageError, name_some, readable
 from seeds import item_seed
 
 _logger = logging.getLogger(__name__)
@@ -63,14 +63,6 @@ def _number_key(match: re.Match) -> str:
     return f'\1{len(digits):03}{digits}'
 
 
-def readable(path: str) -> str:
-    """A file's name in one line of text, whatever its bytes are: what cannot be shown is escaped."""
-    text = os.fsencode(path).decode('utf-8', 'backslashreplace')
-    return text if text.isprintable() else ''.join(
-        c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
-    )
-
-
 # Arrow's strings are UTF-8, and a file's name may be any bytes. A name that is not UTF-8 is kept as a file: URI, which
 # no path of a listing begins with, as these are absolute.
 
@@ -84,12 +76,6 @@ def to_stored(path: str) -> str:
 
 def from_stored(path: str) -> str:
     return os.fsdecode(unquote_to_bytes(path[len('file://'):])) if path.startswith('file://') else path
-
-
-def some(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message, the first few of them."""
-    names = [readable(name) for name in names]
-    return ', '.join(names[:most]) + (f', ... ({len(names)} in all)' if len(names) > most else '')
 
 
 # --- The listing ------------------------------------------------------------------------------------------------------
@@ -116,7 +102,7 @@ class Listing:
             if reason == 'no pictures':
                 names = [_ending(name) or 'without an ending' for name in names]
             kinds = list(dict(Counter(os.path.basename(name) for name in sorted(names)).most_common()))
-            parts.append(f'{len(names)} {reason} ({some(kinds)})')
+            parts.append(f'{len(names)} {reason} ({name_some(kinds)})')
         return f'left out: {"; ".join(parts)}' if parts else ''
 
 
@@ -256,13 +242,14 @@ def number_classes(found: Listing, folder: str, class_map: str) -> tuple[dict[st
         number = read_class_map(class_map, folder)
         known = [name for name in found.classes if name in number]
         if not known:
-            raise UsageError(f'--class-map {class_map}: none of its names ({some(number)}) is a class folder in '
-                             f'{readable(folder)} ({some(found.classes)}); in a .txt file each line is a name alone')
+            raise UsageError(f'--class-map {class_map}: none of its names ({name_some(number)}) is a class folder in '
+                             f'{readable(folder)} ({name_some(found.classes)}); in a .txt file each line is a '
+                             'name alone')
         dropped = [name for name in found.classes if name not in number]
         if dropped:
             notes.append(f'{readable(folder)}: --class-map {class_map} leaves out {len(dropped)} of '
                          f'{len(found.classes)} class folders, with {sum(filled[name] for name in dropped)} pictures: '
-                         f'{some(dropped)}')
+                         f'{name_some(dropped)}')
         if not any(filled[name] for name in known):
             raise UsageError(f'{readable(folder)}: no picture in the class folders of --class-map {class_map}')
     names = [[] for _ in range(max(number.values()) + 1)]
@@ -272,14 +259,14 @@ def number_classes(found: Listing, folder: str, class_map: str) -> tuple[dict[st
     empty = [name for name in number if not filled[name]]
     if empty:
         notes.append(f'{readable(folder)}: no picture in {len(empty)} of {len(number)} classes, which keep their '
-                     f'numbers: {some(empty)}')
+                     f'numbers: {name_some(empty)}')
     if gaps:
-        notes.append(f'--class-map {class_map}: no class has the number {some(gaps)} (an empty line, or a name that '
-                     'is there twice?); classes are known by number alone')
+        notes.append(f'--class-map {class_map}: no class has the number {name_some(gaps)} (an empty line, or a name '
+                     'that is there twice?); classes are known by number alone')
         return number, None, notes
     names = [', '.join(name) for name in names]  # a map may join classes
     if len(set(names)) < len(names):
-        raise UsageError(f'{readable(folder)}: two class folders look alike: {some(names)}')
+        raise UsageError(f'{readable(folder)}: two class folders look alike: {name_some(names)}')
     return number, names, notes
 
 
@@ -434,11 +421,11 @@ def file_index(key: tuple, listing: Callable[[], tuple]) -> datasets.Dataset:
 
 
 @functools.cache
-def tell(note: str) -> None:
-    """Logs the lines of a note, once, and on the first of several processes."""
+def tell(note: str, level: int = logging.WARNING) -> None:
+    """Logs the lines of a note, on the first of several processes."""
     if os.environ.get('RANK', '0') == '0':
         for line in note.splitlines():
-            _logger.warning(line)
+            _logger.log(level, line)
 
 
 def _times(paths: Iterable[str]) -> dict[str, int]:

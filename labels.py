@@ -2,7 +2,6 @@
 import argparse
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 
 from digests import from_text, place_pictures
-from program import UsageError
+from filelists import is_name_list, match_names, read_names
+from program import UsageError, name_some
 from seeds import item_seed
 from sources import Source, renumber
 
@@ -41,7 +41,11 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
     """Draws or reads the labeled images, as the arguments say."""
     original = None
     if args.labels_file:
-        index, label, original = read_labels(args.labels_file, train, num_classes, train.class_names)
+        if is_name_list(args.labels_file):
+            index = find_named(args.labels_file, train, args.input_key)
+            label = train.targets[index]
+        else:
+            index, label, original = read_labels(args.labels_file, train, num_classes, train.class_names)
         if args.num_labels not in (None, len(index)):
             raise UsageError(f'--num-labels {args.num_labels}: --labels-file {args.labels_file} has {len(index)}')
     else:
@@ -70,6 +74,23 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
         rows = draw_threshold_samples(len(label), num_classes, label_seed(args), args.aum_threshold_samples)
         trained = label.index_fill(0, rows, num_classes)
     return Labels(index, label, original, trained)
+
+
+def find_named(file: str, train: Source, input_key: str | None = None) -> torch.Tensor:
+    """Images of the training split whose files a list names, `[L]` int64, ascending; see `filelists.match_names`.
+
+    Raises:
+        UsageError: If the images have no file names, none is found, or one is ambiguous or has no label.
+    """
+    paths = train.file_paths()
+    if paths is None:
+        raise UsageError(f'--labels-file {file}: lists names of files, which the images of this data set do not have')
+    index = torch.tensor(match_names(read_names(Path(file), input_key), paths, f'--labels-file {file}'))
+    without = index[train.targets[index] < 0]
+    if len(without):
+        raise UsageError(f'--labels-file {file}: {len(without)} of the {len(index)} images have no label in the '
+                         f'training split, such as {paths[without[0]]}')
+    return index
 
 
 def select_labeled(
@@ -146,12 +167,6 @@ def read_fold(data_dir: str | None, fold: int, num_images: int) -> torch.Tensor:
     if not len(folds[fold]) or folds[fold].min() < 0 or folds[fold].max() >= num_images:
         raise UsageError(f'--label-fold {fold}: {file} does not fit a training split of {num_images} images')
     return folds[fold].sort().values
-
-
-def name_some(names: Sequence[str], most: int = 8) -> str:
-    """Names for a message, which may be many."""
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(map(str, names[:most])) + more
 
 
 CLASSES_HINT = '--class-map numbers the folders of images, --target-key names the label column of a table'

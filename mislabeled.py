@@ -31,9 +31,8 @@ from timm.utils import setup_default_logging
 from checkpoint import read_args
 from digests import from_text, place_pictures
 from figures import Cell, contact_sheet
-from labels import name_some
 from metrics import auroc, average_precision
-from program import UsageError, replace_file, run_program
+from program import UsageError, name_some, replace_file, run_program
 from sources import SOURCE_FLAGS, Source, open_run_source, open_source
 
 COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')

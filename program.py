@@ -11,8 +11,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,22 @@ def run_program(program: Callable[[], Any], resume: str = '') -> Any:
             traceback.print_exc()
             fault = RunError('the traceback above is no known fault; please report it')
         exit_with(fault)
+
+
+# --- Words of messages ------------------------------------------------------------------------------------------------
+
+def readable(path: str) -> str:
+    """A file's name in one line of text, whatever its bytes are: what cannot be shown is escaped."""
+    text = os.fsencode(path).decode('utf-8', 'backslashreplace')
+    return text if text.isprintable() else ''.join(
+        c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
+    )
+
+
+def name_some(names: Iterable, most: int = 5) -> str:
+    """Names for a message, the first few of them: 'a, b, c and 4 more'."""
+    names = [readable(str(name)) for name in names]
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -277,6 +293,26 @@ def setup_accelerator(
         raise UsageError(f'Accelerate is configured for {accelerator.distributed_type.value}, which this script does '
                          'not support: launch it with --multi_gpu, or change the configuration (accelerate config)')
     return accelerator
+
+
+@contextmanager
+def once_a_machine(accelerator: Accelerator):
+    """Runs a block on the main process first, then on the first process of every other machine, then on the rest.
+
+    What it downloads or puts into a cache is written once on a disk that machines share, and once a machine where they
+    share none. However long that takes, the others wait: --dist-timeout is for processes that do not answer, and one
+    that died is noticed at once as ever.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=30))
+    own_turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
+    for turn in range(3):
+        if turn == own_turn:
+            yield
+        torch.distributed.barrier(group)
+    torch.distributed.destroy_process_group(group)
 
 
 def replace_file(path: Path, write) -> None:

@@ -24,18 +24,24 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets as tv_datasets
 
-from folders import (
-    begins_with_pictures,
-    from_stored,
-    image_folder,
-    index_table,
-    is_hidden,
-    readable,
-    tell,
-    webvision_splits,
-)
+import filelists
+from folders import from_stored, image_folder, index_table, is_hidden, tell, webvision_splits
 from pictures import DECODE_ERRORS, MAX_PIXELS, decode_image, find_bits
-from program import RunError, UsageError
+from program import RunError, UsageError, readable
+from tables import (
+    LFS_POINTER,
+    VAL_SPLITS,
+    cache_fault,
+    choose_image_column,
+    choose_label_column,
+    digest_files,
+    find_tables,
+    is_unlabeled,
+    read_targets,
+    table_splits,
+    tell_counting_from_one,
+    training_class_names,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ KNOWN = {
     ),
     'cifar100': dict(
         img_size=32, mean=(0.5071, 0.4866, 0.4409), std=(0.2673, 0.2564, 0.2762),
-        hub='uoft-cs/cifar100', files='cifar-100-python',
+        hub='uoft-cs/cifar100', files='cifar-100-python', target_key='fine_label',
     ),
     'svhn': dict(
         img_size=32, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970), hflip=0.,
@@ -71,15 +77,26 @@ SHORT_NAMES = tuple(KNOWN)
 KNOWN.update({f'torch/{name}': KNOWN[name] for name in ('cifar10', 'cifar100', 'svhn', 'stl10', 'imagenet')})
 KNOWN.update({f'torch/{name}': dict(hflip=0.) for name in ('mnist', 'kmnist', 'qmnist', 'usps')})
 KNOWN.update({f'hfds/{KNOWN[name]["hub"]}': KNOWN[name] for name in SHORT_NAMES if 'hub' in KNOWN[name]})
+KNOWN.update({f'hfds/{name}': KNOWN[name] for name in ('cifar10', 'cifar100', 'svhn')})  # their older names on the hub
+# The hub has many copies of the sets of digits and letters.
+DIGITS = re.compile(r'(^|[-_.])([ekq]|not|color(ed)?[-_]?)?mnist|(^|[-_.])(usps|svhn)|digits')
 
 
 def known_facts(name: str) -> dict:
-    """What is in KNOWN of a data set; torchvision's may be spelt as its classes are, such as torch/SVHN."""
+    """What is in KNOWN of a data set; torchvision's may be spelt as its classes are, such as torch/SVHN.
+
+    A repository of the hub whose name says digits is not to be mirrored.
+    """
     prefix, slash, rest = name.partition('/')
     prefix = prefix.lower() if slash else prefix
-    return KNOWN.get(prefix + slash + (rest.lower() if prefix == 'torch' else rest), {})
+    facts = KNOWN.get(prefix + slash + (rest.lower() if prefix == 'torch' else rest))
+    if facts is None and prefix == 'hfds':
+        repository = rest.partition(':')[0].rstrip('/').rpartition('/')[2].lower()
+        facts = dict(hflip=0.) if DIGITS.search(repository) and 'fashion' not in repository else {}
+    return facts or {}
 
 
+UNLABELED_DIR = 'unlabeled-dir'  # the split that --unlabeled-dir adds
 # torchvision's sets that have splits and labels, and give arrays or (through their loader) paths.
 TORCHVISION = {
     'cifar10': ('CIFAR10', 'train test'),
@@ -103,8 +120,6 @@ TORCHVISION = {
     'svhn': ('SVHN', 'train test extra'),
     'usps': ('USPS', 'train test'),
 }
-# Where evaluation looks when no split is named: the first of these that exists.
-VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 
 
 class ImageError(RunError):
@@ -151,7 +166,22 @@ class Source:
         try:
             return decode_image(self.data(index), least, self.bits_at(index), self.max_pixels)
         except DECODE_ERRORS as error:
-            raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {error}') from error
+            reason = 'a pointer of Git LFS, without the data (git lfs pull)' if self._is_pointer(index) else error
+            raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {reason}') from error
+
+    def _is_pointer(self, index: int) -> bool:
+        try:
+            data = self.data(index)
+            if isinstance(data, str):
+                with open(data, 'rb') as file:
+                    data = file.read(len(LFS_POINTER))
+        except (OSError, ValueError):
+            return False
+        return isinstance(data, bytes) and data.startswith(LFS_POINTER)
+
+    def file_paths(self) -> list[str] | None:
+        """The file behind every image, or its name where the set holds the bytes; None if it has no such names."""
+        return None
 
 
 class HFSource(Source):
@@ -161,12 +191,13 @@ class HFSource(Source):
         dataset: Image files in an `Image` column, or as written without that library: bytes, or a struct of bytes and
             path.
         name: For messages.
-        input_key: Image column; default: the first one.
-        target_key: Label column, whole numbers or null; default: label, else fine_label.
+        input_key: Image column; default: image or img, else the only one.
+        target_key: Label column, see `read_targets`; default: the only one that looks like it.
         labeled: Without, all targets are -1, whatever the columns say.
+        training_names: Returns the class names by which labels that are words are numbered; default: their own.
 
     Raises:
-        UsageError: If there is no image, or a column is missing or of the wrong kind, listing the columns there are.
+        UsageError: If there is no image, or a column is missing, of the wrong kind or one of several, listing them.
     """
 
     def __init__(
@@ -176,33 +207,25 @@ class HFSource(Source):
             input_key: str | None = None,
             target_key: str | None = None,
             labeled: bool = True,
+            training_names: Callable[[], list[str] | None] | None = None,
     ):
         if not len(dataset):
             raise UsageError(f'{name}: no image in it')
-        columns = ', '.join(dataset.column_names)
-        image_columns = [key for key, feature in dataset.features.items() if _holds_images(feature)]
-        input_key = input_key or next(iter(image_columns), None)
-        if input_key not in dataset.column_names:
-            raise UsageError(f'{name}: no image column {input_key or ""}; it has {columns} (--input-key)')
-        if input_key not in image_columns:
-            raise UsageError(f'{name}: column {input_key} holds no images; it has {columns} (--input-key)')
+        input_key = choose_image_column(dataset.features, name, input_key)
         self.targets, self.class_names = torch.full((len(dataset),), -1), None
         if labeled:
-            target_key = target_key or ('label' if 'label' in dataset.column_names else 'fine_label')
-            if target_key not in dataset.column_names:
-                raise UsageError(f'{name}: no label column {target_key}; it has {columns} (--target-key)')
-            feature = dataset.features[target_key]
-            target = dataset.select_columns([target_key]).with_format('arrow')[:].column(target_key).to_numpy()
-            if np.issubdtype(target.dtype, np.floating):  # whole numbers with nulls arrive as floats
-                target = np.nan_to_num(target, nan=-1)
-            if not np.issubdtype(target.dtype, np.number) or (target != target.astype(np.int64)).any():
-                kind = getattr(feature, 'dtype', type(feature).__name__)
-                raise UsageError(f'{name}: labels in column {target_key} must be whole numbers, not {kind}')
-            self.targets = torch.from_numpy(target.astype(np.int64))
-            self.class_names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+            target_key = choose_label_column(dataset.features, name, target_key, input_key)
+            self.targets, self.class_names = read_targets(dataset, target_key, name, training_names)
         self.name, self.input_key, self.dataset = name, input_key, dataset.select_columns([input_key])
         if isinstance(dataset.features[input_key], datasets.Image):
             self.dataset = self.dataset.cast_column(input_key, datasets.Image(decode=False))
+
+    def file_paths(self) -> list[str] | None:
+        column = self.dataset.with_format('arrow')[:].column(self.input_key)
+        if not pa.types.is_struct(column.type):
+            return None
+        paths = pc.struct_field(column, 'path')
+        return None if paths.null_count else [*map(from_stored, paths.to_pylist())]
 
     def data(self, index: int) -> bytes | str:
         cell = self.dataset[index][self.input_key]
@@ -217,7 +240,7 @@ class HFSource(Source):
         for start in range(0, len(index), 1000):
             for cell in table[list(index[start:start + 1000])].column(self.input_key).to_pylist():
                 if isinstance(cell, dict):
-                    cell = cell['path'] if cell['bytes'] is None else cell['bytes']
+                    cell = from_stored(cell['path'] or '') if cell['bytes'] is None else cell['bytes']
                 yield cell or b''
 
     def sizes(self) -> np.ndarray:
@@ -228,7 +251,7 @@ class HFSource(Source):
                 cells, paths = cells.field('bytes'), cells.field('path')
             part = pc.binary_length(cells).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
             for row in (part < 0).nonzero()[0].tolist() if paths is not None else []:
-                path = paths[row].as_py()
+                path = from_stored(paths[row].as_py() or '')
                 if path and os.path.isfile(path):
                     part[row] = os.path.getsize(path)
             parts.append(part)
@@ -239,12 +262,6 @@ class HFSource(Source):
         if isinstance(cell, dict) and cell['bytes'] is None and cell['path']:
             return readable(from_stored(cell['path']))
         return f'row {index} of {self.name}'
-
-
-def _holds_images(feature) -> bool:
-    if isinstance(feature, dict):
-        return {'bytes', 'path'} <= feature.keys()
-    return isinstance(feature, datasets.Image) or getattr(feature, 'dtype', '') in ('binary', 'large_binary')
 
 
 class ArraySource(Source):
@@ -305,6 +322,10 @@ class JoinedSource(Source):
         part, index = self._find(index)
         return part.bits_at(index)
 
+    def file_paths(self) -> list[str] | None:
+        paths = [part.file_paths() for part in self.parts]
+        return None if None in paths else [path for part in paths for path in part]
+
 
 class PartSource(Source):
     """Some images of a source, by index `[n]` int64."""
@@ -325,6 +346,10 @@ class PartSource(Source):
 
     def bits_at(self, index: int) -> int:
         return self.source.bits_at(int(self.index[index]))
+
+    def file_paths(self) -> list[str] | None:
+        paths = self.source.file_paths()
+        return None if paths is None else [paths[i] for i in self.index.tolist()]
 
     def where(self, index: int) -> str:
         return self.source.where(int(self.index[index]))
@@ -364,10 +389,21 @@ def locate(source: Source, other: Source) -> torch.Tensor:
 def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict[str, Callable]:
     """A data set of the hub, or a folder in a form that `datasets` understands; '<path>[:config]'."""
     path, _, config = repository.partition(':')
+    files = find_tables(Path(path)) if path and Path(path).is_dir() else []
+    if files and not declares_configs(Path(path)):
+        return folder_splits(Path(path, config) if Path(path, config).is_dir() else Path(path))
+    if files:  # of which a copy may have kept the time of modification, by which `datasets` tells changes
+        cache_dir = str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / f'files-{digest_files(map(str, files))}')
     try:
         tables = datasets.load_dataset(path, config or None, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        fault = cache_fault(error)
+        if fault:
+            raise UsageError(f'--dataset {name}: {fault}') from error
         reason = ' '.join(str(error).split())  # a RuntimeError: the set has a loading script, which is not run any more
+        if 'Config name is missing' in reason:
+            configs = re.findall(r"'([^']*)'", reason.partition('configs:')[2].partition(']')[0])
+            reason = f'it has the configurations {", ".join(configs)}; choose one, as --dataset {name}:{configs[0]}'
         if isinstance(error, ConnectionError):
             reason = f'the hub ({path}) cannot be reached and no copy is cached here'
         if isinstance(error, (ConnectionError, datasets.exceptions.DatasetNotFoundError)):
@@ -377,6 +413,12 @@ def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict
     return {split: partial(tables.__getitem__, split) for split in tables}
 
 
+def declares_configs(folder: Path) -> bool:
+    """Whether the README of a hub repository's copy says which files belong to which configuration."""
+    readme = folder / 'README.md'
+    return readme.is_file() and re.search(r'^configs:', readme.read_text(errors='replace'), re.MULTILINE) is not None
+
+
 def local_layouts(name: str) -> str:
     """The forms in which a folder may hold a data set, for messages."""
     files = known_facts(name).get('files')
@@ -384,69 +426,47 @@ def local_layouts(name: str) -> str:
     return own + '<split>*.parquet, <split>*.arrow or <split>/<class>/<image>'
 
 
-def table_files(root: Path) -> list[Path]:
-    """Parquet or arrow files of a folder, in it or in folders there; third-level ones only beside no pictures."""
-    def shown(files: Iterable[Path]) -> list[Path]:
-        return [file for file in sorted(files) if not any(map(is_hidden, file.relative_to(root).parts))]
+def folder_splits(
+        root: Path,
+        name: str = '',
+        class_map: str = '',
+        flat: bool = False,
+        **columns,
+) -> dict[str, Callable]:
+    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`.
 
-    for pattern in ('*.parquet', '*/*.parquet', '*.arrow', '*/*.arrow'):
-        files = shown(root.glob(pattern))
-        if files:
-            return files
-    # Class folders are on that level, and to search them through would take seconds for a million pictures.
-    return shown(file for folder in shown(root.glob('*/*/')) if not begins_with_pictures(folder)
-                 for file in folder.glob('*.parquet'))
-
-
-def folder_splits(root: Path, name: str = '', class_map: str = '', flat: bool = False) -> dict[str, Callable]:
-    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`; `flat`
-    as of `image_folder`."""
+    `flat` is as of `image_folder`; `columns` are the arguments of `filelists.read_metadata`, for folders of pictures
+    with such a file.
+    """
     if not root.is_dir():
         raise UsageError(f'{root}: no such folder')
     if (root / 'dataset_dict.json').is_file():
-        tables = datasets.load_from_disk(str(root))
+        try:
+            tables = datasets.load_from_disk(str(root))
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise UsageError(f'{root}: cannot be read: {" ".join(str(error).split())}') from error
         return {split: partial(tables.__getitem__, split) for split in tables}
-    files = table_files(root)
+    files = find_tables(root)
     if files:
         return table_splits(files, root)
+    described = filelists.read_metadata(root, **columns)
+    if described:
+        return {split: partial(described.__getitem__, split) for split in described}
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if not folders:
         raise UsageError(f'{root}: no data set in it; expected {local_layouts(name)}')
     return {
-        folder.name: partial(image_folder, folder, class_map, flat or _is_unlabeled(folder.name)) for folder in folders
+        folder.name: partial(open_folder, folder, class_map, flat or is_unlabeled(folder.name), columns)
+        for folder in folders
     }
 
 
-def table_splits(files: Sequence[Path], root: Path | None = None) -> dict[str, Callable]:
-    """Parquet or arrow files, below root. A file's split is its name up to the number of the shard, or its last part if
-    that is the name of a split (`cifar10-train-00000-of-00001`), or else its folder's name if that is one or its own is
-    a number; a sole split with another name is train.
-    """
-    names = ('train', 'unlabeled', 'extra', *VAL_SPLITS)
-    folders = {file.parent for file in files}
-    in_folders = len(folders) > 1 or (root is not None and root not in folders)
-    splits = {}
-    for file in files:
-        split = re.sub(r'[-_.]\d+(-of-\d+.*)?$', '', file.stem)
-        split = file.parent.name if split.isdigit() else split
-        last = re.split('[-_.]', split)[-1]
-        if in_folders and last not in names and file.parent.name in names:
-            last = file.parent.name
-        splits.setdefault(last if last in names else split, []).append(str(file))
-    if len(splits) == 1 and not splits.keys() & {*names}:
-        splits = {'train': splits.popitem()[1]}
-    return {split: partial(open_tables, paths) for split, paths in splits.items()}
-
-
-def open_tables(files: Sequence[str]) -> datasets.Dataset:
-    """Arrow files as they lie; parquet files through the cache of `datasets`, which holds them as arrow."""
-    try:
-        if files[0].endswith('.arrow'):
-            return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
-        return datasets.load_dataset('parquet', data_files={'train': list(files)}, split='train')
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        reason = ' '.join(str(error.__cause__ or error).split())
-        raise UsageError(f'{files[0]}{" and others" * (len(files) > 1)}: cannot be read: {reason}') from error
+def open_folder(folder: Path, class_map: str, flat: bool, columns: dict) -> datasets.Dataset:
+    """One split: what a `metadata.csv` in the folder says, else a folder for each class."""
+    described = filelists.read_metadata(folder, **columns)
+    if len(described) > 1:
+        raise UsageError(f'{folder}: its metadata has the splits {", ".join(described)}; give that file as --dataset')
+    return next(iter(described.values())) if described else image_folder(folder, class_map, flat)
 
 
 def torch_splits(name: str, root: str, download: bool) -> dict[str, Callable]:
@@ -513,10 +533,6 @@ def stl10_files(folder: Path, split: str) -> ArraySource:
     return ArraySource(images, targets, names.read_text().split() if names.is_file() else None, f'stl10 {split}')
 
 
-def _is_unlabeled(split: str) -> bool:
-    return split.startswith('unlabel')
-
-
 def find_splits(
         name: str,
         data_dir: str | None,
@@ -524,10 +540,13 @@ def find_splits(
         download: bool = False,
         skip_missing: bool = False,
         flat: bool = False,
+        input_key: str | None = None,
+        target_key: str | None = None,
 ) -> dict[str, Callable]:
     """The splits of a data set and what opens them; see `create_source`."""
     prefix, _, rest = name.partition('/')
     prefix, facts, root = prefix.lower(), known_facts(name), Path(data_dir or '.')
+    columns = dict(input_key=input_key, target_key=target_key, skip_missing=skip_missing)
     if name == 'digits':
         return folder_splits(BUNDLED)
     if name in ('webvision', 'webvision-mini'):
@@ -538,15 +557,17 @@ def find_splits(
         if 'files' in facts and any(root.glob(facts['files'])):
             return torch_splits(name, data_dir, download=False)
         config = facts['hub'].partition(':')[2]  # a copy of the hub's repository has a folder for each
-        return folder_splits(root / config if (root / config).is_dir() else root, name, class_map, flat)
+        return folder_splits(root / config if (root / config).is_dir() else root, name, class_map, flat, **columns)
     if prefix == 'hfds':
         return hub_splits(name, rest, data_dir)
     if prefix in ('hfids', 'tfds', 'wds'):
         raise UsageError(f'--dataset {name}: a stream, whose images have no index to keep margins by; take hfds/')
     if prefix == 'torch':
         if rest.lower() in ('imagenet', 'image_folder', 'folder'):
-            return folder_splits(root, class_map=class_map, flat=flat)
+            return folder_splits(root, class_map=class_map, flat=flat, **columns)
         return torch_splits(rest.lower(), str(root), download)
+    if filelists.is_file_table(name):
+        return filelists.file_table_splits(Path(name), data_dir and root, **columns)
     if name.endswith('.parquet'):
         files = [Path(file) for file in sorted(glob(name, recursive=True))]
         if not files:
@@ -557,9 +578,10 @@ def find_splits(
         given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
         raise UsageError(
             f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
-            'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, and .parquet files'
+            'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, .parquet files, and '
+            'tables of file and label (.csv, .tsv, .jsonl)'
         )
-    return folder_splits(root, class_map=class_map, flat=flat)
+    return folder_splits(root, class_map=class_map, flat=flat, **columns)
 
 
 def named_folder(name: str, data_dir: str | None, split: str, splits: dict[str, Callable]) -> tuple[str, Path] | None:
@@ -574,6 +596,10 @@ def named_folder(name: str, data_dir: str | None, split: str, splits: dict[str, 
     return next(same, split), root / split
 
 
+def _starts_with(folders: tuple[str, ...], path: str) -> bool:
+    return path.startswith(folders)
+
+
 def create_source(
         name: str,
         data_dir: str | None,
@@ -586,6 +612,9 @@ def create_source(
         labeled: bool = True,
         flat: bool = False,
         max_pixels: int = MAX_PIXELS,
+        train_split: str | None = None,
+        unlabeled_dir: str | None = None,
+        val_labels: str | None = None,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -596,19 +625,23 @@ def create_source(
             - 'webvision', 'webvision-mini': from data_dir;
             - 'hfds/<hub name or folder>[:config]', 'torch/<one of TORCHVISION>';
             - a folder in one of `folder_splits`'s forms, a .parquet file or a glob of them;
+            - a .csv, .tsv or .jsonl file with a row a picture, see `filelists.list_files`;
             - '' for a folder at data_dir.
-        data_dir: Root of the files that belong to a name; cache of 'hfds/'.
+        data_dir: Root of the files that belong to a name or that a table names; cache of 'hfds/'.
         split: Exact name of a split, several joined by +, or a slice of one such as `train[:50%]` (not of torchvision's
             arrays); None picks the first of VAL_SPLITS that exists. A split called unlabeled has no labels. The path of
             a folder of images, absolute or below the data set's, is one too.
-        input_key: Image column; default: the first one.
-        target_key: Label column; default: label, else fine_label.
+        input_key: Image column; default: image or img, else the only one.
+        target_key: Label column; default: the only one that looks like it (CIFAR-100 by its name: fine_label).
         class_map: timm's class map file, for image folders.
         download: Lets torchvision download.
-        skip_missing: Leaves out images of WebVision's lists that are not there.
+        skip_missing: Leaves out images of WebVision's lists and of tables of files that are not there.
         labeled: Without, labels need not be there.
         flat: Images may lie directly in the split's folder, which then has no labels.
         max_pixels: Larger pictures are refused when they are asked for.
+        train_split: The training split, whose sorted names number labels that are words; default: this split.
+        unlabeled_dir: Adds a split UNLABELED_DIR, of the pictures below this folder that are in no other split.
+        val_labels: Labels of the pictures of this split, a flat folder; see `filelists.ground_truth`.
 
     Raises:
         UsageError: If the name, the split or a column is unknown, listing what exists, or if the split is empty.
@@ -617,14 +650,24 @@ def create_source(
         source = JoinedSource([
             create_source(
                 name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled, flat,
-                max_pixels,
+                max_pixels, train_split or split, unlabeled_dir, val_labels,
             )
             for part in split.split('+')
         ])
         source.max_pixels = max_pixels
         return source
     shown = name or data_dir
-    splits = find_splits(name, data_dir, class_map, download, skip_missing, flat or not labeled)
+    target_key = target_key or known_facts(name).get('target_key')
+    splits = find_splits(name, data_dir, class_map, download, skip_missing, flat or not labeled, input_key,
+                         target_key)
+    if unlabeled_dir:
+        if filelists.is_file_table(name):
+            known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files.__contains__
+        else:  # below a folder of the training split or one for evaluation
+            root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
+            used = splits.keys() & {*(part.partition('[')[0] for part in parts), *VAL_SPLITS}
+            known = partial(_starts_with, tuple(f'{root / part}/' for part in used))
+        splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), known, input_key or 'image')
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)
@@ -642,7 +685,10 @@ def create_source(
     if base not in splits:
         hint = '; a folder of images elsewhere is named by its absolute path' if os.sep in split else ''
         raise UsageError(f'{shown}: no split {split}; it has {there}{hint}')
-    opened = splits[base]()
+    if val_labels:
+        opened = filelists.ground_truth(Path(val_labels), Path(data_dir or name) / base, input_key, target_key)
+    else:
+        opened = splits[base]()
     if isinstance(opened, Source):
         if bracket:
             raise UsageError(f'{shown}: no slices such as {split} of torchvision\'s arrays')
@@ -656,9 +702,18 @@ def create_source(
             opened, start = opened.select(range(part.from_, part.to)), part.from_
         except (ValueError, AssertionError, IndexError) as error:
             raise UsageError(f'{shown}: {split} is no slice of the {len(opened)} images of {base}') from error
-    labeled = labeled and not _is_unlabeled(base)
-    source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled)
+    labeled = labeled and not is_unlabeled(base)
+    train = [part.partition('[')[0] for part in (train_split or base).split('+')]
+
+    def training_names():
+        """From the whole training split, so that a slice numbers its classes alike."""
+        tables = (splits[part]() for part in train if part in splits and not is_unlabeled(part))
+        return training_class_names(tables, target_key, f'{shown} {train_split or base}')
+
+    source = HFSource(opened, f'{shown} {split}', input_key, target_key, labeled, training_names)
     source.split, source.start, source.bits, source.max_pixels = base, start, bits, max_pixels
+    if source.class_names is None and split == train_split:
+        tell_counting_from_one(source.targets, source.name)
     if name == 'svhn':
         source.targets[source.targets == 10] = 0  # as its own files number the digit 0
     return source
@@ -679,8 +734,11 @@ def plain_folder(folder: str, max_pixels: int = MAX_PIXELS) -> Source:
 
 
 def unlabeled_split(args: argparse.Namespace) -> str:
-    """The split of the unlabeled images: --unlabeled-split, else the data set's own, else the training split."""
-    return args.unlabeled_split or known_facts(args.dataset).get('unlabeled_split', args.train_split)
+    """The split of the unlabeled images: --unlabeled-split, else the data set's own, else the training split; with
+    --unlabeled-dir its pictures too.
+    """
+    split = args.unlabeled_split or known_facts(args.dataset).get('unlabeled_split', args.train_split)
+    return f'{split}+{UNLABELED_DIR}' if args.unlabeled_dir else split
 
 
 def settle_sources(args: argparse.Namespace) -> None:
@@ -699,20 +757,23 @@ def settle_sources(args: argparse.Namespace) -> None:
             setattr(args, name_key, prefix + slash + os.path.abspath(path) + colon + config)
         elif name_key == 'dataset' and folder is None and name not in KNOWN and os.path.isdir(name):
             args.dataset, args.data_dir = '', os.path.abspath(name)
-        elif name and name not in KNOWN and (os.path.isdir(name) or name.endswith('.parquet')):
+        elif name and name not in KNOWN and (
+                os.path.isdir(name) or name.endswith('.parquet') or filelists.is_file_table(name)):
             setattr(args, name_key, os.path.abspath(name))
-    if args.class_map and os.path.isfile(args.class_map):
-        args.class_map = os.path.abspath(args.class_map)
+    for key in ('class_map', 'unlabeled_dir', 'val_labels'):
+        path = getattr(args, key)
+        if path and os.path.exists(path):
+            setattr(args, key, os.path.abspath(path))
     root = Path(args.dataset or args.data_dir or '')
     if not (args.dataset or args.data_dir) or not root.is_dir():
         return
     splits = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
-    if not any(split == 'labeled' or _is_unlabeled(split) for split in splits) or table_files(root):
+    if not any(split == 'labeled' or is_unlabeled(split) for split in splits) or find_tables(root):
         return
     if args.train_split == 'train' and 'train' not in splits and 'labeled' in splits:
         args.train_split = 'labeled'
         tell(f'{root}: no split train; --train-split labeled is taken')
-    unlabeled = next(filter(_is_unlabeled, splits), None)
+    unlabeled = next(filter(is_unlabeled, splits), None)
     if args.unlabeled_split is None and unlabeled:
         if args.train_split == 'labeled':
             args.unlabeled_split = unlabeled
@@ -728,6 +789,8 @@ SOURCE_FLAGS = dict(
     train_split='train',
     val_split=None,
     unlabeled_split=None,
+    unlabeled_dir=None,
+    val_labels=None,
     input_key=None,
     target_key=None,
     class_map='',
@@ -739,8 +802,12 @@ SOURCE_FLAGS = dict(
 
 
 def open_source(args: argparse.Namespace, split: str | None) -> Source:
-    """A split of --dataset; `args` has the flags of SOURCE_FLAGS."""
-    return create_source(
+    """A split of --dataset; `args` has the flags of SOURCE_FLAGS.
+
+    Raises:
+        UsageError: As `create_source`, and if no image of the training split has a label, unless a file gives them.
+    """
+    source = create_source(
         args.dataset,
         args.data_dir,
         split,
@@ -751,7 +818,14 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         skip_missing=args.skip_missing,
         flat=split is not None and split == args.unlabeled_split,
         max_pixels=args.max_pixels,
+        train_split=args.train_split,
+        unlabeled_dir=args.unlabeled_dir,
+        val_labels=args.val_labels if split == args.val_split else None,
     )
+    if split == args.train_split and not getattr(args, 'labels_file', None) and (source.targets < 0).all():
+        raise UsageError(f'{args.dataset or args.data_dir}: no image of split {split} has a label; give the labeled '
+                         'split as --train-split and this one as --unlabeled-split')
+    return source
 
 
 def open_run_source(args: argparse.Namespace, split: str | None, run: Path | str) -> Source:

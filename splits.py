@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from digests import MOST_DIGESTS, SAMPLE, digest_pictures, shared_pictures, spread
-from labels import Labels, match_classes, name_some
-from program import UsageError
+from labels import Labels, match_classes
+from program import UsageError, name_some
 from seeds import item_seed
 from sources import (
     JoinedSource,

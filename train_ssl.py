@@ -80,6 +80,7 @@ from program import (
     StopRequest,
     UsageError,
     catch_signals,
+    once_a_machine,
     parse_with_config,
     replace_file,
     run_program,
@@ -125,9 +126,11 @@ def create_parser() -> argparse.ArgumentParser:
                        help='digits (bundled); cifar10, cifar100, svhn, stl10, imagenet (from --data-dir if given, '
                             'else from the hub); webvision, webvision-mini (from --data-dir); hfds/<hub name or '
                             'folder>[:config]; torch/<torchvision\'s name>; a folder with <split>/<class>/<image> or '
-                            'parquet files; a .parquet file or glob (default: the folder --data-dir)')
+                            'parquet files; a .parquet file or glob; a .csv, .tsv or .jsonl file, a row a picture: '
+                            'columns file_name (filename, path, image), label (class, target; empty: none) and, if '
+                            'there are splits, split (default: the folder --data-dir)')
     group.add_argument('--data-dir', metavar='DIR', default=None,
-                       help='where the files of --dataset lie; cache folder of hfds/')
+                       help='where the files of --dataset lie (of a .csv, by default in its folder); cache of hfds/')
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
@@ -142,15 +145,23 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--unlabeled-split', metavar='NAME', default=None,
                        help='split of the unlabeled images, or a folder of them: its path below the data set\'s or '
                             'an absolute one; a+b joins two (default: the training split; stl10: train+unlabeled)')
+    group.add_argument('--unlabeled-dir', metavar='DIR', default=None,
+                       help='pictures below this folder that no row of a .csv names are unlabeled images too')
+    group.add_argument('--val-labels', metavar='FILE', default=None,
+                       help='labels of an evaluation split that is a flat folder, as ImageNet\'s: a .csv of file and '
+                            'label, as Kaggle\'s LOC_val_solution.csv, or a text file with a line a picture: wnids, or '
+                            'ILSVRC2012_validation_ground_truth.txt with the devkit\'s meta.mat or map_clsloc.txt '
+                            'beside it, which name its numbers')
     group.add_argument('--extra-val', metavar='NAME', default=None,
                        help='second evaluation set, such as imagenet for webvision: logged, and kept in metrics.json; '
                             'of its images those count that show a class of the training set')
     group.add_argument('--extra-val-dir', metavar='DIR', default=None, help='as --data-dir, for --extra-val')
-    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hub, parquet, arrow)')
-    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hub, parquet, arrow)')
+    group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column of a table, if not image')
+    group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column, if not the only likely one')
     group.add_argument('--class-map', metavar='FILE', default='', help='timm\'s class map (image folders)')
     group.add_argument('--skip-missing', action=flag, default=False,
-                       help='leave out images of WebVision\'s lists that are not there, instead of stopping')
+                       help='leave out images of WebVision\'s lists or of a .csv that are not there, and count them, '
+                            'instead of stopping')
     group.add_argument('--skip-bad-images', action=flag, default=False,
                        help='step over images that cannot be decoded, and count them, instead of stopping')
     group.add_argument('--max-pixels', type=int, metavar='N', default=MAX_PIXELS,
@@ -252,7 +263,9 @@ def create_parser() -> argparse.ArgumentParser:
     draw.add_argument('--label-fold', type=int, metavar='N', default=None,
                       help='one of STL-10\'s ten predefined folds of 1,000 labeled images')
     group.add_argument('--labels-file', metavar='FILE', default=None,
-                       help='take the labeled images from a run\'s labels.json instead of drawing them')
+                       help='take the labeled images from a run\'s labels.json instead of drawing them, or from a '
+                            'list of file names: a text file with one a line, as SimCLR\'s 1percent.txt, or a .csv '
+                            'with a column of them')
     group.add_argument('--label-seed', type=int, metavar='N', default=None,
                        help='seed of the draw of the labeled images (default: --seed)')
     group.add_argument('--label-noise', type=float, metavar='SHARE', default=0.,
@@ -1251,7 +1264,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     share_batch(args, accelerator.num_processes)
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
-    with accelerator.main_process_first():  # downloads and caches are written once
+    with once_a_machine(accelerator):  # downloads and caches are written once
         sources = open_sources(args)
     num_classes = agree_on_classes(args, sources)
     model = build_model(args, num_classes + has_extra_class(args))

@@ -44,7 +44,7 @@ import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from checkpoint import read_args
 from data import DataConfig, Feed, ViewDataset, create_loader, evaluation_batches
 from figures import Panel, class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
-from labels import match_classes, name_some, read_labels
+from labels import match_classes, read_labels
 from metrics import (
     calibration_report,
     confidence_and_correct,
@@ -54,7 +54,7 @@ from metrics import (
     ood_scores,
     reliability_bins,
 )
-from program import RunError, UsageError, replace_file, run_program, setup_accelerator
+from program import RunError, UsageError, name_some, once_a_machine, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
 from sources import (
     KNOWN,
@@ -66,18 +66,17 @@ from sources import (
     locate,
     open_run_source,
     open_source,
-    open_tables,
     plain_folder,
-    table_files,
 )
 from splits import HELD_OUT
+from tables import find_tables, open_tables
 from views import bound_memory
 
 _logger = logging.getLogger('validate')
 
 # Of the command line and of a run's args.yaml: which images, and for weights without a config.json, which model.
 DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
-             'target_key', 'skip_bad_images', 'max_pixels')
+             'target_key', 'skip_bad_images', 'max_pixels', 'val_labels')
 MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
               'std')
 # How the pictures and the text call logits that were scaled.
@@ -119,6 +118,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
                             'test that exists, also after --val-fraction)')
     group.add_argument('--train-split', metavar='NAME', default=None,
                        help='training split, to which labels.json refers (default: the run\'s, else train)')
+    group.add_argument('--val-labels', metavar='FILE', default=None,
+                       help='labels of a split that is a flat folder, as train_ssl.py --val-labels')
     group.add_argument('--dataset-download', action=flag, default=None, help='let torchvision download (torch/)')
     group.add_argument('--input-key', metavar='COLUMN', default=None, help='image column (hub, parquet, arrow)')
     group.add_argument('--target-key', metavar='COLUMN', default=None, help='label column (hub, parquet, arrow)')
@@ -333,7 +334,7 @@ def split_names(split: str) -> set[str]:
 
 def open_ood_source(args: Namespace, name: str, max_pixels: int) -> Source:
     """A set without need of labels: without --ood-split all images of a folder or of parquet files."""
-    if args.ood_split is None and name not in KNOWN and Path(name).is_dir() and not table_files(Path(name)):
+    if args.ood_split is None and name not in KNOWN and Path(name).is_dir() and not find_tables(Path(name)):
         return plain_folder(name, max_pixels)
     if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
         return HFSource(open_tables(sorted(glob(name, recursive=True))), name, labeled=False)
@@ -915,7 +916,7 @@ def evaluate_checkpoint(
     labeled = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
     if labels_file is not None:
-        with accelerator.main_process_first():
+        with once_a_machine(accelerator):
             train = open_source(data, data.train_split)
         index, targets, _ = read_labels(labels_file, train, model.num_classes, names)
         if args.calibration_from_labeled is not None and own_file is not None:
@@ -988,7 +989,7 @@ def main(args: Namespace) -> None:
     data = agree_on_data(names, chosen)
     inherited = data.own and args.dataset is None and args.data_dir is None
     run = checkpoints[0].parent if inherited else None
-    with accelerator.main_process_first():  # downloads and caches are written once
+    with once_a_machine(accelerator):  # downloads and caches are written once
         images = Images(
             data,
             open_split(data, data.val_split, checkpoints, run),

@@ -534,8 +534,9 @@ def test_an_empty_split_is_an_error():
 
 
 def test_labels_need_not_be_there_where_they_are_not_asked_for(tmp_path):
-    write_parquet(tmp_path / 'train.parquet', label_column='kind')
-    with pytest.raises(UsageError, match='no label column'):
+    image = pa.array([encoded(plain(RED)), encoded(plain(GREEN))])
+    pq.write_table(pa.table(dict(image=image, kind=['a', 'b'])), tmp_path / 'train.parquet')
+    with pytest.raises(UsageError, match='no label column; it has image, kind .--target-key'):
         create_source(str(tmp_path), None, 'train')
     assert create_source(str(tmp_path), None, 'train', labeled=False).targets.tolist() == [-1, -1]
     with pytest.raises(UsageError, match='name it with --ood-split'):
@@ -545,7 +546,7 @@ def test_labels_need_not_be_there_where_they_are_not_asked_for(tmp_path):
 def test_lists_as_labels_and_a_loading_script_are_told_in_one_line(tmp_path):
     image = [dict(bytes=encoded(plain(RED)), path=None)]
     rows = datasets.Dataset.from_dict(dict(image=image, label=[[0, 1]])).cast_column('image', datasets.Image())
-    with pytest.raises(UsageError, match='must be whole numbers, not List'):
+    with pytest.raises(UsageError, match='column label holds lists of labels; .*multi-label.*--target-key'):
         sources.HFSource(rows, 'toy')
     (tmp_path / 'toy').mkdir()
     (tmp_path / 'toy' / 'toy.py').write_text('')
@@ -598,9 +599,8 @@ def test_null_labels_are_unlabeled_and_other_labels_must_be_whole(tmp_path):
 
     assert source([2, None, 0]).targets.tolist() == [2, -1, 0]
     assert source([2., 1., 0.], 'float32').targets.tolist() == [2, 1, 0]
-    for label, feature in ((['a', 'b', 'c'], 'string'), ([0.5, 1, 0], 'float32')):
-        with pytest.raises(UsageError, match=f'whole numbers, not {feature}'):
-            source(label, feature)
+    with pytest.raises(UsageError, match='whole numbers or words, not float32'):
+        source([0.5, 1, 0], 'float32')
 
 
 def test_tables_written_without_datasets_hold_images_too(tmp_path):

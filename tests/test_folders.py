@@ -20,11 +20,13 @@ from torchvision import transforms
 import data
 import folders
 import mislabeled
+import sources
+import splits
 import train_ssl
 import validate
-from folders import is_hidden, list_pictures, natural_key, readable
+from folders import is_hidden, list_pictures, natural_key
 from pictures import bits_in_use, decode_image, picture_extensions
-from program import UsageError
+from program import UsageError, readable
 from seeds import seeded
 from sources import ArraySource, ImageError, create_source, plain_folder
 from views import build_views
@@ -349,7 +351,7 @@ def test_a_flat_folder_that_unlabeled_split_names_is_unlabeled(tmp_path, train, 
         make(folder, '1.png', '2.png', 'deeper/3.png')
     given = str(outside) if split == 'absolute' else split
     args = train_ssl._parse_args(['--data-dir', str(root), '--unlabeled-split', given])
-    _, unlabeled, _ = train_ssl.open_sources(args)
+    unlabeled = splits.open_sources(args).unlabeled
     labeled = [0, 0, 0, 1, 1, 1] if split == 'train+pool' else []
     assert unlabeled.targets.tolist() == [*labeled, -1, -1, -1]
     if split == 'absolute':
@@ -375,17 +377,18 @@ def test_labeled_and_unlabeled_are_the_splits_where_there_is_no_train(tmp_path, 
     make(tmp_path, 'labeled/a/1.png', 'labeled/b/2.png', 'val/a/5.png', 'val/b/6.png')
     make(tmp_path, 'unlabeled/3.png', 'unlabeled/4.png')
     args = train_ssl._parse_args(['--data-dir', str(tmp_path)])
-    train, unlabeled, _ = train_ssl.open_sources(args)
+    opened = splits.open_sources(args)
+    train, unlabeled = opened.train, opened.unlabeled
     assert train.targets.tolist() == [0, 1] and unlabeled.targets.tolist() == [-1, -1]
     assert (args.train_split, args.unlabeled_split) == ('labeled', 'unlabeled')
     assert '--train-split labeled is taken' in caplog.text and '--unlabeled-split unlabeled is taken' in caplog.text
     caplog.clear()
-    splits = ['--train-split', 'labeled', '--unlabeled-split', 'unlabeled']
-    args = train_ssl._parse_args(['--data-dir', str(tmp_path), *splits])
-    assert train_ssl.open_sources(args)[1].targets.tolist() == [-1, -1] and not caplog.messages
+    asked = ['--train-split', 'labeled', '--unlabeled-split', 'unlabeled']
+    args = train_ssl._parse_args(['--data-dir', str(tmp_path), *asked])
+    assert splits.open_sources(args).unlabeled.targets.tolist() == [-1, -1] and not caplog.messages
     (tmp_path / 'labeled').rename(tmp_path / 'train')
     args = train_ssl._parse_args(['--data-dir', str(tmp_path)])
-    assert train_ssl.open_sources(args)[1].targets.tolist() == [0, 1] and args.unlabeled_split is None
+    assert splits.open_sources(args).unlabeled.targets.tolist() == [0, 1] and args.unlabeled_split is None
     assert 'split unlabeled is not used; --unlabeled-split train+unlabeled takes it' in caplog.text
 
 
@@ -489,7 +492,7 @@ def test_a_huge_picture_is_refused_with_the_flag_that_allows_it(tmp_path):
     save(tmp_path / 'train' / 'a' / '1.png', size=(20, 10))
     args = train_ssl._parse_args(['--data-dir', str(tmp_path), '--max-pixels', '199'])
     with pytest.raises(ImageError, match='20 x 10 pixels are more than 199'):
-        train_ssl.open_source(args, 'train').image(0)
+        sources.open_source(args, 'train').image(0)
     for split in ('train', 'train+train', 'train[:1]'):
         args = train_ssl._parse_args(['--data-dir', str(tmp_path), '--max-pixels', '200'])
         assert train_ssl.open_source(args, split).image(0).size == (20, 10)

@@ -164,7 +164,8 @@ def test_copies_of_imagenet_are_matched_by_number_where_they_share_no_name(monke
     _, index, targets = splits.match_extra(args, wnids, 50)
     assert index.tolist() == targets.tolist()[:1] + [1] and targets.tolist() == [0, 49] and 'by number' in caplog.text
     with pytest.raises(UsageError, match='none of its images shows a class'):
-        splits.match_extra(Namespace(dataset='own', extra_val='imagenet', extra_val_dir=None, max_pixels=10 ** 6), wnids, 50)
+        args = Namespace(dataset='own', extra_val='imagenet', extra_val_dir=None, max_pixels=10 ** 6)
+        splits.match_extra(args, wnids, 50)
 
 
 def test_names_are_kept_with_labels_weights_metrics_checkpoint_and_margins(own, train_own):
