@@ -24,7 +24,7 @@ from torchvision.transforms import functional
 import seeds
 import sources
 from data import EndlessBatches, ViewDataset, create_loader, evaluation_batches
-from labels import match_classes, read_fold, read_labels, select_labeled, write_labels
+from labels import read_fold, read_labels, select_labeled, write_labels
 from program import UsageError
 from sources import KNOWN, ArraySource, HFSource, ImageError, create_source, decode_image
 from views import build_views
@@ -940,17 +940,6 @@ def test_a_listing_is_kept_only_once_it_is_settled_and_from_any_folder(monkeypat
     again = create_source(str(tmp_path / 'set'), None, 'train')
     assert kept.dataset.cache_files == again.dataset.cache_files != []
     assert colour(again, 1) == GREEN and again.where(1) == str(tmp_path / 'set' / 'train' / 'a' / '001.png')
-
-
-def test_classes_of_a_second_evaluation_set_are_matched_by_name_or_number():
-    def source(targets, names):
-        return ArraySource(noise(len(targets), 4), targets, names, 'toy')
-    index, target = match_classes(source([0, 1, 2, -1], ['x', 'n2', 'n1']), ['n1', 'n2'], 2)
-    assert index.tolist() == [1, 2] and target.tolist() == [1, 0]
-    index, target = match_classes(source([0, 1, 2, -1], ['tench', 'goldfish', 'shark']), ['n1', 'n2'], 2)
-    assert index.tolist() == [0, 1] and target.tolist() == [0, 1]
-    with pytest.raises(UsageError, match='--extra-val'):
-        match_classes(source([5, 6], None), None, 3)
 
 
 # --- Real images ------------------------------------------------------------------------------------------------------
