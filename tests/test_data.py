@@ -26,7 +26,7 @@ import sources
 from data import EndlessBatches, ViewDataset, create_loader, evaluation_batches
 from labels import read_fold, read_labels, select_labeled, write_labels
 from program import UsageError
-from sources import KNOWN, ArraySource, HFSource, ImageError, create_source, decode_image
+from sources import KNOWN, HFSource, ImageError, create_source, decode_image
 from views import build_views
 
 ROOT = Path(__file__).resolve().parent.parent
