@@ -290,7 +290,7 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
     told = ', '.join(f'--{key.replace("_", "-")} {old} -> {new}' for key, (old, new) in changed.items())
     if changed.keys() & set(FIXED_ARGS):
         raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
-    run.identity.check(state['identity'], f'--resume {path}')
+    run.identity.check(state['identity'], f'--resume {path}', torch.equal(state['labels'][0], run.labels[0]))
     if not torch.equal(state['labels'], run.labels):
         raise UsageError(f'--resume {path}: the checkpoint was made with other labeled images or labels; give its '
                          'labels.json as --labels-file')

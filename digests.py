@@ -18,11 +18,6 @@ SEARCH_MOST = 200_000  # images that a picture is looked for among
 SEARCH_BYTES = 2 ** 29  # that are read for it
 
 
-def digest_rows(number: int) -> torch.Tensor:
-    """Rows of a labeled set of this size whose pictures are digested, `[d]` int64, ascending."""
-    return spread(number, MOST_DIGESTS)
-
-
 def spread(number: int, most: int) -> torch.Tensor:
     """All of 0 to number - 1, or `most` that are spread evenly over them; `[n]` int64."""
     return torch.arange(number) if number <= most else torch.arange(most) * number // most
@@ -88,7 +83,13 @@ def shared_pictures(source: Source, digests: torch.Tensor, sizes: torch.Tensor) 
     return index[torch.isin(found, digests) & (found != 0)]
 
 
-def place_pictures(what: str, source: Source, index: torch.Tensor, rows: torch.Tensor, digests: torch.Tensor):
+def place_pictures(
+        what: str,
+        source: Source,
+        index: torch.Tensor,
+        rows: torch.Tensor,
+        digests: torch.Tensor,
+) -> torch.Tensor:
     """Where pictures stand that a file lists by position and content.
 
     Args:

@@ -101,9 +101,10 @@ def read_margins(folder: Path) -> Margins:
             'index', 'label', 'margin', 'threshold_sample', 'flipped', 'true_label',
         )}
         where = f'{about["dataset"]} {about["split"]}'
-        rows = torch.from_numpy(np.flatnonzero(table['digest'].is_valid()))
-        digests = from_text(table['digest'].drop_null().to_pylist())
-        class_names = json.loads(about['class_names'])
+        digest = table['digest'] if 'digest' in table.column_names else pa.nulls(len(table))  # an older file has none
+        rows = torch.from_numpy(np.flatnonzero(digest.is_valid()))
+        digests = from_text(digest.drop_null().to_pylist())
+        class_names = json.loads(about.get('class_names', 'null'))
     except (OSError, KeyError, ValueError, TypeError, pa.ArrowException) as error:
         reason = ' '.join(str(error).split())
         raise UsageError(f'{path}: not written by train_ssl.py --save-margins ({reason})') from error
@@ -309,6 +310,9 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
 def main(args: Namespace) -> None:
     runs = [read_margins(folder) for folder in args.runs]
     check_same_labels(args.runs, runs)
+    ranking = rank_labels(runs, args.threshold_percentile)
+    if np.isnan(ranking.aum).all():
+        raise UsageError(f'{args.runs[0]}: no labeled image has an AUM yet; train longer')
     data = Namespace(**{**SOURCE_FLAGS, **read_args(args.runs[0] / 'args.yaml')})
     data.data_dir = args.data_dir or data.data_dir
     source = open_source(data, data.train_split) if args.data_dir else open_run_source(
@@ -317,15 +321,14 @@ def main(args: Namespace) -> None:
     if first.index.max() >= len(source) and not len(first.digests):
         raise UsageError(f'{first.where} has {len(source)} images here, but {args.runs[0]} an image of index '
                          f'{first.index.max()}: the data set has changed')
-    if len(first.digests):
+    if not len(first.digests):
+        print(f'{args.runs[0] / "margins.parquet"}: it does not tell its pictures, and they are taken by position')
+    else:
         what = f'{args.runs[0] / "margins.parquet"}'
-        index = place_pictures(what, source, torch.tensor(first.index), first.rows, first.digests).numpy()
-        for run in runs:
-            run.index = index
+        index = place_pictures(what, source, torch.tensor(first.index), first.rows, first.digests)
+        place = dict(zip(first.index.tolist(), index.tolist()))
+        ranking.index = np.array([place[i] for i in ranking.index.tolist()])
     source.class_names = first.class_names or source.class_names
-    ranking = rank_labels(runs, args.threshold_percentile)
-    if np.isnan(ranking.aum).all():
-        raise UsageError(f'{args.runs[0]}: no labeled image has an AUM yet; train longer')
     try:
         args.results_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

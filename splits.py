@@ -223,8 +223,11 @@ class Identity:
     def state(self) -> dict:
         return {key: getattr(self, key) for key in ('class_names', 'sizes', 'digests', 'sample')}
 
-    def check(self, old: dict, what: str) -> None:
-        """Raises UsageError unless a checkpoint's data are these; tells of an evaluation set of another size."""
+    def check(self, old: dict, what: str, same_places: bool) -> None:
+        """Raises UsageError unless a checkpoint's data are these; tells of an evaluation set of another size.
+
+        With labeled images in other places than the checkpoint's, only those are compared that do not depend on them.
+        """
         if old['class_names'] != self.class_names:
             names, ours = old['class_names'] or [], self.class_names or []
             parts = [f'it lacks {name_some(only)}' for only in [[n for n in ours if n not in names]] if only]
@@ -237,10 +240,10 @@ class Identity:
                 raise UsageError(f'{what}: the data has changed: the {name} had {then} images and has {now}')
         if old['sizes'][2] != self.sizes[2]:
             _logger.warning(f'{what}: the evaluation set had {old["sizes"][2]} images and has {self.sizes[2]}')
-        differs = (old['digests'] != self.digests) if len(old['digests']) == len(self.digests) else torch.tensor([])
+        order = torch.equal(old['digests'].sort().values, self.digests.sort().values)
+        differs = (old['digests'] != self.digests) if same_places or order else torch.zeros(0)
         if differs.any():
             first = self.place(int(differs.nonzero()[0]))
-            order = torch.equal(old['digests'].sort().values, self.digests.sort().values)
             raise UsageError(f'{what}: the data has changed: labeled picture {first} is another one'
                              + ('; all are there, in another order' if order else ''))
         if len(old['sample']) == len(self.sample) and (old['sample'] != self.sample).any():

@@ -283,8 +283,7 @@ def agree_on_precision(args: Namespace, names: list[str], runs: list[dict]) -> N
     Raises:
         UsageError: If the runs differ.
     """
-    had = [(bool(run.get('amp')), run.get('amp_dtype') or 'bfloat16') if run.get('amp') else (False, 'bfloat16')
-           for run in runs]
+    had = [(True, run.get('amp_dtype') or 'bfloat16') if run.get('amp') else (False, 'bfloat16') for run in runs]
     if args.amp is None:
         for name, other in zip(names, had):
             if other[0] != had[0][0] or (args.amp_dtype is None and other != had[0]):

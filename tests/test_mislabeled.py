@@ -236,7 +236,7 @@ def test_keeping_margins_changes_nothing_else_and_says_what_they_belong_to(train
     about = pq.read_schema(kept / 'margins.parquet').metadata
     assert {key.decode(): value.decode() for key, value in about.items()} == dict(
         dataset='digits', split='train', unlabeled_split='train', label_noise='0.0', label_seed='3', seed='3',
-        num_updates='8',
+        num_updates='8', class_names=json.dumps([str(digit) for digit in range(10)]),
     )
 
 
@@ -462,5 +462,5 @@ def test_a_data_set_that_shrank_is_refused(noisy, tmp_path):
         (run / name).write_bytes((noisy[0] / name).read_bytes())
     text = (run / 'args.yaml').read_text().replace('train_split: train\n', 'train_split: train[:50]\n')
     (run / 'args.yaml').write_text(text)
-    with pytest.raises(UsageError, match='has 50 images here'):
+    with pytest.raises(UsageError, match='margins.parquet: the data has changed since: picture'):
         find(tmp_path / 'out', run)

@@ -505,6 +505,7 @@ def test_a_labels_file_gives_the_same_labeled_set_under_another_seed(train, ship
 def test_a_second_evaluation_set_is_measured_beside_the_first(train):
     folder = train('run', '--extra-val', 'digits', '--epochs', 1)
     metrics = json.loads((folder / 'last/metrics.json').read_text())
+    assert metrics['extra_val'].pop('source') == 'digits'
     assert metrics['extra_val'] == {key: metrics[key] for key in metrics['extra_val']} and 'ece' in metrics['extra_val']
 
 
