@@ -424,8 +424,8 @@ def test_a_run_knows_its_folder_by_either_flag(tmp_path, monkeypatch):
     train_ssl.open_sources(args)
     assert (args.dataset, args.data_dir) == ('', str(tmp_path / 'set'))
     run = dict(vars(args))
-    for given, own in (([], True), (['--dataset', 'set'], True), (['--dataset', 'other'], False)):
-        chosen = validate.choose_data(validate._parse_args(['--checkpoint', 'x', *given]), run)
+    for flags, own in (([], True), (['--dataset', 'set'], True), (['--dataset', 'other'], False)):
+        chosen = validate.choose_data(validate._parse_args(['--checkpoint', 'x', *flags]), run)
         assert chosen.own == own and (chosen.dataset or chosen.data_dir) == (run['data_dir'] if own else 'other')
 
 
