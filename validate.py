@@ -21,6 +21,7 @@ import csv
 import hashlib
 import json
 import logging
+import os
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
@@ -256,6 +257,8 @@ def choose_data(args: Namespace, run: dict) -> Namespace:
     the data set that the run was trained on.
     """
     given = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key) is not None}
+    if given.get('dataset') and os.path.abspath(given['dataset']) == run.get('data_dir'):
+        given['dataset'] = ''  # a run keeps a folder as its --data-dir
     own = bool(run) and given.get('dataset', run.get('dataset')) == run.get('dataset')
     if own and args.val_split is None:
         given['val_split'] = run.get('test_split') or run.get('val_split')

@@ -420,6 +420,18 @@ def test_a_run_with_a_relative_folder_is_evaluated_from_another_one(tmp_path, ru
     mislabeled.main(mislabeled._parse_args([*find, '--data-dir', str(tmp_path / 'moved')]))
 
 
+def test_a_run_knows_its_folder_by_either_flag(tmp_path, monkeypatch):
+    make(tmp_path, 'set/train/a/1.png', 'set/val/a/1.png', 'other/val/a/1.png')
+    monkeypatch.chdir(tmp_path)
+    args = train_ssl._parse_args(['--dataset', 'set'])
+    train_ssl.open_sources(args)
+    assert (args.dataset, args.data_dir) == ('', str(tmp_path / 'set'))
+    run = dict(vars(args))
+    for flags, own in (([], True), (['--dataset', 'set'], True), (['--dataset', 'other'], False)):
+        chosen = validate.choose_data(validate._parse_args(['--checkpoint', 'x', *flags]), run)
+        assert chosen.own == own and (chosen.dataset or chosen.data_dir) == (run['data_dir'] if own else 'other')
+
+
 def test_an_ood_folder_is_listed_as_a_split_is(tmp_path, caplog):
     make(tmp_path, '1.png', 'b/2.webp', 'b/c/3.JPG', '.ipynb_checkpoints/4.png', '@eaDir/1.png', 'b/._2.jpg')
     (tmp_path / 'b' / 'about.txt').write_text('')
