@@ -19,9 +19,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from folders import list_pictures, to_stored
+from folders import list_pictures, tell, to_stored
 from program import UsageError, name_some
-from tables import VAL_SPLITS, find_label_columns, refuse_pointer, tell_once
+from tables import VAL_SPLITS, find_label_columns, refuse_pointer
 
 FORMS = ('.csv', '.tsv', '.jsonl')
 # Columns of file names; of the first group that has any, one is taken.
@@ -123,7 +123,7 @@ def _list_files(
                 f'{rows.cells[missing[0]][at]} (paths are relative to {base}; --data-dir names another folder)')
         if not skip_missing or len(missing) == len(paths):
             raise UsageError(note if len(missing) == len(paths) else f'{note}; --skip-missing leaves them out')
-        tell_once(note)
+        tell(note)
     splits = _find_split_names(rows, at, file)
     keep = _one_row_a_file(rows, paths, splits, label_at, set(missing), file)
     by_split = {}
@@ -138,7 +138,7 @@ def _list_files(
         empty = sum(label_at is not None and not rows.cells[i][label_at] for i in chosen)
         told.append(f'{split} of {len(chosen)} pictures' + (f', {empty} of them without a label' if empty else ''))
     label = 'no known label column' if label_at is None else f'labels in {rows.columns[label_at]}'
-    tell_once(f'{file}: files in column {rows.columns[at]}, {label}; {"; ".join(told)}', logging.INFO)
+    tell(f'{file}: files in column {rows.columns[at]}, {label}; {"; ".join(told)}', logging.INFO)
     return Listed(tables, frozenset(paths), label_at is not None)
 
 
@@ -207,7 +207,7 @@ def _read_csv(opened, file: Path) -> Rows:
     if delimiter not in header:
         other = next((mark for mark in ';\t,' if mark in header), delimiter)
         if other != delimiter:
-            tell_once(f'{file}: columns are taken as separated by {other!r}, as its first line is')
+            tell(f'{file}: columns are taken as separated by {other!r}, as its first line is')
             delimiter = other
     reader, columns, cells, lines = csv.reader(opened, delimiter=delimiter), None, [], []
     line = 1
@@ -262,7 +262,7 @@ def _clean_labels(rows: Rows, at: int, file: Path) -> None:
         whole = whole and (cells[at] is None or re.fullmatch(r'\d+\.0', cells[at]) is not None)
     if whole and any(cells[at] for cells in rows.cells):
         first = next(cells[at] for cells in rows.cells if cells[at])
-        tell_once(f'{file}: labels such as {first} are taken as whole numbers', logging.INFO)
+        tell(f'{file}: labels such as {first} are taken as whole numbers', logging.INFO)
         for cells in rows.cells:
             cells[at] = cells[at] and cells[at][:-2]
 
@@ -309,7 +309,7 @@ def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
     for count, what in ((slashes, 'have backslashes, which are taken as slashes'),
                         (endings, 'have no ending and are found by the rest of the name')):
         if count:
-            tell_once(f'{file}: {count} of {len(paths)} file names {what}', logging.INFO)
+            tell(f'{file}: {count} of {len(paths)} file names {what}', logging.INFO)
     return paths, missing
 
 
@@ -318,7 +318,7 @@ def _find_split_names(rows: Rows, at: int, file: Path) -> list[str]:
     if column is not None:
         unnamed = sum(not cells[column] for cells in rows.cells)
         if unnamed:
-            tell_once(f'{file}: {unnamed} rows with an empty split count as train')
+            tell(f'{file}: {unnamed} rows with an empty split count as train')
         return [cells[column] or 'train' for cells in rows.cells]
     known = {'train', 'unlabeled', 'extra', *VAL_SPLITS}
     firsts = []
@@ -328,7 +328,7 @@ def _find_split_names(rows: Rows, at: int, file: Path) -> list[str]:
             return ['train'] * len(rows.cells)
     names = set(firsts)
     if names != {'train'}:
-        tell_once(f'{file}: no column split; the first folder of each path counts as its split '
+        tell(f'{file}: no column split; the first folder of each path counts as its split '
              f'({", ".join(sorted(names))})', logging.INFO)
     return firsts
 
@@ -359,23 +359,29 @@ def _one_row_a_file(
         again.append(i)
     if again:
         told = [f'{rows.lines[i]} (as {rows.lines[first[paths[i]]]})' for i in again]
-        tell_once(f'{file}: {len(again)} rows repeat another one and count once: lines {name_some(told)}')
+        tell(f'{file}: {len(again)} rows repeat another one and count once: lines {name_some(told)}')
     return list(first.values())
 
 
 # --- Pictures below a folder ------------------------------------------------------------------------------------------
 
+def pictures_below(folder: Path) -> list[str]:
+    """Absolute paths of all pictures below a folder; what is left out is told."""
+    base = str(folder.absolute())
+    listing = list_pictures(base)
+    if listing.tell():
+        tell(f'{folder}: {listing.tell()}')
+    return [os.path.join(base, path) for path in listing.pictures]
+
+
 def open_pictures(folder: Path, known: Callable[[str], bool], column: str = 'image') -> datasets.Dataset:
     """All pictures below a folder, without labels, but those whose path is known to be in a split already."""
     if not folder.is_dir():
         raise UsageError(f'--unlabeled-dir {folder}: no such folder')
-    listing = list_pictures(str(folder.absolute()))
-    if listing.tell():
-        tell_once(f'{folder}: {listing.tell()}')
-    found = [os.path.join(folder.absolute(), path) for path in listing.pictures]
+    found = pictures_below(folder)
     paths = [path for path in found if not known(path)]
     if len(paths) < len(found):
-        tell_once(f'--unlabeled-dir {folder}: {len(found) - len(paths)} of its {len(found)} pictures are in a split of '
+        tell(f'--unlabeled-dir {folder}: {len(found) - len(paths)} of its {len(found)} pictures are in a split of '
              '--dataset already and left out here', logging.INFO)
     if not paths:
         raise UsageError(f'--unlabeled-dir {folder}: no picture in it that is not in a split of --dataset already')
@@ -400,11 +406,11 @@ def read_metadata(
         raise UsageError(f'{folder}: {" and ".join(file.name for file in files)} side by side; move all but one away')
     listed = list_files(files[0], None, input_key, target_key, skip_missing)
     if not listed.labeled:
-        tell_once(f'{files[0]}: not read, as no column of labels is known in it (--target-key)')
+        tell(f'{files[0]}: not read, as no column of labels is known in it (--target-key)')
         return {}
-    unnamed = [path for path in list_pictures(folder) if path not in listed.files]
+    unnamed = [path for path in pictures_below(folder) if path not in listed.files]
     if unnamed:
-        tell_once(f'{files[0]}: {len(unnamed)} pictures beside it have no row and are left out, such as '
+        tell(f'{files[0]}: {len(unnamed)} pictures beside it have no row and are left out, such as '
              f'{unnamed[0]}')
     return listed.splits
 
@@ -438,13 +444,13 @@ def ground_truth(
         if len(listed.splits) > 1:
             raise UsageError(f'--val-labels {file}: has the splits {", ".join(listed.splits)}; give it as --dataset')
         [table] = listed.splits.values()
-        unnamed = [path for path in list_pictures(folder) if path not in listed.files]
+        unnamed = [path for path in pictures_below(folder) if path not in listed.files]
         if unnamed:
             raise UsageError(f'--val-labels {file}: {len(unnamed)} pictures of {folder} have no row, such as '
                              f'{unnamed[0]}')
         return table
     lines = read_lines(file, '--val-labels')
-    paths = list_pictures(folder)
+    paths = pictures_below(folder)
     numbers = [re.search(r'(\d+)$', os.path.splitext(path)[0]) for path in paths]
     numbers = [int(number[1]) for number in numbers if number]
     if len(set(numbers)) < len(paths) or sorted(numbers) != list(range(1, len(lines) + 1)):
@@ -482,7 +488,7 @@ def _name_synsets(numbers: list[str], file: Path) -> list[str]:
     unknown = sorted(set(numbers) - wnids.keys())
     if unknown:
         raise UsageError(f'--val-labels {file}: {meta} has no class number {name_some(unknown)}')
-    tell_once(f'{file}: numbers of classes are wnids by {meta}', logging.INFO)
+    tell(f'{file}: numbers of classes are wnids by {meta}', logging.INFO)
     return [wnids[number] for number in numbers]
 
 
@@ -519,7 +525,7 @@ def read_names(file: Path, input_key: str | None = None) -> list[str]:
     at = rows.columns.index(choose_file_column(rows.columns, file, input_key))
     others = find_label_columns(dict.fromkeys(rows.columns), rows.columns[at])
     if others:
-        tell_once(f'--labels-file {file}: names alone are read from it, and labels are the training split\'s; '
+        tell(f'--labels-file {file}: names alone are read from it, and labels are the training split\'s; '
              f'{" and ".join(others)} is not read')
     return [cells[at] for cells in rows.cells if cells[at]]
 
@@ -561,5 +567,5 @@ def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[i
     again = sum(found.values()) - len(found)
     if again:
         told.append(f'{again} names stand there again and count once')
-    tell_once(f'{what}: {"; ".join(told)}', logging.WARNING if missing or again else logging.INFO)
+    tell(f'{what}: {"; ".join(told)}', logging.WARNING if missing or again else logging.INFO)
     return sorted(found)

@@ -422,7 +422,7 @@ def file_index(key: tuple, listing: Callable[[], tuple]) -> datasets.Dataset:
 
 @functools.cache
 def tell(note: str, level: int = logging.WARNING) -> None:
-    """Logs the lines of a note, on the first of several processes."""
+    """Logs the lines of a note, once, and on the first of several processes."""
     if os.environ.get('RANK', '0') == '0':
         for line in note.splitlines():
             _logger.log(level, line)

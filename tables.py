@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -41,9 +41,6 @@ def is_unlabeled(split: str) -> bool:
     return split.startswith('unlabel')
 
 
-tell_once = cache(tell)
-
-
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 def find_tables(root: Path) -> list[Path]:
@@ -58,7 +55,7 @@ def find_tables(root: Path) -> list[Path]:
     depth, kind = next(((d, k) for d, k in orders if levels[d][k]), (0, 'parquet'))
     left_out = [f'{file}' for level in levels[depth + 1:] for file in level[kind]]
     if left_out and levels[depth][kind]:
-        tell_once(f'{root}: {len(left_out)} .{kind} files in deeper folders are left out, such as {left_out[0]}; '
+        tell(f'{root}: {len(left_out)} .{kind} files in deeper folders are left out, such as {left_out[0]}; '
              'name their folder as --dataset to read them')
     return sorted(levels[depth][kind])
 
@@ -147,15 +144,15 @@ def check_shards(split: str, files: Sequence[Path], root: Path | None) -> None:
             text = f'{where} has {len(numbers)} of its {total} shards; missing: {name_some(names)}'
             if root is not None:
                 raise UsageError(f'{text} (to train on a part, name its files as --dataset \'GLOB\')')
-            tell_once(text)
+            tell(text)
         return
     counted = sorted(int(m[1]) for m in (re.search(r'(?:^|[-_.])(\d+)$', name.rsplit('.', 1)[0]) for name in plain)
                      if m)
     if len(counted) > 1 and counted[-1] - counted[0] >= len(counted):
         gaps = name_some(str(n) for n in range(counted[0], counted[-1]) if n not in counted)
-        tell_once(f'{where} has files numbered {counted[0]} to {counted[-1]}, without {gaps}')
+        tell(f'{where} has files numbered {counted[0]} to {counted[-1]}, without {gaps}')
     elif len(plain) > 1 and len(counted) < len(plain):
-        tell_once(f'{where} is joined from {len(plain)} files: {name_some(plain)}', logging.INFO)
+        tell(f'{where} is joined from {len(plain)} files: {name_some(plain)}', logging.INFO)
 
 
 def open_tables(files: Sequence[str]) -> datasets.Dataset:
@@ -257,7 +254,7 @@ def join_tables(parts: list[datasets.Dataset], files: Sequence[str]) -> datasets
             if odd:
                 raise UsageError(f'{file}: other classes in column {key} than in {files[0]}: only one of the two has '
                                  f'{name_some(odd)}')
-            tell_once(f'{file}: its classes in column {key} stand in another order than those of {files[0]}, and '
+            tell(f'{file}: its classes in column {key} stand in another order than those of {files[0]}, and '
                  'are mapped by name')
             number = pa.array([feature.names.index(name) for name in theirs.names], pa.int64())
             labels = part.select_columns([key]).with_format('arrow')[:].column(key).combine_chunks()
@@ -293,7 +290,7 @@ def choose_image_column(features: datasets.Features, name: str, asked: str | Non
         raise UsageError(f'{name}: column {asked} holds no images; it has {columns} (--input-key)')
     if not given and len(found) > 1:
         others = ', '.join(key for key in found if key != asked)
-        tell_once(f'{name}: images are column {asked}, and not {others} (--input-key)', logging.INFO)
+        tell(f'{name}: images are column {asked}, and not {others} (--input-key)', logging.INFO)
     return asked
 
 
@@ -321,7 +318,7 @@ def choose_label_column(features: dict, name: str, asked: str | None, image_colu
     if asked is None and not found:
         raise UsageError(f'{name}: no label column; it has {columns} (--target-key)')
     if asked is None and found[0].lower() not in LABEL_COLUMNS:
-        tell_once(f'{name}: labels are column {found[0]} (--target-key)', logging.INFO)
+        tell(f'{name}: labels are column {found[0]} (--target-key)', logging.INFO)
     asked = asked or found[0]
     if asked not in features:
         raise UsageError(f'{name}: no label column {asked}; it has {columns} (--target-key)')
@@ -402,5 +399,5 @@ def tell_counting_from_one(targets: torch.Tensor, name: str) -> None:
     """Says of labels without names that are 1 to K, and not 0 to K-1, that they make K+1 classes."""
     found = targets[targets >= 0].unique()
     if len(found) and found.tolist() == list(range(1, len(found) + 1)):
-        tell_once(f'{name}: class 0 has no image; do the labels count from 1? As they stand there are {len(found) + 1} '
+        tell(f'{name}: class 0 has no image; do the labels count from 1? As they stand there are {len(found) + 1} '
              f'classes, 0 to {len(found)}, of which one is never right')

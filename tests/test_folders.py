@@ -241,7 +241,8 @@ def test_a_run_on_file_names_that_are_not_utf8_trains(tmp_path, train):
     for split in ('train', 'val'):
         for name in (b'a', b'b\xe9'):
             for i in range(3):
-                save(tmp_path / 'set' / split / os.fsdecode(name) / os.fsdecode(b'\xe9%d.png' % i), (80 * i, 0, 0))
+                save(tmp_path / 'set' / split / os.fsdecode(name) / os.fsdecode(b'\xe9%d.png' % i),
+                     (80 * i, len(name), len(split)))
     folder = train('odd', '--dataset', tmp_path / 'set', *ARGUMENTS)
     assert (folder / 'last' / 'metrics.json').exists()
 
@@ -355,6 +356,8 @@ def test_a_flat_folder_that_unlabeled_split_names_is_unlabeled(tmp_path, train, 
     labeled = [0, 0, 0, 1, 1, 1] if split == 'train+pool' else []
     assert unlabeled.targets.tolist() == [*labeled, -1, -1, -1]
     if split == 'absolute':
+        for picture in root.glob('val/*/*.png'):  # other pictures than the labeled ones
+            save(picture, GREEN)
         folder = train('pool', '--dataset', '', '--data-dir', root, '--unlabeled-split', given, *ARGUMENTS)
         assert yaml.safe_load((folder / 'args.yaml').read_text())['unlabeled_split'] == given
 
@@ -400,7 +403,7 @@ def run(tmp_path, train, monkeypatch):
     for split in ('train', 'val'):
         for k, name in enumerate('ab'):
             for i in range(4):
-                save(tmp_path / 'here' / 'set' / split / name / f'{i}.png', (200 * k, 40 * i, 0))
+                save(tmp_path / 'here' / 'set' / split / name / f'{i}.png', (200 * k, 40 * i, len(split)))
     monkeypatch.chdir(tmp_path / 'here')
     return train('run', '--dataset', 'set', *ARGUMENTS, '--save-margins')
 
@@ -507,7 +510,7 @@ def test_a_huge_picture_is_refused_with_the_flag_that_allows_it(tmp_path):
         sources.open_source(args, 'train').image(0)
     for split in ('train', 'train+train', 'train[:1]'):
         args = train_ssl._parse_args(['--data-dir', str(tmp_path), '--max-pixels', '200'])
-        assert train_ssl.open_source(args, split).image(0).size == (20, 10)
+        assert sources.open_source(args, split).image(0).size == (20, 10)
 
 
 def strips():

@@ -388,7 +388,7 @@ def test_pictures_below_unlabeled_dir_that_no_row_names_are_unlabeled_too(photos
     train, unlabeled, evaluation = (open_source(args, split) for split in ('train', unlabeled_split(args), None))
     assert len(train) == 3 and len(evaluation) == 1 and unlabeled.targets.tolist() == [0, 1, -1, -1, -1]
     assert [os.path.basename(path) for path in unlabeled.file_paths()[3:]] == ['b 1.png', 'u0.png']
-    assert '4 of its 6 pictures are in a split' in caplog.text and '1 .txt' in caplog.text
+    assert '4 of its 6 pictures are in a split' in caplog.text and '1 no pictures (.txt)' in caplog.text
     (photos / 'l.csv').write_text(CSV.replace('file_name,label', 'picture,kind'))
     keys = dict(input_key='picture', target_key='kind', unlabeled_dir=str(photos / 'p'))
     source = create_source(str(photos / 'l.csv'), None, 'train+unlabeled-dir', **keys)
