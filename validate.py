@@ -23,27 +23,21 @@ import json
 import logging
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from timm.data import create_transform, resolve_input_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.models import load_checkpoint, resolve_model_input_args
 from timm.utils import ParseKwargs, setup_default_logging
 from torch import nn
-from torchvision import transforms
 
-import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from checkpoint import read_args
-from data import DataConfig, Feed, ViewDataset, create_loader, evaluation_batches
+from backbone import add_device_arguments, add_image_arguments, check_model, evaluate_batches, load_model
+from checkpoint import read_run
+from data import DataConfig, ViewDataset, create_loader, evaluation_batches
 from figures import class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
 from labels import read_labels
 from metrics import (
@@ -55,17 +49,16 @@ from metrics import (
     ood_scores,
     reliability_bins,
 )
+from pictures import PlainFolder, list_pictures
 from program import RunError, UsageError, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
 from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source, open_tables
 
 _logger = logging.getLogger('validate')
 
-# Of the command line and of a run's args.yaml: which images, and for weights without a config.json, which model.
+# Of the command line and of a run's args.yaml: which images.
 DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
              'target_key', 'skip_bad_images')
-MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
-              'std')
 OOD_SCORES = ('msp', 'energy', 'margin')
 
 
@@ -108,18 +101,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--skip-bad-images', action=flag, default=None,
                        help='leave out images that cannot be decoded, and count them, instead of stopping')
 
-    group = parser.add_argument_group('Images', 'What is not given is taken from the config.json of the weights, or '
-                                                'from timm\'s of a model.')
-    group.add_argument('--img-size', type=int, metavar='N', default=None, help='image side in pixels')
-    group.add_argument('--in-chans', type=int, metavar='N', default=None, help='image channels, 3 or 1')
-    group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='share that the crop keeps')
-    group.add_argument('--crop-mode', default=None, choices=['center', 'squash', 'border'], help='timm\'s crop mode')
-    group.add_argument('--interpolation', default=None, help='of the resizing',
-                       choices=['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'])
-    group.add_argument('--mean', type=float, nargs='+', metavar='X', default=None, help='channel means')
-    group.add_argument('--std', type=float, nargs='+', metavar='X', default=None, help='channel standard deviations')
-    group.add_argument('--use-train-size', action=flag, default=False,
-                       help='timm\'s training size where a pretrained model has a larger one for evaluation')
+    add_image_arguments(parser)
 
     group = parser.add_argument_group(
         'After-training calibration',
@@ -150,17 +132,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--ood-split', metavar='NAME', default=None,
                        help='default: the first of validation, val, valid, test that exists')
 
-    group = parser.add_argument_group('Device and loading')
-    group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],
-                       help='default: what Accelerate finds. cpu is obeyed; the others must be what it finds')
-    group.add_argument('--amp', action=flag, default=False, help='mixed precision (default: float32)')
-    group.add_argument('--amp-dtype', default='bfloat16', choices=['float16', 'bfloat16'],
-                       help='of --amp (default: bfloat16; timm\'s is float16)')
-    group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
-    group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
-    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
-                       help='loading processes, per process (default: 4)')
-    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+    add_device_arguments(parser)
 
     group = parser.add_argument_group('Results')
     group.add_argument('--results-dir', metavar='DIR', default='output/validate', help='default: output/validate')
@@ -197,25 +169,6 @@ def fits(args: Namespace) -> bool:
 
 
 # --- What to evaluate -------------------------------------------------------------------------------------------------
-
-def read_run(checkpoint: Path) -> dict:
-    """The arguments of the run that a checkpoint belongs to, empty if none are found one level above it.
-
-    Raises:
-        UsageError: If there is no such checkpoint, or its args.yaml is no mapping.
-    """
-    if not checkpoint.exists():
-        raise UsageError(f'--checkpoint {checkpoint}: no such file or folder')
-    if checkpoint.is_dir() and not (checkpoint / 'config.json').exists():
-        inside = ' or '.join(str(checkpoint / name) for name in ('best', 'last') if (checkpoint / name).is_dir())
-        raise UsageError(f'--checkpoint {checkpoint}: no config.json in it' + (f'; give {inside}' if inside else ''))
-    if checkpoint.is_file() and (checkpoint.parent / 'config.json').exists():
-        raise UsageError(f'--checkpoint {checkpoint}: give its folder, which says what model it is')
-    if checkpoint.is_file() and checkpoint.suffix == '.safetensors' and checkpoint.name.startswith('checkpoint-'):
-        raise UsageError(f'--checkpoint {checkpoint}: this is a state to resume from; weights are in best/ and last/')
-    path = checkpoint.parent / 'args.yaml'
-    return read_args(path) if path.exists() else {}
-
 
 def name_checkpoints(checkpoints: list[Path]) -> list[str]:
     """Short and different names: the run's, else the run's and the folder's, else numbered ones."""
@@ -258,24 +211,10 @@ def split_names(split: str) -> set[str]:
     return {part.partition('[')[0].strip() for part in split.split('+')}
 
 
-class PlainFolder(Source):
-    """All images below a folder, without labels."""
-
-    def __init__(self, paths: list[str]):
-        self.paths, self.class_names = paths, None
-        self.targets = torch.full((len(paths),), -1)
-
-    def data(self, index: int) -> str:
-        return self.paths[index]
-
-    def where(self, index: int) -> str:
-        return self.paths[index]
-
-
 def open_ood_source(args: Namespace, name: str) -> Source:
     """A set without need of labels: without --ood-split all images of a folder or of parquet files."""
     if args.ood_split is None and name not in KNOWN and Path(name).is_dir():
-        paths = [path for path, _ in find_images_and_targets(name)[0]]
+        paths = list_pictures(Path(name))
         if paths:
             return PlainFolder(paths)
     if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
@@ -290,58 +229,6 @@ class Images:
     test: Source
     calibration: Source | None
     ood: dict[str, Source]
-
-
-def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.Module, DataConfig, Callable]:
-    """The model, its data configuration, and its evaluation transform (PIL RGB -> uint8 `[C, H, W]`).
-
-    Raises:
-        UsageError: If the weights or the model cannot be had, or do not take such images.
-    """
-    asked = {}
-    if checkpoint is None:
-        source = name = args.model
-    elif checkpoint.is_dir():
-        source, name = str(checkpoint), f'local-dir:{checkpoint}'
-    else:
-        source, name = str(checkpoint), args.model or run.get('model')
-        asked = {key: run[key] for key in MODEL_KEYS if run.get(key) is not None}
-        if not name:
-            raise UsageError(f'--checkpoint {checkpoint}: no args.yaml beside it says what model it is; give --model')
-    asked.update((key, getattr(args, key)) for key in MODEL_KEYS if getattr(args, key) is not None)
-    is_file = checkpoint is not None and checkpoint.is_file()
-    try:
-        model = timm.create_model(**resolve_model_input_args(
-            name,
-            asked,
-            pretrained=not is_file,
-            # Elsewhere another number than the weights' would give a random head without a word.
-            num_classes=asked.get('num_classes') if is_file else None,
-            **asked.get('model_kwargs', {}),
-        ))
-        if is_file:
-            load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
-        config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)
-    except Exception as error:  # the hub, pickle, safetensors and each model have their own ways to complain
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UsageError(f'{source}: {reason[:500]}') from error
-    if args.num_classes not in (None, model.num_classes):
-        raise UsageError(f'--num-classes {args.num_classes}: {source} has {model.num_classes}')
-    channels = config['input_size'][0]
-    if channels not in (1, 3):
-        raise UsageError(f'{source} takes images of {channels} channels; expected 3 or 1')
-    # The last step makes a tensor; greyscale has to come before it.
-    *steps, to_tensor = create_transform(
-        config['input_size'],
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        mean=config['mean'],
-        normalize=False,
-    ).transforms
-    view = transforms.Compose([*steps, *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
-    config = DataConfig(**{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
-    return model, config, view
 
 
 def check_classes(source: Source, split: str, model: nn.Module, data: Namespace, given: int | None) -> None:
@@ -397,20 +284,12 @@ def collect(
     Raises:
         RunError: If logits are not finite, an image cannot be decoded, or the device's memory is too small.
     """
-    # A kernel may depend on the size of a batch, in the last digit of its results. So each batch is filled up, and
-    # results do not depend on where a process's part ends.
     size = min(args.batch_size, len(dataset))
     batches = evaluation_batches(len(dataset), size, accelerator.process_index, accelerator.num_processes)
     loader = create_loader(dataset, batches, args.workers, args.pin_mem)
     parts = [(*(torch.zeros(0, dtype=torch.int64),) * 3, torch.zeros(0, model.num_classes))]
-    for batch in Feed(loader, config, accelerator.device, args.channels_last):
-        image, good = batch['image'], batch['skipped'] < 0
-        filled = torch.cat([image, image[-1:].expand(size - len(image), -1, -1, -1)]) if len(image) < size else image
-        try:
-            with accelerator.autocast():
-                logits = model(filled)[:len(image)].float()
-        except torch.OutOfMemoryError as error:
-            raise RunError(f'out of memory with --batch-size {size}; give a smaller one') from error
+    for batch, logits in evaluate_batches(model, loader, size, config, accelerator, args.channels_last):
+        good = batch['skipped'] < 0
         parts.append(tuple(v[good].cpu() for v in (batch['index'], batch['target'], batch['digest'], logits)))
     values = [torch.cat(part).to(accelerator.device) for part in zip(*parts)]
     if accelerator.num_processes > 1:
@@ -429,19 +308,6 @@ def collect(
         raise RunError(f'logits are not finite (NaN or inf) for image {index} ({dataset.source.where(index)})'
                        + ('; try without --amp' if args.amp else ''))
     return outputs
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, config: DataConfig, accelerator: Accelerator, name: str) -> None:
-    """Raises UsageError unless the model turns such an image into logits."""
-    try:
-        with accelerator.autocast():
-            shape = model(torch.zeros(1, *config.input_size, device=accelerator.device)).shape
-    except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
-        raise UsageError(f'{name} does not take images of {"x".join(map(str, config.input_size))}: '
-                         f'{" ".join(str(error).split())[:300]}') from error
-    if tuple(shape) != (1, model.num_classes) or not model.num_classes:
-        raise UsageError(f'{name} gives {list(shape)} for an image; expected logits of its {model.num_classes} classes')
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
