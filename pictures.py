@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 
 from program import UsageError
-from sources import Source
+from sources import KNOWN, HFSource, Source, create_source, open_tables
 
 _logger = logging.getLogger(__name__)
 
@@ -128,3 +129,37 @@ def _read_column(file: Path, lines, column: str | None) -> list[str]:
         if not isinstance(row.get(column), str) or not row[column]:
             raise UsageError(f'{file}: row {number} has no file name in column {column}')
     return [row[column] for row in rows]
+
+
+def open_pictures(
+        name: str,
+        data_dir: str | None = None,
+        split: str | None = None,
+        input_key: str | None = None,
+        download: bool = False,
+) -> Source:
+    """An image set without need of labels.
+
+    Args:
+        name: A folder or .parquet files, of which all is taken unless a split is named; a list (see `read_list`); a
+            picture; or as for `create_source`.
+        data_dir: What the paths of a list are relative to; else as for `create_source`.
+        split: As for `create_source`.
+        input_key: Column of the pictures, or in a list of their paths.
+        download: As for `create_source`.
+
+    Raises:
+        UsageError: If there is no such thing, or it cannot be read.
+    """
+    path = Path(name)
+    if split is None and name and name not in KNOWN:
+        if path.is_dir():
+            found = list_pictures(path)
+            if found:
+                return PlainFolder(found)
+        elif name.endswith('.parquet') and glob(name, recursive=True):
+            return HFSource(open_tables(sorted(glob(name, recursive=True))), name, input_key, labeled=False)
+        elif path.is_file():
+            is_list = path.suffix.lower() in LISTS
+            return read_list(path, Path(data_dir) if data_dir else None, input_key) if is_list else PlainFolder([name])
+    return create_source(name, data_dir, split, input_key, download=download, labeled=False)

@@ -678,7 +678,7 @@ def create_source(
         split = next((s for s in VAL_SPLITS if s in splits), None)
         if split is None:
             raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
-                             f'{"--val-split" if labeled else "--ood-split"}')
+                             f'{"--val-split" if labeled else "--ood-split (predict.py: --split)"}')
     base, bracket, _ = split.partition('[')
     if base not in splits:
         raise UsageError(f'{shown}: no split {split}; it has {there}')

@@ -24,7 +24,6 @@ import logging
 from argparse import Namespace
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +37,7 @@ from torch import nn
 from backbone import add_device_arguments, add_image_arguments, check_model, evaluate_batches, load_model
 from checkpoint import read_run
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches
+from decisions import LEVELS, measure_decisions
 from figures import class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
 from labels import read_labels
 from metrics import (
@@ -49,10 +49,10 @@ from metrics import (
     ood_scores,
     reliability_bins,
 )
-from pictures import PlainFolder, list_pictures
+from pictures import open_pictures
 from program import RunError, UsageError, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
-from sources import KNOWN, SOURCE_FLAGS, HFSource, Source, create_source, open_source, open_tables
+from sources import SOURCE_FLAGS, Source, open_source
 
 _logger = logging.getLogger('validate')
 
@@ -122,7 +122,14 @@ def create_validate_parser() -> argparse.ArgumentParser:
                             'unlabeled set, the run then still sees it there')
     group.add_argument('--save-temperature', action=flag, default=False,
                        help='store the temperature, by which logits are to be divided, in the config.json of each '
-                            'checkpoint folder, as calibration.temperature; a later report without a fit shows it')
+                            'checkpoint folder, as calibration.temperature; a later report without a fit shows it. '
+                            'From --calibration-split also what predict.py decides by: confidence thresholds and '
+                            'the quantiles of prediction sets')
+    levels = ' '.join(f'{level:g}' for level in LEVELS)
+    group.add_argument('--target-accuracy', type=float, metavar='A', nargs='+', default=None,
+                       help=f'accuracies to store thresholds for (default: {levels})')
+    group.add_argument('--coverage', type=float, metavar='C', nargs='+', default=None,
+                       help=f'coverages to store the quantiles of prediction sets for (default: {levels})')
 
     group = parser.add_argument_group('Out-of-distribution detection')
     group.add_argument('--ood-dataset', metavar='NAME', nargs='+', default=[],
@@ -149,6 +156,11 @@ def _parse_args(argv: list[str] | None = None) -> Namespace:
     for name, least in (('batch_size', 1), ('workers', 0), ('bootstrap', 0)):
         if getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {least} or more')
+    for flag, levels in (('--target-accuracy', args.target_accuracy), ('--coverage', args.coverage)):
+        if levels and not (args.save_temperature and args.calibration_split):
+            parser.error(f'{flag}: what it asks for is stored by --save-temperature with --calibration-split')
+        if not all(0 < level < 1 for level in levels or ()):
+            parser.error(f'{flag} {" ".join(f"{level:g}" for level in levels)}: expected numbers between 0 and 1')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
     if not args.checkpoint and not args.model:
@@ -209,17 +221,6 @@ def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
 def split_names(split: str) -> set[str]:
     """Splits that an expression such as `train[:10%]+test` draws on."""
     return {part.partition('[')[0].strip() for part in split.split('+')}
-
-
-def open_ood_source(args: Namespace, name: str) -> Source:
-    """A set without need of labels: without --ood-split all images of a folder or of parquet files."""
-    if args.ood_split is None and name not in KNOWN and Path(name).is_dir():
-        paths = list_pictures(Path(name))
-        if paths:
-            return PlainFolder(paths)
-    if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
-        return HFSource(open_tables(sorted(glob(name, recursive=True))), name, labeled=False)
-    return create_source(name, args.ood_data_dir, args.ood_split, labeled=False)
 
 
 @dataclass
@@ -559,6 +560,26 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def find_decisions(result: Result, args: Namespace) -> dict[str, dict]:
+    """What predict.py decides by, for the checkpoint's folder. Images that it was trained on would promise too much."""
+    if args.calibration_split is None:
+        _logger.info(f'{result.name}: no thresholds and prediction sets are stored: they need --calibration-split')
+        return {}
+    fit_on, temperature = result.calibration, result.parameters['temperature']['temperature']
+    found = measure_decisions(
+        fit_on.logits, fit_on.target, temperature, args.target_accuracy or LEVELS, args.coverage or LEVELS,
+        args.bootstrap, args.seed,
+    )
+    for level, kept in found['thresholds'].items():
+        told = f'{result.name}: accuracy {level} is expected of pictures '
+        if kept is None:
+            told = f'{result.name}: accuracy {level} is reached by no confidence on {len(fit_on.target)} images'
+        else:
+            told += f'of confidence {kept["threshold"]:.4f} or more, {100 * kept["coverage"]:.0f} % of all'
+        _logger.info(told)
+    return found
+
+
 def report_results(results: list[Result], images: Images, args: Namespace) -> None:
     """Measures, prints the tables and writes the files; on the main process."""
     data = images.data
@@ -611,6 +632,8 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
                 images=len(result.calibration.index),
                 dataset=about['dataset'],
                 split=args.calibration_split or data.train_split,
+                input_size=result.config.input_size,
+                **find_decisions(result, args),
             )
             replace_file(result.checkpoint / 'config.json', lambda part: part.write_text(content))  # noqa: B023
 
@@ -709,7 +732,7 @@ def main(args: Namespace) -> None:
             data,
             open_source(data, data.val_split),
             open_source(data, args.calibration_split) if args.calibration_split else None,
-            {name: open_ood_source(args, name) for name in args.ood_dataset},
+            {name: open_pictures(name, args.ood_data_dir, args.ood_split) for name in args.ood_dataset},
         )
     if data.val_split is None:
         data.val_split = images.test.name.rpartition(' ')[2]  # the one that create_source found

@@ -24,6 +24,7 @@ import metrics
 import scaling
 import validate
 from data import ViewDataset
+from pictures import PlainFolder
 from program import RunError, UsageError
 from sources import create_source
 
@@ -223,7 +224,7 @@ def test_out_of_distribution_rows_are_those_of_the_logits(run_folder, photograph
     from sklearn.metrics import roc_auc_score
 
     inside = torch.tensor(pq.read_table(comparison[0] / 'run' / 'predictions.parquet')['logits'].to_pylist())
-    outside = logits_of(run_folder / 'best', validate.PlainFolder(sorted(map(str, photographs.glob('*/*')))))
+    outside = logits_of(run_folder / 'best', PlainFolder(sorted(map(str, photographs.glob('*/*')))))
     found = {row['score']: row for row in rows(comparison[0] / 'ood.csv') if row['run'] == 'run'}
     label = np.r_[np.ones(500), np.zeros(13)]
     both = torch.cat([inside, outside]).double()
