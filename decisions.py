@@ -151,7 +151,7 @@ def class_scores(probs: torch.Tensor, kind: str = 'raps') -> tuple[torch.Tensor,
     ranked, order = probs.double().sort(dim=1, descending=True, stable=True)
     scores = ranked.cumsum(1) - ranked
     if kind == 'raps':
-        rank = torch.arange(1, probs.shape[1] + 1, device=probs.device)
+        rank = torch.arange(1, probs.shape[1] + 1, dtype=torch.float64, device=probs.device)
         scores = scores + RAPS_PENALTY * (rank - RAPS_FREE).clamp(min=0)
     return order, scores.clamp(min=0).cummax(1).values
 

@@ -394,7 +394,7 @@ class Predictions:
 
 def summarise(logits: torch.Tensor, decisions: Decisions, topk: int) -> tuple[np.ndarray, ...]:
     """classes, probs, raw, margin and energy of `Predictions` for logits [B, K], and the sets' sizes and classes."""
-    order = logits.argsort(1, descending=True, stable=True)  # among equals the first, as argmax takes it
+    order = logits.argsort(dim=1, descending=True, stable=True)  # among equals the first, as argmax takes it
     probs = scaled_probs(logits, decisions.temperature)
     best = logits.gather(1, order[:, :2])
     found = [
@@ -460,6 +460,13 @@ def predict(
     return Predictions(*(value[order] for value in values), ranked)
 
 
+def accepted(found: Predictions, decisions: Decisions) -> np.ndarray:
+    """Pictures that were opened and are not unsure, [N] bool."""
+    if decisions.threshold is None:
+        return found.good
+    return found.good & (found.probs[:, 0].astype(np.float64) >= decisions.threshold)
+
+
 # --- Table ------------------------------------------------------------------------------------------------------------
 
 def printable(name: str) -> str:
@@ -510,8 +517,7 @@ def create_table(
         table['raw_confidence'], table['margin'] = floats(found.raw), floats(found.margin)
         table['energy'] = floats(found.energy)
     if decisions.threshold is not None:
-        sure = found.probs[:, 0].astype(np.float64) >= decisions.threshold
-        table['decision'] = column(ACCEPTED if yes else UNSURE for yes in sure.tolist())
+        table['decision'] = column(ACCEPTED if yes else UNSURE for yes in accepted(found, decisions).tolist())
     if found.sets is not None:
         table['prediction_set'] = column([names[k] for k in classes.tolist()] for classes in found.sets)
         table['set_size'] = column(map(len, found.sets))
@@ -539,7 +545,7 @@ def rounded(value):
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def write_text(file, table: dict[str, list], form: str, filename_col: str) -> None:
+def write_text(file, table: dict[str, list], form: str) -> None:
     """The table in one of the text formats to an open file."""
     rows = zip(*([rounded(value) for value in values] for values in table.values()))
     if form == 'csv':
@@ -558,23 +564,22 @@ def write_text(file, table: dict[str, list], form: str, filename_col: str) -> No
         json.dump(by_name, file, indent=4, ensure_ascii=False)
 
 
-def write_parquet(path: Path, table: dict[str, list]) -> None:
-    kinds = {float: pa.float32(), int: pa.int64(), str: pa.string()}
+def write_parquet(path: Path, table: dict[str, list], args: Namespace) -> None:
+    numbers = {args.output_col: pa.float32(), 'prob': pa.float32(), args.index_col: pa.int64(), 'set_size': pa.int64()}
+    numbers.update(dict.fromkeys(('raw_confidence', 'margin', 'energy'), pa.float32()))
 
-    def kind(name, values):
-        value = next((value for value in values if value is not None), '')
-        if isinstance(value, list):
-            return pa.list_(kinds[type(value[0])])
-        return kinds[type(value)]
+    def kind(name):  # by name, as a column may be empty
+        own = numbers.get(re.sub(r'^topk_|_\d+$', '', name), pa.string())
+        return pa.list_(own) if name.startswith('topk_') or name == 'prediction_set' else own
 
-    pq.write_table(pa.table({name: pa.array(v, kind(name, v)) for name, v in table.items()}), path)
+    pq.write_table(pa.table({name: pa.array(values, kind(name)) for name, values in table.items()}), path)
 
 
 def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
     """Writes the table in all formats, each file whole or not at all; to standard output if that is asked for."""
     if args.results_file == '-':
         with suppress(BrokenPipeError), os.fdopen(os.dup(1), 'w', encoding='utf-8', newline='') as file:
-            write_text(file, table, args.results_format[0], args.filename_col)
+            write_text(file, table, args.results_format[0])
         return []
     stem, ending = os.path.splitext(args.results_file)
     stem = stem if ending in ENDINGS.values() else args.results_file
@@ -584,9 +589,9 @@ def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
 
         def write(part, form=form):
             if form == 'parquet':
-                return write_parquet(part, table)
+                return write_parquet(part, table, args)
             with open(part, 'w', encoding='utf-8', newline='') as file:
-                write_text(file, table, form, args.filename_col)
+                write_text(file, table, form)
 
         replace_file(path, write)
         written.append(path)
@@ -642,14 +647,13 @@ def split_folders(
         RunError: If something cannot be written.
         UsageError: If a picture is no file, and is to be linked to.
     """
-    folders = folder_names(names)
+    folders, sure = folder_names(names), accepted(found, decisions)
     part = root.absolute().with_name(f'.{root.absolute().name}.{os.getpid()}.part')
     used = {}  # by folder the names in it, and what they show
     try:
         part.mkdir()
         for i in np.flatnonzero(found.good).tolist():
-            sure = decisions.threshold is None or float(found.probs[i, 0]) >= decisions.threshold
-            folder = folders[found.classes[i, 0]] if sure else UNSURE
+            folder = folders[found.classes[i, 0]] if sure[i] else UNSURE
             data = source.data(i)
             here = used.setdefault(folder, {})
             if not here:
@@ -687,6 +691,7 @@ def split_folders(
 def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str], decisions: Decisions) -> None:
     """Writes the most and the least sure pictures of each class, of the classes with the most pictures."""
     confidence, first = found.probs[:, 0], np.where(found.good, found.classes[:, 0], -1)
+    sure = accepted(found, decisions)
     classes = [k for k, _ in Counter(first[found.good].tolist()).most_common()]
     if len(classes) > SHEET_CLASSES:
         _logger.info(f'--contact-sheet: the {SHEET_CLASSES} classes with the most pictures of {len(classes)} are drawn')
@@ -694,8 +699,8 @@ def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str],
     def cell(row):
         image = source.image(int(row))
         image.thumbnail((192, 192))  # never enlarges
-        doubt = decisions.threshold is not None and confidence[row] < decisions.threshold
-        return Cell(image, names[first[row]], None, f'{confidence[row]:.3f}' + f' {UNSURE}' * doubt)
+        note = f'{confidence[row]:.3f}' + ('' if sure[row] else f' {UNSURE}')
+        return Cell(image, names[first[row]], None, note)
 
     parts = []
     for k in classes[:SHEET_CLASSES]:
@@ -730,9 +735,7 @@ def show(table: dict[str, list], found: Predictions, names: list[str], decisions
         print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     if len(found.good) > SHOWN:
         print(f'... and {len(found.good) - SHOWN} more')
-    sure = found.good
-    if decisions.threshold is not None:
-        sure = found.good & (found.probs[:, 0].astype(np.float64) >= decisions.threshold)
+    sure = accepted(found, decisions)
     counts = Counter(found.classes[sure, 0].tolist()).most_common()
     told = [f'{number} {short(names[k], 48)}' for k, number in counts[:10]]
     told += [f'{sum(n for _, n in counts[10:])} of {len(counts) - 10} other classes'] * (len(counts) > 10)
