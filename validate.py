@@ -566,6 +566,10 @@ def find_decisions(result: Result, args: Namespace) -> dict[str, dict]:
         _logger.info(f'{result.name}: no thresholds and prediction sets are stored: they need --calibration-split')
         return {}
     fit_on, temperature = result.calibration, result.parameters['temperature']['temperature']
+    missing = fit_on.logits.shape[1] - len(fit_on.target.unique())
+    if missing:  # as in a slice of a set that is sorted by class
+        _logger.warning(f'{result.name}: the thresholds and prediction sets that are stored hold for pictures like the '
+                        f'calibration images, which lack {missing} of the classes')
     found = measure_decisions(
         fit_on.logits, fit_on.target, temperature, args.target_accuracy or LEVELS, args.coverage or LEVELS,
         args.bootstrap, args.seed,
