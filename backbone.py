@@ -1,17 +1,23 @@
-"""Any timm model, as a network that gives features and logits in one pass."""
+"""Any timm model: as a network that gives features and logits in one pass, and as it is loaded for evaluation."""
 import argparse
 import copy
 import difflib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
 import torch
-from timm.models import resolve_model_input_args
+from accelerate import Accelerator
+from timm.data import create_transform, resolve_input_data_config
+from timm.models import load_checkpoint, resolve_model_input_args
 from torch import nn
+from torchvision import transforms
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
+from data import DataConfig, Feed
 from methods import has_extra_class
-from program import UsageError
+from program import RunError, UsageError
+from views import bound_memory
 
 
 class FeaturesAndLogits(nn.Module):
@@ -90,3 +96,167 @@ def check_head(model: nn.Module, args: argparse.Namespace, input_size: tuple[int
         if not torch.allclose(whole, split, atol=1e-4):
             raise UsageError(f'--drop {args.drop}: {args.model} drops out behind its pre-logits features')
     model.train(mode)
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+# Of the command line and, for weights without a config.json, of a run's args.yaml: which model and images of what kind.
+MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
+              'std')
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of MODEL_KEYS that say how images are made ready."""
+    flag = argparse.BooleanOptionalAction
+    group = parser.add_argument_group('Images', 'What is not given is taken from the config.json of the weights, or '
+                                                'from timm\'s of a model.')
+    group.add_argument('--img-size', type=int, metavar='N', default=None, help='image side in pixels')
+    group.add_argument('--in-chans', type=int, metavar='N', default=None, help='image channels, 3 or 1')
+    group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='share that the crop keeps')
+    group.add_argument('--crop-mode', default=None, choices=['center', 'squash', 'border'], help='timm\'s crop mode')
+    group.add_argument('--interpolation', default=None, help='of the resizing',
+                       choices=['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'])
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', default=None, help='channel means')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', default=None, help='channel standard deviations')
+    group.add_argument('--use-train-size', action=flag, default=False,
+                       help='timm\'s training size where a pretrained model has a larger one for evaluation')
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a program that evaluates, on what and how fast."""
+    flag = argparse.BooleanOptionalAction
+    group = parser.add_argument_group('Device and loading')
+    group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],
+                       help='default: what Accelerate finds. cpu is obeyed; the others must be what it finds')
+    group.add_argument('--amp', action=flag, default=None,
+                       help='mixed precision (default: as the run had it, else float32; --no-amp: float32)')
+    group.add_argument('--amp-dtype', default=None, choices=['float16', 'bfloat16'],
+                       help='of --amp (default: the run\'s, else bfloat16; timm\'s is float16)')
+    group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
+    group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
+                       help='loading processes, per process (default: 4)')
+    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+
+
+def agree_on_precision(args: argparse.Namespace, names: list[str], runs: list[dict]) -> None:
+    """Sets --amp and --amp-dtype to what the runs had where they are not given.
+
+    Raises:
+        UsageError: If the runs differ.
+    """
+    had = [(True, run.get('amp_dtype') or 'bfloat16') if run.get('amp') else (False, 'bfloat16') for run in runs]
+    if args.amp is None:
+        for name, other in zip(names, had):
+            if other[0] != had[0][0] or (args.amp_dtype is None and other != had[0]):
+                raise UsageError(f'{names[0]} was trained with {told_precision(*had[0])} and {name} with '
+                                 f'{told_precision(*other)}: checkpoints are compared at one precision, so give --amp '
+                                 'or --no-amp')
+        args.amp = had[0][0]
+    args.amp_dtype = args.amp_dtype or had[0][1]
+
+
+def told_precision(amp: bool, amp_dtype: str) -> str:
+    return f'--amp, {amp_dtype}' if amp else 'float32'
+
+
+def load_model(args: argparse.Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.Module, DataConfig, Callable]:
+    """The model, its data configuration, and its evaluation transform (PIL RGB -> uint8 `[C, H, W]`).
+
+    Raises:
+        UsageError: If the weights or the model cannot be had, or do not take such images.
+    """
+    asked = {}
+    if checkpoint is None:
+        source = name = args.model
+    elif checkpoint.is_dir():
+        source, name = str(checkpoint), f'local-dir:{checkpoint}'
+    else:
+        source, name = str(checkpoint), args.model or run.get('model')
+        asked = {key: run[key] for key in MODEL_KEYS if run.get(key) is not None}
+        if not name:
+            raise UsageError(f'--checkpoint {checkpoint}: no args.yaml beside it says what model it is; give --model')
+    asked.update((key, getattr(args, key)) for key in MODEL_KEYS if getattr(args, key) is not None)
+    is_file = checkpoint is not None and checkpoint.is_file()
+    try:
+        model = timm.create_model(**resolve_model_input_args(
+            name,
+            asked,
+            pretrained=not is_file,
+            # Elsewhere another number than the weights' would give a random head without a word.
+            num_classes=asked.get('num_classes') if is_file else None,
+            **asked.get('model_kwargs', {}),
+        ))
+        if is_file:
+            load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
+        config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)
+    except Exception as error:  # the hub, pickle, safetensors and each model have their own ways to complain
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UsageError(f'{source}: {reason[:500]}') from error
+    if args.num_classes not in (None, model.num_classes):
+        raise UsageError(f'--num-classes {args.num_classes}: {source} has {model.num_classes}')
+    channels = config['input_size'][0]
+    if channels not in (1, 3):
+        raise UsageError(f'{source} takes images of {channels} channels; expected 3 or 1')
+    # The last step makes a tensor; greyscale has to come before it.
+    *steps, to_tensor = create_transform(
+        config['input_size'],
+        interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+        mean=config['mean'],
+        normalize=False,
+    ).transforms
+    view = transforms.Compose([*bound_memory(steps), *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
+    config = DataConfig(**{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
+    return model, config, view
+
+
+def class_names_of(model: nn.Module) -> list[str] | None:
+    """Names of a model's classes, as timm keeps them with weights; None if they are not known."""
+    names = model.pretrained_cfg.get('label_names')
+    if isinstance(names, dict):  # of some classes; those of a run are the first ones
+        number = {int(key): name for key, name in names.items()}
+        names = [number[k] for k in range(len(number))] if set(number) == set(range(len(number))) else None
+    return list(names) if names else None
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, config: DataConfig, accelerator: Accelerator, name: str) -> None:
+    """Raises UsageError unless the model turns such an image into logits."""
+    try:
+        with accelerator.autocast():
+            shape = model(torch.zeros(1, *config.input_size, device=accelerator.device)).shape
+    except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
+        raise UsageError(f'{name} does not take images of {"x".join(map(str, config.input_size))}: '
+                         f'{" ".join(str(error).split())[:300]}') from error
+    if tuple(shape) != (1, model.num_classes) or not model.num_classes:
+        raise UsageError(f'{name} gives {list(shape)} for an image; expected logits of its {model.num_classes} classes')
+
+
+@torch.no_grad()
+def evaluate_batches(
+        model: nn.Module,
+        loader: Iterable,
+        size: int,
+        config: DataConfig,
+        accelerator: Accelerator,
+        channels_last: bool,
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Batches of a loader, as `Feed` gives them, and the model's logits `[B, K]` float32 of their images.
+
+    A kernel may depend on the size of a batch, in the last digit of its results. So each batch is filled up to `size`,
+    and results do not depend on where a process's part ends.
+
+    Raises:
+        RunError: If an image cannot be decoded, or the device's memory is too small.
+    """
+    for batch in Feed(loader, config, accelerator.device, channels_last):
+        image = batch['image']
+        filled = torch.cat([image, image[-1:].expand(size - len(image), -1, -1, -1)]) if len(image) < size else image
+        try:
+            with accelerator.autocast():
+                logits = model(filled)[:len(image)].float()
+        except torch.OutOfMemoryError as error:
+            raise RunError(f'out of memory with --batch-size {size}; give a smaller one') from error
+        yield batch, logits

@@ -20,6 +20,7 @@ import platform
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
+import predict
 import train_ssl
-from backbone import FeaturesAndLogits, build_model
+from backbone import FeaturesAndLogits, build_model, load_model
 from calibratemix import CalibrateMix, MarginBank, pair_dissimilar
 from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
@@ -45,7 +48,7 @@ from sources import ArraySource
 from views import BatchViews, build_views
 
 NUM_CLASSES = 10
-ROWS = ('steps', 'bank', 'pairing', 'views', 'loader', 'processes')
+ROWS = ('steps', 'bank', 'pairing', 'views', 'loader', 'predict', 'processes')
 USB_MODELS = {'wide_resnet28_2': 'wrn_28_2', 'wide_resnet28_8': 'wrn_28_8', 'wide_resnet37_2': 'wrn_var_37_2'}
 TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'CalibrateMix step / FixMatch step, joint': 1.10,
@@ -58,6 +61,7 @@ TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'peak memory, CalibrateMix / FixMatch, joint': 1.08,
     'peak memory, CalibrateMix no-grad / FixMatch joint': 0.70,
     'views of tensors / views through PIL, images a second': -3.,
+    'predict.py / timm\'s inference, images a second': -0.95,
     'step of 2 processes on half the batch / of 1 on all': 0.60,
     'two-pass step / ours, joint': -1.9,
     'two-pass step / ours, no-grad': -2.6,
@@ -414,6 +418,55 @@ def loader_rows(options: argparse.Namespace, device: torch.device) -> dict[str, 
     return {f'wait for the loader with {options.workers} workers, % of the step': waits}
 
 
+def predict_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Files to predictions at 224 px: predict.py, and the loop of timm's inference.py on the same network and files."""
+    number = 16 if options.quick else 128
+    with tempfile.TemporaryDirectory() as folder:
+        root, weights = Path(folder) / 'images', Path(folder) / 'model'
+        root.mkdir()
+        generator = np.random.default_rng(0)
+        for i in range(number):
+            pixels = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(root / f'{i}.jpg')
+        save_for_hf(timm.create_model('mobilenetv3_small_100'), weights, safe_serialization=True)
+        argv = [str(root), '--checkpoint', str(weights), '--device', device.type]
+        argv += ['-b', '32', '-j', str(options.workers)]
+        args = predict._parse_args(argv + ['--amp'] * options.amp + ['--channels-last'] * options.channels_last)
+        accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
+        source, (model, config, view) = predict.open_all(args), load_model(args, weights, {})
+        model.eval().to(device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
+
+        def ours():
+            return predict.predict(model, config, view, source, predict.Decisions(), accelerator, args)
+
+        @torch.inference_mode()
+        def theirs():
+            loader = timm.data.create_loader(
+                timm.data.create_dataset('', root),
+                batch_size=args.batch_size,
+                use_prefetcher=True,
+                num_workers=args.workers,
+                device=device,
+                **timm.data.resolve_data_config(model=model),
+            )
+            found = []
+            for images, _ in loader:
+                with accelerator.autocast():
+                    output = model(images)
+                values, classes = output.float().softmax(-1).topk(1)
+                found.append((values.cpu().numpy(), classes.cpu().numpy()))
+            return found
+
+        seconds = take_turns({'ours': ours, 'theirs': theirs}, options.repeats, device)
+    return {
+        'predict.py, images a second': [number / s for s in seconds['ours']],
+        'timm\'s inference, images a second': [number / s for s in seconds['theirs']],
+        'predict.py / timm\'s inference, images a second': ratios(seconds, 'theirs', 'ours'),
+    }
+
+
 def process_rows(options: argparse.Namespace) -> dict[str, list[float]]:
     """Steps of two processes on half the batch each, over gloo, and of one on the whole, each with one thread."""
     seconds = {}
@@ -560,6 +613,8 @@ def main() -> None:
         rows.update(view_rows(options))
     if 'loader' in options.rows:
         rows.update(loader_rows(options, device))
+    if 'predict' in options.rows:
+        rows.update(predict_rows(options, device))
     if 'usb' in options.rows:
         rows.update(usb_rows(options, device))
     if 'complexity' in options.rows:

@@ -130,6 +130,25 @@ def read_args(path: Path) -> dict:
     return run
 
 
+def read_run(checkpoint: Path) -> dict:
+    """The arguments of the run that a checkpoint belongs to, empty if none are found one level above it.
+
+    Raises:
+        UsageError: If there is no such checkpoint, or its args.yaml is no mapping.
+    """
+    if not checkpoint.exists():
+        raise UsageError(f'--checkpoint {checkpoint}: no such file or folder')
+    if checkpoint.is_dir() and not (checkpoint / 'config.json').exists():
+        inside = ' or '.join(str(checkpoint / name) for name in ('best', 'last') if (checkpoint / name).is_dir())
+        raise UsageError(f'--checkpoint {checkpoint}: no config.json in it' + (f'; give {inside}' if inside else ''))
+    if checkpoint.is_file() and (checkpoint.parent / 'config.json').exists():
+        raise UsageError(f'--checkpoint {checkpoint}: give its folder, which says what model it is')
+    if checkpoint.is_file() and checkpoint.suffix == '.safetensors' and checkpoint.name.startswith('checkpoint-'):
+        raise UsageError(f'--checkpoint {checkpoint}: this is a state to resume from; weights are in best/ and last/')
+    path = checkpoint.parent / 'args.yaml'
+    return read_args(path) if path.exists() else {}
+
+
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 @dataclass

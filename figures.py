@@ -480,17 +480,19 @@ class Cell(NamedTuple):
 
 
 def contact_sheet(parts: list[tuple[str, list[Cell]]], path: str | Path) -> None:
-    """Writes two groups of images with their labels, one above the other; those of wrong labels are framed.
+    """Writes groups of images with their labels, one above the other; those of wrong labels are framed.
 
     Args:
-        parts: Title and images of both. The first has at least as many images.
+        parts: Title and images of each group.
         path: The PNG file to write.
     """
-    lines = math.ceil(len(parts[0][1]) / SHEET_COLUMNS)
-    figure = Figure(figsize=(SHEET_COLUMNS * CELL[0], 2 * (lines * CELL[1] + 0.6)), dpi=150, layout='constrained')
+    heights = [max(1, math.ceil(len(cells) / SHEET_COLUMNS)) * CELL[1] + 0.6 for _, cells in parts]
+    figure = Figure(figsize=(SHEET_COLUMNS * CELL[0], sum(heights)), dpi=150, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-    for panel, (title, cells) in zip(figure.subfigures(2, 1), parts):
+    panels = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=heights).flatten()
+    for panel, (title, cells) in zip(panels, parts):
         panel.suptitle(title, fontsize=TITLE - 1)
+        lines = max(1, math.ceil(len(cells) / SHEET_COLUMNS))
         axes = panel.subplots(lines, SHEET_COLUMNS, squeeze=False).flatten()
         for axis in axes:
             axis.set_axis_off()

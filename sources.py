@@ -673,7 +673,7 @@ def create_source(
         split = next((s for s in VAL_SPLITS if s in splits), None)
         if split is None:
             raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
-                             f'{"--val-split" if labeled else "--ood-split"}')
+                             f'{"--val-split" if labeled else "--ood-split (predict.py: --split)"}')
     base = split if split in splits else split.partition('[')[0]  # a folder's name may have a bracket
     bracket = split[len(base):]
     for asked, rest in ((split, ''), (base, bracket)):
@@ -719,10 +719,10 @@ def create_source(
     return source
 
 
-def tell_bits(source: HFSource) -> int:
+def tell_bits(source: Source) -> int:
     """Bits of the source's greyscale pictures; see `find_bits`."""
     bits, note = find_bits(source.data, len(source))
-    tell(note and f'{source.name}: {note}')
+    tell(note and f'{getattr(source, "name", "") or source.where(0)}: {note}')
     return bits
 
 

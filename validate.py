@@ -24,27 +24,31 @@ import logging
 import os
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from timm.data import create_transform, resolve_input_data_config
-from timm.models import load_checkpoint, resolve_model_input_args
 from timm.utils import ParseKwargs, setup_default_logging
 from torch import nn
-from torchvision import transforms
 
-import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from checkpoint import read_args
-from data import DataConfig, Feed, ViewDataset, create_loader, evaluation_batches
+from backbone import (
+    add_device_arguments,
+    add_image_arguments,
+    agree_on_precision,
+    check_model,
+    class_names_of,
+    evaluate_batches,
+    load_model,
+)
+from checkpoint import read_run
+from data import DataConfig, ViewDataset, create_loader, evaluation_batches
+from decisions import LEVELS, measure_decisions
 from figures import Panel, class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
+from inputs import open_pictures
 from labels import match_classes, read_labels
 from metrics import (
     calibration_report,
@@ -57,29 +61,14 @@ from metrics import (
 )
 from program import RunError, UsageError, name_some, once_a_machine, replace_file, run_program, setup_accelerator
 from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
-from sources import (
-    KNOWN,
-    SOURCE_FLAGS,
-    HFSource,
-    PartSource,
-    Source,
-    create_source,
-    locate,
-    open_run_source,
-    open_source,
-    plain_folder,
-)
+from sources import SOURCE_FLAGS, PartSource, Source, locate, open_run_source, open_source
 from splits import HELD_OUT
-from tables import find_tables, open_tables
-from views import bound_memory
 
 _logger = logging.getLogger('validate')
 
-# Of the command line and of a run's args.yaml: which images, and for weights without a config.json, which model.
+# Of the command line and of a run's args.yaml: which images.
 DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
              'target_key', 'skip_bad_images', 'max_pixels', 'val_labels')
-MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean',
-              'std')
 # How the pictures and the text call logits that were scaled.
 SCALED = {'temperature': 'after temperature scaling', 'vector': 'after vector scaling',
           'saved': 'after the saved temperature'}
@@ -129,18 +118,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
                        help='leave out images that cannot be decoded, and count them, instead of stopping')
     group.add_argument('--max-pixels', type=int, metavar='N', default=None, help='as train_ssl.py --max-pixels')
 
-    group = parser.add_argument_group('Images', 'What is not given is taken from the config.json of the weights, or '
-                                                'from timm\'s of a model.')
-    group.add_argument('--img-size', type=int, metavar='N', default=None, help='image side in pixels')
-    group.add_argument('--in-chans', type=int, metavar='N', default=None, help='image channels, 3 or 1')
-    group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='share that the crop keeps')
-    group.add_argument('--crop-mode', default=None, choices=['center', 'squash', 'border'], help='timm\'s crop mode')
-    group.add_argument('--interpolation', default=None, help='of the resizing',
-                       choices=['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'])
-    group.add_argument('--mean', type=float, nargs='+', metavar='X', default=None, help='channel means')
-    group.add_argument('--std', type=float, nargs='+', metavar='X', default=None, help='channel standard deviations')
-    group.add_argument('--use-train-size', action=flag, default=False,
-                       help='timm\'s training size where a pretrained model has a larger one for evaluation')
+    add_image_arguments(parser)
 
     group = parser.add_argument_group(
         'After-training calibration',
@@ -162,7 +140,14 @@ def create_validate_parser() -> argparse.ArgumentParser:
                             'unlabeled set, the run then still sees it there')
     group.add_argument('--save-temperature', action=flag, default=False,
                        help='store the temperature, by which logits are to be divided, in the config.json of each '
-                            'checkpoint folder, as calibration.temperature; a later report without a fit shows it')
+                            'checkpoint folder, as calibration.temperature; a later report without a fit shows it. '
+                            'From --calibration-split also what predict.py decides by: confidence thresholds and '
+                            'the quantiles of prediction sets')
+    levels = ' '.join(f'{level:g}' for level in LEVELS)
+    group.add_argument('--target-accuracy', type=float, metavar='A', nargs='+', default=None,
+                       help=f'accuracies to store thresholds for (default: {levels})')
+    group.add_argument('--coverage', type=float, metavar='C', nargs='+', default=None,
+                       help=f'coverages to store the quantiles of prediction sets for (default: {levels})')
 
     group = parser.add_argument_group('Out-of-distribution detection')
     group.add_argument('--ood-dataset', metavar='NAME', nargs='+', default=[],
@@ -172,18 +157,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--ood-split', metavar='NAME', default=None,
                        help='default: the first of validation, val, valid, test that exists')
 
-    group = parser.add_argument_group('Device and loading')
-    group.add_argument('--device', default=None, choices=['cpu', 'cuda', 'mps'],
-                       help='default: what Accelerate finds. cpu is obeyed; the others must be what it finds')
-    group.add_argument('--amp', action=flag, default=None,
-                       help='mixed precision (default: as the run had it, else float32; --no-amp: float32)')
-    group.add_argument('--amp-dtype', default=None, choices=['float16', 'bfloat16'],
-                       help='of --amp (default: the run\'s, else bfloat16; timm\'s is float16)')
-    group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
-    group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
-    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
-                       help='loading processes, per process (default: 4)')
-    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+    add_device_arguments(parser)
 
     group = parser.add_argument_group('Results')
     group.add_argument('--results-dir', metavar='DIR', default='output/validate', help='default: output/validate')
@@ -200,6 +174,11 @@ def _parse_args(argv: list[str] | None = None) -> Namespace:
     for name, least in (('batch_size', 1), ('workers', 0), ('bootstrap', 0)):
         if getattr(args, name) < least:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {least} or more')
+    for flag, levels in (('--target-accuracy', args.target_accuracy), ('--coverage', args.coverage)):
+        if levels and not (args.save_temperature and args.calibration_split):
+            parser.error(f'{flag}: what it asks for is stored by --save-temperature with --calibration-split')
+        if not all(0 < level < 1 for level in levels or ()):
+            parser.error(f'{flag} {" ".join(f"{level:g}" for level in levels)}: expected numbers between 0 and 1')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
     if not args.checkpoint and not args.model:
@@ -220,25 +199,6 @@ def fits(args: Namespace) -> bool:
 
 
 # --- What to evaluate -------------------------------------------------------------------------------------------------
-
-def read_run(checkpoint: Path) -> dict:
-    """The arguments of the run that a checkpoint belongs to, empty if none are found one level above it.
-
-    Raises:
-        UsageError: If there is no such checkpoint, or its args.yaml is no mapping.
-    """
-    if not checkpoint.exists():
-        raise UsageError(f'--checkpoint {checkpoint}: no such file or folder')
-    if checkpoint.is_dir() and not (checkpoint / 'config.json').exists():
-        inside = ' or '.join(str(checkpoint / name) for name in ('best', 'last') if (checkpoint / name).is_dir())
-        raise UsageError(f'--checkpoint {checkpoint}: no config.json in it' + (f'; give {inside}' if inside else ''))
-    if checkpoint.is_file() and (checkpoint.parent / 'config.json').exists():
-        raise UsageError(f'--checkpoint {checkpoint}: give its folder, which says what model it is')
-    if checkpoint.is_file() and checkpoint.suffix == '.safetensors' and checkpoint.name.startswith('checkpoint-'):
-        raise UsageError(f'--checkpoint {checkpoint}: this is a state to resume from; weights are in best/ and last/')
-    path = checkpoint.parent / 'args.yaml'
-    return read_args(path) if path.exists() else {}
-
 
 def name_checkpoints(checkpoints: list[Path]) -> list[str]:
     """Short and different names: the run's, else the run's and the folder's, else numbered ones."""
@@ -280,27 +240,6 @@ def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
     return first
 
 
-def agree_on_precision(args: Namespace, names: list[str], runs: list[dict]) -> None:
-    """Sets --amp and --amp-dtype to what the runs had where they are not given.
-
-    Raises:
-        UsageError: If the runs differ.
-    """
-    had = [(True, run.get('amp_dtype') or 'bfloat16') if run.get('amp') else (False, 'bfloat16') for run in runs]
-    if args.amp is None:
-        for name, other in zip(names, had):
-            if other[0] != had[0][0] or (args.amp_dtype is None and other != had[0]):
-                raise UsageError(f'{names[0]} was trained with {told_precision(*had[0])} and {name} with '
-                                 f'{told_precision(*other)}: checkpoints are compared at one precision, so give --amp '
-                                 'or --no-amp')
-        args.amp = had[0][0]
-    args.amp_dtype = args.amp_dtype or had[0][1]
-
-
-def told_precision(amp: bool, amp_dtype: str) -> str:
-    return f'--amp, {amp_dtype}' if amp else 'float32'
-
-
 def open_held_out(data: Namespace, checkpoints: list[Path | None]) -> Source:
     """The images that --val-fraction held out of the training split of the runs, by their labels.json.
 
@@ -334,15 +273,6 @@ def split_names(split: str) -> set[str]:
     return {part.partition('[')[0].strip() for part in split.split('+')}
 
 
-def open_ood_source(args: Namespace, name: str, max_pixels: int) -> Source:
-    """A set without need of labels: without --ood-split all images of a folder or of parquet files."""
-    if args.ood_split is None and name not in KNOWN and Path(name).is_dir() and not find_tables(Path(name)):
-        return plain_folder(name, max_pixels)
-    if args.ood_split is None and name.endswith('.parquet') and glob(name, recursive=True):
-        return HFSource(open_tables(sorted(glob(name, recursive=True))), name, labeled=False)
-    return create_source(name, args.ood_data_dir, args.ood_split, labeled=False, max_pixels=max_pixels)
-
-
 @dataclass
 class Images:
     """The sets to evaluate."""
@@ -350,67 +280,6 @@ class Images:
     test: Source
     calibration: Source | None
     ood: dict[str, Source]
-
-
-def load_model(args: Namespace, checkpoint: Path | None, run: dict) -> tuple[nn.Module, DataConfig, Callable]:
-    """The model, its data configuration, and its evaluation transform (PIL RGB -> uint8 `[C, H, W]`).
-
-    Raises:
-        UsageError: If the weights or the model cannot be had, or do not take such images.
-    """
-    asked = {}
-    if checkpoint is None:
-        source = name = args.model
-    elif checkpoint.is_dir():
-        source, name = str(checkpoint), f'local-dir:{checkpoint}'
-    else:
-        source, name = str(checkpoint), args.model or run.get('model')
-        asked = {key: run[key] for key in MODEL_KEYS if run.get(key) is not None}
-        if not name:
-            raise UsageError(f'--checkpoint {checkpoint}: no args.yaml beside it says what model it is; give --model')
-    asked.update((key, getattr(args, key)) for key in MODEL_KEYS if getattr(args, key) is not None)
-    is_file = checkpoint is not None and checkpoint.is_file()
-    try:
-        model = timm.create_model(**resolve_model_input_args(
-            name,
-            asked,
-            pretrained=not is_file,
-            # Elsewhere another number than the weights' would give a random head without a word.
-            num_classes=asked.get('num_classes') if is_file else None,
-            **asked.get('model_kwargs', {}),
-        ))
-        if is_file:
-            load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
-        config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)
-    except Exception as error:  # the hub, pickle, safetensors and each model have their own ways to complain
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UsageError(f'{source}: {reason[:500]}') from error
-    if args.num_classes not in (None, model.num_classes):
-        raise UsageError(f'--num-classes {args.num_classes}: {source} has {model.num_classes}')
-    channels = config['input_size'][0]
-    if channels not in (1, 3):
-        raise UsageError(f'{source} takes images of {channels} channels; expected 3 or 1')
-    # The last step makes a tensor; greyscale has to come before it.
-    *steps, to_tensor = create_transform(
-        config['input_size'],
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        mean=config['mean'],
-        normalize=False,
-    ).transforms
-    view = transforms.Compose([*bound_memory(steps), *([transforms.Grayscale()] if channels == 1 else []), to_tensor])
-    config = DataConfig(**{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
-    return model, config, view
-
-
-def label_names(model: nn.Module) -> list[str] | None:
-    """Names of a model's classes, as timm keeps them with weights; None if they are not known."""
-    names = model.pretrained_cfg.get('label_names')
-    if isinstance(names, dict):  # of some classes; those of a run are the first ones
-        number = {int(key): name for key, name in names.items()}
-        names = [number[k] for k in range(len(number))] if set(number) == set(range(len(number))) else None
-    return list(names) if names else None
 
 
 def check_classes(
@@ -437,7 +306,7 @@ def check_classes(
     where = data.dataset or data.data_dir
     if (source.targets < 0).any():
         raise UsageError(f'{where}: split {split} has images without a label')
-    names = label_names(model)
+    names = class_names_of(model)
     if not names or not source.class_names:
         largest = int(source.targets.max()) + 1
         named = len(source.class_names) if source.class_names else largest
@@ -490,20 +359,12 @@ def collect(
     Raises:
         RunError: If logits are not finite, an image cannot be decoded, or the device's memory is too small.
     """
-    # A kernel may depend on the size of a batch, in the last digit of its results. So each batch is filled up, and
-    # results do not depend on where a process's part ends.
     size = min(args.batch_size, len(dataset))
     batches = evaluation_batches(len(dataset), size, accelerator.process_index, accelerator.num_processes)
     loader = create_loader(dataset, batches, args.workers, args.pin_mem)
     parts = [(*(torch.zeros(0, dtype=torch.int64),) * 3, torch.zeros(0, model.num_classes))]
-    for batch in Feed(loader, config, accelerator.device, args.channels_last):
-        image, good = batch['image'], batch['skipped'] < 0
-        filled = torch.cat([image, image[-1:].expand(size - len(image), -1, -1, -1)]) if len(image) < size else image
-        try:
-            with accelerator.autocast():
-                logits = model(filled)[:len(image)].float()
-        except torch.OutOfMemoryError as error:
-            raise RunError(f'out of memory with --batch-size {size}; give a smaller one') from error
+    for batch, logits in evaluate_batches(model, loader, size, config, accelerator, args.channels_last):
+        good = batch['skipped'] < 0
         parts.append(tuple(v[good].cpu() for v in (batch['index'], batch['target'], batch['digest'], logits)))
     values = [torch.cat(part).to(accelerator.device) for part in zip(*parts)]
     if accelerator.num_processes > 1:
@@ -522,19 +383,6 @@ def collect(
         raise RunError(f'logits are not finite (NaN or inf) for image {index} ({dataset.source.where(index)})'
                        + ('; try without --amp' if args.amp else ''))
     return outputs
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, config: DataConfig, accelerator: Accelerator, name: str) -> None:
-    """Raises UsageError unless the model turns such an image into logits."""
-    try:
-        with accelerator.autocast():
-            shape = model(torch.zeros(1, *config.input_size, device=accelerator.device)).shape
-    except (RuntimeError, AssertionError, ValueError, AttributeError) as error:
-        raise UsageError(f'{name} does not take images of {"x".join(map(str, config.input_size))}: '
-                         f'{" ".join(str(error).split())[:300]}') from error
-    if tuple(shape) != (1, model.num_classes) or not model.num_classes:
-        raise UsageError(f'{name} gives {list(shape)} for an image; expected logits of its {model.num_classes} classes')
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -791,6 +639,30 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def find_decisions(result: Result, args: Namespace) -> dict[str, dict]:
+    """What predict.py decides by, for the checkpoint's folder. Images that it was trained on would promise too much."""
+    if args.calibration_split is None:
+        _logger.info(f'{result.name}: no thresholds and prediction sets are stored: they need --calibration-split')
+        return {}
+    fit_on, temperature = result.calibration, result.parameters['temperature']['temperature']
+    missing = fit_on.logits.shape[1] - len(fit_on.target.unique())
+    if missing:  # as in a slice of a set that is sorted by class
+        _logger.warning(f'{result.name}: the thresholds and prediction sets that are stored hold for pictures like the '
+                        f'calibration images, which lack {missing} of the classes')
+    found = measure_decisions(
+        fit_on.logits, fit_on.target, temperature, args.target_accuracy or LEVELS, args.coverage or LEVELS,
+        args.bootstrap, args.seed,
+    )
+    for level, kept in found['thresholds'].items():
+        told = f'{result.name}: accuracy {level} is expected of pictures '
+        if kept is None:
+            told = f'{result.name}: accuracy {level} is reached by no confidence on {len(fit_on.target)} images'
+        else:
+            told += f'of confidence {kept["threshold"]:.4f} or more, {100 * kept["coverage"]:.0f} % of all'
+        _logger.info(told)
+    return found
+
+
 def report_results(results: list[Result], images: Images, args: Namespace) -> None:
     """Measures, prints the tables and writes the files; on the main process."""
     data = images.data
@@ -835,10 +707,10 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
         raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
     print(f'\nResults in {folder}')
     if args.save_temperature:
-        store_temperatures(results, args.calibration_split or data.train_split, about['dataset'])
+        store_temperatures(results, args.calibration_split or data.train_split, about['dataset'], args)
 
 
-def store_temperatures(results: list[Result], split: str, dataset: str) -> None:
+def store_temperatures(results: list[Result], split: str, dataset: str, args: Namespace) -> None:
     """Puts each temperature into the config.json of its checkpoint; raises RunError for one at its bound."""
     for result in results:
         if result.at_bound:
@@ -850,6 +722,8 @@ def store_temperatures(results: list[Result], split: str, dataset: str) -> None:
             images=len(result.calibration.index),
             dataset=dataset,
             split=split,
+            input_size=result.config.input_size,
+            **find_decisions(result, args),
         )
         replace_file(result.checkpoint / 'config.json', lambda part: part.write_text(content))  # noqa: B023
 
@@ -893,7 +767,7 @@ def evaluate_checkpoint(
     """A model's outputs on all sets of images, on every process."""
     model, config, view = load_model(args, checkpoint, run)
     given = run.get('num_classes') if args.num_classes is None else args.num_classes
-    names, by_number = label_names(model), args.num_classes is not None and not run
+    names, by_number = class_names_of(model), args.num_classes is not None and not run
     test_targets = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
     if images.calibration is not None:
         fit_targets = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number)
@@ -996,7 +870,10 @@ def main(args: Namespace) -> None:
             data,
             open_split(data, data.val_split, checkpoints, run),
             open_split(data, args.calibration_split, checkpoints, run) if args.calibration_split else None,
-            {name: open_ood_source(args, name, data.max_pixels) for name in args.ood_dataset},
+            {
+                name: open_pictures(name, args.ood_data_dir, args.ood_split, max_pixels=data.max_pixels)
+                for name in args.ood_dataset
+            },
         )
     if data.val_split is None:
         data.val_split = images.test.name.rpartition(' ')[2]  # the one that create_source found

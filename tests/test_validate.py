@@ -22,6 +22,7 @@ from torchvision import transforms
 import data
 import metrics
 import scaling
+import sources
 import validate
 from data import ViewDataset
 from program import RunError, UsageError
@@ -260,7 +261,7 @@ def test_out_of_distribution_rows_are_those_of_the_logits(run_folder, photograph
     from sklearn.metrics import roc_auc_score
 
     inside = torch.tensor(pq.read_table(comparison[0] / 'run' / 'predictions.parquet')['logits'].to_pylist())
-    outside = logits_of(run_folder / 'best', validate.plain_folder(str(photographs)))
+    outside = logits_of(run_folder / 'best', sources.plain_folder(str(photographs)))
     found = {row['score']: row for row in rows(comparison[0] / 'ood.csv') if row['run'] == 'run'}
     label = np.r_[np.ones(500), np.zeros(13)]
     both = torch.cat([inside, outside]).double()
