@@ -203,7 +203,8 @@ def test_a_resume_with_another_part_frozen_is_refused(train, pretrained):
 
 # --- Patience ---------------------------------------------------------------------------------------------------------
 
-STILL = ('--model', 'test_vit', '--img-size', '32', '--lr', '0', '--epochs', '6', '--train-steps-per-epoch', '1')
+STILL = ('--model', 'test_vit', '--img-size', '32', '--lr', '0', '--epochs', '6', '--train-steps-per-epoch', '1',
+         '--val-split', 'test[:60]')
 
 
 def test_a_run_ends_after_so_many_evaluations_without_progress_and_is_then_finished(train, tmp_path, caplog):
