@@ -77,6 +77,10 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, FileNotFoundError) as error:
         where = f'--pretrained-path {args.pretrained_path}: ' if weights is not None else ''
         raise UsageError(f'{where}--model {args.model}: {" ".join(str(error).split())[:500]}') from error
+    if args.head_init_scale is not None:
+        with torch.no_grad():
+            for parameter in model.get_classifier().parameters():
+                parameter.mul_(args.head_init_scale)
     if args.bn_momentum is not None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

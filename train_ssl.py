@@ -147,6 +147,9 @@ def create_parser() -> argparse.ArgumentParser:
                             'they were timm\'s pretrained ones of --model; the head is new')
     group.add_argument('--initial-checkpoint', metavar='FILE', default='',
                        help='start from the weights of this file, head and all')
+    group.add_argument('--head-init-scale', type=float, metavar='X', default=None,
+                       help='factor of the initial weights of the head. Some models (EfficientNets) start a small new '
+                            'head with large ones, so that random pseudo-labels look certain: give 0 then')
     group.add_argument('--freeze', metavar='N', nargs='?', type=stages, const='backbone', default=None,
                        help='keep the first N stages of the model as they are, the stem being one, with their '
                             'batch-norm statistics; without N all but the classifier. With pretrained weights a few '
@@ -406,6 +409,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     args.pretrained = args.pretrained or bool(args.pretrained_path)
     if args.pretrained_path and args.initial_checkpoint:
         parser.error('--pretrained-path, --initial-checkpoint: the second would overwrite the first; give one')
+    if args.head_init_scale is not None and args.initial_checkpoint:
+        parser.error('--head-init-scale: the head of --initial-checkpoint is no new one; give one of them')
     if args.freeze is not None and not (args.pretrained or args.initial_checkpoint):
         parser.error('--freeze: the frozen part would keep random weights; add --pretrained, --pretrained-path or '
                      '--initial-checkpoint')

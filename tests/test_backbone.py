@@ -91,6 +91,18 @@ def test_pretrained_weights_that_lack_a_part_are_told_and_those_of_another_model
     assert '\n' not in str(raised.value)
 
 
+def test_the_head_starts_with_the_scale_that_is_asked_for_and_nothing_else_changes(pretrained):
+    models = []
+    for scale in (None, 0.5, 0):
+        torch.manual_seed(5)
+        flags = () if scale is None else ('--head-init-scale', scale)
+        models.append(build('--pretrained-path', pretrained / 'w.pth', *flags)[0].state_dict())
+    for name, value in models[0].items():
+        factors = (0.5, 0) if name.startswith('fc.') else (1, 1)
+        assert all(torch.equal(value * factor, model[name]) for factor, model in zip(factors, models[1:])), name
+    assert models[0]['fc.weight'].any()
+
+
 class Trap:
     def __reduce__(self):
         return Path.touch, (Path('sprung'),)
@@ -185,6 +197,7 @@ def test_the_stages_are_the_models_own_and_all_norms_among_them_stay_in_evaluati
 @pytest.mark.parametrize('flags, message', [
     (('--freeze',), '--freeze: the frozen part would keep random weights'),
     (('--freeze', '0', '--pretrained'), 'expected a number of stages from 1 on'),
+    (('--head-init-scale', '0', '--initial-checkpoint', 'b'), 'is no new one'),
     (('--patience', '0'), '--patience 0: expected 1 or more'),
     (('--pretrained-path', 'a', '--initial-checkpoint', 'b'), 'the second would overwrite the first'),
 ])
