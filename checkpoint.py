@@ -44,6 +44,7 @@ TRAIN_COLUMNS = (
     'skipped_images',
 )
 EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10', 'mce', 'confidence')
+LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
 SUMMARY_COLUMNS = (
     'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS), 'lr',
 )
@@ -172,6 +173,7 @@ class Run:
     skipped_images: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # labeled, unlabeled
     recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
+    not_better: int = 0  # evaluations in a row without a better metric
 
     @property
     def eval_model(self) -> nn.Module:
@@ -234,6 +236,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         skipped_images=[sorted(skipped) for skipped in join_skipped(run.skipped_images, run.accelerator, args)],
         recorded=run.recorded,
         best_metric=run.best_metric,
+        not_better=run.not_better,
         num_processes=run.accelerator.num_processes,
         args=vars(args),
     )
@@ -284,8 +287,8 @@ CHECKPOINT_FORMAT = 3  # goes up when the contents of a checkpoint take another 
 
 # Differences that would attach a margin or a table to another image or class.
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'unlabeled_dir', 'exclude_labeled', 'val_fraction',
-              'val_seed', 'algorithm',
-              'calibratemix', 'model', 'num_classes', 'model_ema', 'opt', 'calmix_bank_dtype', 'aum_threshold_samples')
+              'val_seed', 'algorithm', 'calibratemix', 'model', 'num_classes', 'model_ema', 'opt',
+              'calmix_bank_dtype', 'aum_threshold_samples', 'freeze')
 # Differences that nobody needs to be told of.
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
              'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
@@ -352,6 +355,7 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
             load_whole(run.calmix, state['calmix'])
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
+        run.not_better = state.get('not_better', 0)  # not in checkpoints of before --patience
         for skipped, saved in zip(run.skipped_images, state['skipped_images']):
             skipped.update(saved)
         run.num_draws = -(-run.num_draws * old_step // step)  # the same place in the data, in batches of the new size
@@ -363,6 +367,36 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     if len(sums) != run.accelerator.num_processes:  # the first process takes them all
         sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))
     run.monitor.sums, run.monitor.seen = sums[run.accelerator.process_index].clone(), sums.sum(0)
+
+
+# --- The best and the last evaluation ---------------------------------------------------------------------------------
+
+def judge(run: Run, metrics: dict[str, float], args: argparse.Namespace) -> bool:
+    """Whether an evaluation is the best so far by --eval-metric; counts those in a row that are not."""
+    value = metrics[args.eval_metric]
+    sign = -1 if args.eval_metric in LOWER_IS_BETTER else 1
+    best = run.best_metric is None or sign * value > sign * run.best_metric
+    run.best_metric = value if best else run.best_metric
+    # What CalibrateMix does to the metric shows only after its warmup.
+    waits = args.calibratemix and run.num_updates <= run.calmix.warmup_steps
+    run.not_better = 0 if best or waits else run.not_better + 1
+    return best
+
+
+def out_of_patience(run: Run, args: argparse.Namespace) -> bool:
+    return args.patience is not None and run.not_better >= args.patience
+
+
+def finished_metrics(folder: Path, checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
+    """The last evaluation's metrics of a run that has nothing left to do."""
+    written = folder / 'last' / 'metrics.json'
+    if not written.exists():
+        patience = '' if args.patience is None else f', or of its --patience {args.patience}'
+        raise UsageError(f'--resume {checkpoint}: it is at the end of its {args.epochs} epochs{patience}; raise '
+                         f'--epochs{patience and " or --patience"}')
+    _logger.info(f'{folder} is finished')
+    about = ('epoch', 'num_updates', 'bins', 'extra_val', 'out_of_patience')
+    return {key: value for key, value in json.loads(written.read_text()).items() if key not in about}
 
 
 # --- What a run leaves ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib import rcParams
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.lines import Line2D
@@ -378,6 +379,113 @@ def class_diagram(
     axis.set_title(f'Calibration by class{part}', fontsize=LABEL, loc='right')  # long names leave it little room
     figure.legend(loc='outside lower center', ncols=2, frameon=False, fontsize=SMALL)
     save(figure, path)
+
+
+NAMED_CLASSES = 30  # up to so many, a confusion matrix has their names and numbers
+MATRIX_DOTS = 250  # a larger one is drawn with so many dots at most, each for several classes
+LISTED_CONFUSIONS = 25
+
+
+def _shade(matrix: np.ndarray, dot: int) -> np.ndarray:
+    """Colours [D, D, 3] of a confusion matrix [K, K], a dot for `dot` x `dot` classes.
+
+    Blue is the share of a class that is right (of a dot the mean), orange the share that goes into another class (of a
+    dot the largest, since a single one would vanish in a mean). Both grow with the root: shares of some percent show.
+    """
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    right, has_images = np.diag(share), matrix.any(1)
+    wrong = share - np.diag(right)
+    dots = -(-len(matrix) // dot)
+    wrong = np.pad(wrong, (0, dots * dot - len(matrix))).reshape(dots, dot, dots, dot).max((1, 3))
+    starts = np.arange(0, len(matrix), dot)
+    mean = np.add.reduceat(right, starts) / np.maximum(np.add.reduceat(has_images.astype(int), starts), 1)
+    white = np.ones(3)
+
+    def tint(strength, colour):
+        return white + np.sqrt(strength)[..., None] * (np.array(to_rgb(colour)) - white)
+
+    colours = tint(wrong, ORANGE)
+    rows = np.arange(dots)
+    # Where classes of one dot are confused with each other, it shows the stronger of both.
+    stronger = np.where((mean >= wrong[rows, rows])[:, None], tint(mean, BLUE), colours[rows, rows])
+    colours[rows, rows] = stronger
+    return colours
+
+
+def confusion_diagram(
+        matrix: torch.Tensor,
+        path: str | Path,
+        class_names: list[str] | None = None,
+        heading: str = '',
+) -> None:
+    """Writes a confusion matrix: true classes as rows, predicted ones as columns.
+
+    Few classes have their names at the sides and their numbers of images in the fields. Many have their numbers at the
+    sides, and beside the matrix a list of what is confused most often, by name.
+
+    Args:
+        matrix: Numbers of images [K, K], int64.
+        path: The PNG file to write.
+        class_names: Names by class number; the numbers if None.
+        heading: Name of the model.
+    """
+    counts = torch.as_tensor(matrix).cpu().numpy()
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.any():
+        raise ValueError(f'matrix has shape {list(counts.shape)} and {counts.sum()} images; expected [K, K] and some')
+    num_classes = len(counts)
+    names = list(map(str, range(num_classes))) if class_names is None else class_names
+    named, dot = num_classes <= NAMED_CLASSES, -(-num_classes // MATRIX_DOTS)
+    if named:
+        side = max(3.2, 0.42 * num_classes)
+        figure, [[axis]] = new_figure(side + 2.4, side + 2.4)
+    else:
+        figure, [[axis, beside]] = new_figure(14, 8.2, 1, 2, width_ratios=[1.25, 1])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    # Classes lie at whole numbers, also where a dot holds several of them.
+    edge = -(-num_classes // dot) * dot - 0.5
+    axis.imshow(_shade(counts, dot), extent=(-0.5, edge, edge, -0.5), interpolation='nearest')
+    axis.set(xlim=(-0.5, num_classes - 0.5), ylim=(num_classes - 0.5, -0.5))
+    axis.set_xlabel('predicted class', fontsize=11)
+    axis.set_ylabel('true class', fontsize=11)
+    error = 1 - np.trace(counts) / counts.sum()
+    title = f'{literal(heading, 5)}\n' if heading else ''
+    axis.set_title(f'{title}{counts.sum():,} images, error {100 * error:.1f} %', fontsize=13)
+    if named:
+        shown = [literal(name, 2, 10) for name in names]
+        axis.set_xticks(range(num_classes), shown, rotation=90 if max(map(len, shown)) > 3 else 0)
+        axis.set_yticks(range(num_classes), shown)
+        share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        for i, j in zip(*counts.nonzero()):
+            axis.text(j, i, EngFormatter(sep='', places=0)(counts[i, j]) if counts[i, j] > 9999 else str(counts[i, j]),
+                      ha='center', va='center', fontsize=9, color='white' if share[i, j] > 0.35 else 'black')
+    else:
+        axis.locator_params(integer=True, nbins=11)
+        _list_confusions(beside, counts, names)
+    dots = f', a dot for {dot} x {dot} classes' if dot > 1 else ''
+    figure.legend(
+        handles=[Patch(color=BLUE, label='right'),
+                 Patch(color=ORANGE, label=f'wrong (darker: a larger share of the true class{dots})')],
+        loc='outside lower center', ncols=2 if not named or num_classes > 8 else 1, frameon=False, fontsize=10,
+    )
+    save(figure, path)
+
+
+def _list_confusions(axis: Axes, counts: np.ndarray, names: list[str]) -> None:
+    """Fills axes with the most frequent confusions, as bars with the names of both classes above them."""
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind='stable')[:LISTED_CONFUSIONS]
+    pairs = [(i, j) for i, j in zip(*np.unravel_index(order, wrong.shape)) if wrong[i, j]]
+    axis.set_axis_off()
+    axis.set_title(f'The {len(pairs)} most frequent confusions' if pairs else 'Nothing is confused', fontsize=13)
+    axis.set(xlim=(0, 1), ylim=(LISTED_CONFUSIONS - 0.4, -0.6))
+    largest = max((wrong[pair] for pair in pairs), default=1)
+    for row, (i, j) in enumerate(pairs):
+        axis.barh(row + 0.28, wrong[i, j] / largest, 0.22, color=ORANGE)
+        true, predicted = (f'{literal(names[k], 1.75, 9)} ({k})' if names[k] != str(k) else str(k) for k in (i, j))
+        axis.text(0, row + 0.1, f'{true} \N{RIGHTWARDS ARROW} {predicted}', fontsize=9, va='bottom')
+        axis.text(1, row + 0.1, f'{wrong[i, j]:,} of {counts[i].sum():,}', fontsize=9, va='bottom', ha='right',
+                  color=GREY)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

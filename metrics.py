@@ -622,6 +622,71 @@ def ece_difference_interval(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Classes
+
+
+def confusion_matrix(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Numbers of images of each class (row) that are put into each class (column): logits [N, K] -> [K, K] int64."""
+    logits = _check_logits(logits)
+    target = _check_target(target, *logits.shape)
+    num_classes = logits.shape[1]
+    return torch.bincount(target * num_classes + logits.argmax(dim=1), minlength=num_classes ** 2).view(-1, num_classes)
+
+
+class ClassReport(NamedTuple):
+    """Each class's share in the result, all [K]. A share of nothing is NaN.
+
+    Confidence and ECE are those of the images that were put into the class, as precision is: it is the number that the
+    confidence claims. Of the images that are of the class no calibrated model claims its recall.
+
+    Attributes:
+        images: How many are of the class, int64.
+        predicted: How many are put into it, int64.
+        recall: Share of its images that are put into it, float64.
+        precision: Share of the images put into it that are of it, float64.
+        f1: Harmonic mean of both, float64; 0 if none is right, NaN if the class occurs in neither way.
+        confidence: Mean top probability of the images put into it, float64.
+        ece: Their ECE (15 right-closed bins), float64.
+    """
+    images: torch.Tensor
+    predicted: torch.Tensor
+    recall: torch.Tensor
+    precision: torch.Tensor
+    f1: torch.Tensor
+    confidence: torch.Tensor
+    ece: torch.Tensor
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the classes that have images."""
+        return float(self.recall.nanmean())
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 of the classes that have images or are predicted."""
+        return float(self.f1.nanmean())
+
+
+def class_report(logits: torch.Tensor, target: torch.Tensor) -> ClassReport:
+    """Figures by class, fractions, of logits [N, K] and target [N]."""
+    matrix = confusion_matrix(logits, target)
+    confidence, correct = confidence_and_correct(logits, target)
+    index = _check_logits(logits).argmax(dim=1) * 15 + _equal_width_index(confidence, 15, 'right')
+    count, right, conf = _bin_sums(confidence, correct, index, 15 * len(matrix)).view(3, -1, 15)
+    images, predicted, hits = matrix.sum(dim=1), matrix.sum(dim=0), matrix.diag().double()
+    gap = (conf - right * CONFIDENCE_UNIT).abs().sum(dim=1).double() / CONFIDENCE_UNIT
+    return ClassReport(
+        images=images,
+        predicted=predicted,
+        recall=hits / images,
+        precision=hits / predicted,
+        f1=2 * hits / (images + predicted),
+        confidence=conf.sum(dim=1).double() / CONFIDENCE_UNIT / count.sum(dim=1),
+        ece=gap / count.sum(dim=1),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Ranking: misclassification and out-of-distribution detection
 
 
@@ -692,6 +757,32 @@ def aurc(confidence: torch.Tensor, correct: torch.Tensor) -> float:
     return float(risk_coverage(confidence, correct)[1].mean())
 
 
+def accuracy_at_coverage(confidence: torch.Tensor, correct: torch.Tensor, coverage: float) -> float:
+    """Share of right ones among this share (above 0, up to 1) of the samples, rounded up, the most confident ones.
+
+    Arguments and ties as in `risk_coverage`.
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f'coverage is {coverage}; expected above 0 and up to 1')
+    risk = risk_coverage(confidence, correct)[1]
+    left_out = int((1 - coverage) * len(risk) + 1e-6)
+    return 1 - float(risk[len(risk) - left_out - 1])
+
+
+def coverage_at_accuracy(confidence: torch.Tensor, correct: torch.Tensor, accuracy: float) -> float:
+    """Largest share of the samples, those of at least some confidence, of which at least this share is right.
+
+    0 if no threshold does it. Samples of equal confidence are kept or left together. The threshold is chosen with the
+    labels that are measured, so that this is what the ranking allows, and not what a threshold from elsewhere will do.
+    """
+    confidence, correct = check_pairs(confidence, correct)
+    _, size = confidence.flip(0).unique_consecutive(return_counts=True)
+    taken = size.cumsum(0)
+    right = correct.flip(0).long().cumsum(0)[taken - 1]
+    enough = taken[right.double() / taken >= accuracy]
+    return int(enough[-1]) / len(confidence) if len(enough) else 0.
+
+
 def ood_scores(logits: torch.Tensor, kind: str = 'msp') -> torch.Tensor:
     """Scores [N] float32 of logits [N, K], higher = more like the training data.
 
@@ -751,8 +842,9 @@ def calibration_report(
         What `EvalMeter.compute` returns, then brier_reliability, brier_resolution and brier_uncertainty (raw);
         ece_equal_mass, ece_classwise, ece_smooth, rms and rms_debiased (both over 15 equal-mass bins); auroc,
         aupr_right and aupr_wrong of confidence telling right from wrong predictions, and aurc, in percent. The first
-        three of these are None if all predictions are right, or all wrong. With `bootstrap`, also error_low,
-        error_high, ece_low and ece_high, in percent.
+        three of these are None if all predictions are right, or all wrong. Then balanced_accuracy and macro_f1;
+        coverage_at_95 and coverage_at_99 (percent of accuracy), accuracy_at_80 and accuracy_at_90 (percent of
+        coverage), in percent. With `bootstrap`, also error_low, error_high, ece_low and ece_high, in percent.
     """
     probs = softmax32(logits)
     confidence, correct = confidence_and_correct(logits, target)
@@ -764,6 +856,7 @@ def calibration_report(
 
     equal_mass = equal_mass_bins(confidence, correct)
     ranked = bool(correct.any()) and not bool(correct.all())
+    classes = class_report(logits, target)
     rates = OrderedDict(
         ece_equal_mass=equal_mass.ece,
         ece_classwise=classwise_ece(probs, target),
@@ -774,6 +867,10 @@ def calibration_report(
         aupr_right=average_precision(confidence, correct) if ranked else None,
         aupr_wrong=average_precision(-confidence, ~correct) if ranked else None,
         aurc=aurc(confidence, correct),
+        balanced_accuracy=classes.balanced_accuracy,
+        macro_f1=classes.macro_f1,
+        **{f'coverage_at_{level}': coverage_at_accuracy(confidence, correct, level / 100) for level in (95, 99)},
+        **{f'accuracy_at_{level}': accuracy_at_coverage(confidence, correct, level / 100) for level in (80, 90)},
     )
     if bootstrap:
         for name, (low, high) in bootstrap_intervals(confidence, correct, rounds=bootstrap, seed=seed).items():

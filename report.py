@@ -4,7 +4,8 @@
     python report.py output/table3_baselines/cpu --output output/table3_baselines/cpu
 
 Reads each run's args.yaml, labels.json, summary.csv and last/metrics.json: the weights at the end of training, since
-best/ was chosen on the very images that are reported. A run that has not reached its last update is left out and named.
+best/ was chosen on the very images that are reported. A run that has not reached its last update, nor the end of its
+--patience, is left out and named.
 
 Runs that differ by nothing but their seed (or label seed, fold or file) are one cell of the table: mean and standard
 deviation (n - 1 in the denominator) over them. A cell of a single run is its value alone, since one run has no
@@ -94,7 +95,7 @@ def read_run(folder: Path) -> dict:
         done, updates = metrics['num_updates'], args['epochs'] * args['train_steps_per_epoch']
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UsageError(f'{folder}: no run with an evaluation ({path}: {" ".join(str(error).split())})') from error
-    if done < updates:
+    if done < updates and not metrics.get('out_of_patience'):
         raise UsageError(f'{folder}: not finished, at update {done} of {updates}')
     return dict(run=folder.name, folder=folder, args=args, labels=labels, metrics=metrics, curve=curve)
 

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 # A fitted temperature stays between these. Networks have some 0.3 to 5; the likelihood alone may want 0 or infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.
 
+# Share of the dominant image in a mixture of pseudo-calibration (Hu et al. 2024, arXiv 2307.07489).
+DOMINANT = 0.65
+
 
 def _minimise(parameters: list[torch.Tensor], loss: Callable[[], torch.Tensor]) -> None:
     optimizer = torch.optim.LBFGS(
@@ -103,6 +106,22 @@ def fit_vector(
 
     _minimise([u, v], loss)
     return (1 + u.detach() / root) / temperature, v.detach() / root
+
+
+def draw_partners(number: int, seed: int) -> torch.Tensor:
+    """For each of so many images another one to be mixed into it: [number] int64.
+
+    Each image is dominant once and the other one once: they lie on a ring in random order, and each takes the next.
+
+    Raises:
+        ValueError: If there are less than two.
+    """
+    if number < 2:
+        raise ValueError(f'{number} image(s) make no pair')
+    ring = torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+    partner = torch.empty_like(ring)
+    partner[ring] = ring.roll(-1)
+    return partner
 
 
 def read_temperature(folder: Path) -> dict | None:

@@ -41,14 +41,17 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from backbone import FeaturesAndLogits, build_model, check_head
+from backbone import FeaturesAndLogits, build_model, check_head, freeze, stages
 from calibratemix import CHOICES, PRESETS, CalibrateMix
 from checkpoint import (
     EVAL_COLUMNS,
     TRAIN_COLUMNS,
     Run,
+    finished_metrics,
     join_skipped,
+    judge,
     open_run_folder,
+    out_of_patience,
     read_checkpoint,
     resume,
     retire_checkpoints,
@@ -104,7 +107,6 @@ from views import BatchViews, build_views
 _logger = logging.getLogger('train')
 
 MAX_SKIPPED_UPDATES = 100  # float16 overflows in a row after which a run is given up
-LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -171,7 +173,18 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--model', metavar='NAME', default='wide_resnet28_2',
                        help='any timm model with forward_features and forward_head (default: wide_resnet28_2)')
     group.add_argument('--pretrained', action=flag, default=False, help='start from timm\'s pretrained weights')
-    group.add_argument('--initial-checkpoint', metavar='FILE', default='', help='start from the weights of this file')
+    group.add_argument('--pretrained-path', metavar='PATH', default='',
+                       help='start from the weights of this file (.safetensors, .pth, ...) or checkpoint folder as if '
+                            'they were timm\'s pretrained ones of --model; the head is new')
+    group.add_argument('--initial-checkpoint', metavar='FILE', default='',
+                       help='start from the weights of this file, head and all')
+    group.add_argument('--head-init-scale', type=float, metavar='X', default=None,
+                       help='factor of the initial weights of the head. Some models (EfficientNets) start a small new '
+                            'head with large ones, so that random pseudo-labels look certain: give 0 then')
+    group.add_argument('--freeze', metavar='N', nargs='?', type=stages, const='backbone', default=None,
+                       help='keep the first N stages of the model as they are, the stem being one, with their '
+                            'batch-norm statistics; without N all but the classifier. With pretrained weights a few '
+                            'labels then train in minutes')
     group.add_argument('--num-classes', type=int, metavar='N', default=None, help='default: the data set\'s')
     group.add_argument('--in-chans', type=int, metavar='N', default=3, help='image channels, 3 or 1 (default: 3)')
     group.add_argument('--img-size', type=int, metavar='N', default=None,
@@ -388,6 +401,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help='updates between checkpoints within an epoch (default: 0, only at its end)')
     group.add_argument('--checkpoint-hist', type=int, metavar='N', default=2,
                        help='checkpoints to keep for --resume (default: 2)')
+    group.add_argument('--patience', type=int, metavar='N', default=None,
+                       help='end the run after N evaluations in a row without a better --eval-metric; those before '
+                            'CalibrateMix starts do not count. The schedule stays that of --epochs')
     group.add_argument('--eval-metric', default='top1', choices=EVAL_COLUMNS,
                        help='by which best/ is chosen, on the evaluation split (default: top1)')
     return parser
@@ -403,7 +419,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.batch_size is None and args.global_batch_size is None:
         args.batch_size = 64
     for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size',
-                 'grad_accum_steps', 'mu', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout'):
+                 'grad_accum_steps', 'mu', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout',
+                 'patience'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
@@ -426,6 +443,14 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         parser.error(f'--val-fraction {args.val_fraction}: expected a number in (0, 1)')
     if args.val_fraction is not None and args.val_split is not None:
         parser.error(f'--val-fraction and --val-split {args.val_split}: give one; --test-split is reported at the end')
+    args.pretrained = args.pretrained or bool(args.pretrained_path)
+    if args.pretrained_path and args.initial_checkpoint:
+        parser.error('--pretrained-path, --initial-checkpoint: the second would overwrite the first; give one')
+    if args.head_init_scale is not None and args.initial_checkpoint:
+        parser.error('--head-init-scale: the head of --initial-checkpoint is no new one; give one of them')
+    if args.freeze is not None and not (args.pretrained or args.initial_checkpoint):
+        parser.error('--freeze: the frozen part would keep random weights; add --pretrained, --pretrained-path or '
+                     '--initial-checkpoint')
     if args.opt.lower() not in list_optimizers():
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
     if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(exclude_tags=()):
@@ -874,7 +899,9 @@ def share_batch_norm(model: nn.Module, accelerator: Accelerator, how: str) -> No
 
     Done after every update, so that the averaged weights, an evaluation and a checkpoint are those of all processes.
     """
-    buffers = [buffer for name, buffer in model.named_buffers() if name.endswith(('running_mean', 'running_var'))]
+    # Frozen ones are in evaluation mode. A mean over processes could change their last digits.
+    buffers = [buffer for module in model.modules() if module.training
+               for name, buffer in module.named_buffers(recurse=False) if name in ('running_mean', 'running_var')]
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
@@ -1028,10 +1055,7 @@ def record_evaluation(
     Of the meters, `evaluation` is of the named split and chooses best/; the others are only told.
     """
     metrics = meters['evaluation'].compute()
-    value = metrics[args.eval_metric]
-    sign = -1 if args.eval_metric in LOWER_IS_BETTER else 1
-    best = run.best_metric is None or sign * value > sign * run.best_metric
-    run.best_metric = value if best else run.best_metric
+    best = judge(run, metrics, args)
     _logger.info(
         f'epoch {epoch} evaluation of {metrics["count"]:.0f} images of {split}: error {metrics["error"]:.2f} %, '
         f'ECE {metrics["ece"]:.2f} %, NLL {metrics["nll"]:.4f}, confidence {metrics["confidence"]:.2f} %'
@@ -1063,6 +1087,8 @@ def record_evaluation(
         bins=bins,
         **further,
     )
+    if out_of_patience(run, args):
+        content['out_of_patience'] = True
     write_weights(run, folder / 'last', data_config, content)
     if best:
         write_weights(run, folder / 'best', data_config, content)
@@ -1108,13 +1134,14 @@ def build_run(
     calmix = build_calmix(args, datasets, num_classes, accelerator)
     if args.sync_bn:
         model = convert_sync_batchnorm(model)  # timm's, as torch's would drop the activations of BatchNormAct2d
+    frozen = () if args.freeze is None else freeze(model, args.freeze)
     model.to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     ema = build_ema(model, args) if args.model_ema else None
     optimizer = build_optimizer(model, args)
     scheduler = build_scheduler(args, optimizer)  # not prepared: Accelerate would step it once per process
-    timm_model, model = model, FeaturesAndLogits(model)
+    timm_model, model = model, FeaturesAndLogits(model, frozen)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -1189,16 +1216,6 @@ def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, a
     ))
 
 
-def finished_metrics(folder: Path, checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The last evaluation's metrics of a run that has nothing left to do."""
-    written = folder / 'last' / 'metrics.json'
-    if not written.exists():
-        raise UsageError(f'--resume {checkpoint}: it is at the end of its {args.epochs} epochs; raise --epochs')
-    _logger.info(f'{folder} is finished')
-    found = json.loads(written.read_text())
-    return {key: value for key, value in found.items() if isinstance(value, float) or key == 'count'}
-
-
 def train_and_evaluate(
         run: Run,
         folder: Path,
@@ -1240,6 +1257,10 @@ def train_and_evaluate(
                 run.monitor.reset()
                 run.recorded = run.num_updates
                 save()
+                if out_of_patience(run, args):
+                    _logger.info(f'Ending after epoch {epoch}: {run.not_better} evaluations in a row were not better '
+                                 f'than {args.eval_metric} {run.best_metric:.4g}')
+                    break
     except Stopped:
         _logger.info(f'Stopping at update {run.num_updates}')
         save()
@@ -1289,7 +1310,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     # Stopped between an epoch's last update and the end of its evaluation, a run goes on with the evaluation.
     due = run.num_updates % args.train_steps_per_epoch == 0 and run.num_updates != run.recorded
     first_epoch = run.num_updates // args.train_steps_per_epoch - due
-    if first_epoch >= args.epochs:
+    if first_epoch >= args.epochs or (not due and out_of_patience(run, args)):
         metrics = finished_metrics(folder, checkpoint, args)
         accelerator.end_training()
         return metrics

@@ -11,20 +11,25 @@ computed.
 
 For each checkpoint the results folder (with several checkpoints a folder in it for each) receives metrics.json,
 predictions.parquet, reliability.png, confidence.png, risk_coverage.png and classes.png, and reliability_<scaling>.png
-where scalings were fitted. comparison.csv holds the printed table with all metrics. Several checkpoints also share
+where scalings were fitted. classes.csv has figures by class, confusion.csv and confusion.png tell which class is taken
+for which. comparison.csv holds the printed table with all metrics. Several checkpoints also share
 comparison.png, comparison_<scaling>.png and risk_coverage.png.
 
-AUROC in the first table is that of confidence telling right from wrong predictions; the other terms are in metrics.py.
+AUROC in the first table is that of confidence telling right from wrong predictions. The second table is about keeping
+only the most confident images. The terms are in metrics.py.
 """
 import argparse
 import csv
 import hashlib
 import json
 import logging
+import math
 import os
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,12 +52,21 @@ from backbone import (
 from checkpoint import read_run
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches
 from decisions import LEVELS, measure_decisions
-from figures import Panel, class_diagram, confidence_histogram, reliability_diagram, risk_coverage_diagram
+from figures import (
+    Panel,
+    class_diagram,
+    confidence_histogram,
+    confusion_diagram,
+    reliability_diagram,
+    risk_coverage_diagram,
+)
 from inputs import open_pictures
 from labels import match_classes, read_labels
 from metrics import (
     calibration_report,
+    class_report,
     confidence_and_correct,
+    confusion_matrix,
     ece_difference_interval,
     equal_mass_bins,
     ood_metrics,
@@ -60,18 +74,29 @@ from metrics import (
     reliability_bins,
 )
 from program import RunError, UsageError, name_some, once_a_machine, replace_file, run_program, setup_accelerator
-from scaling import MIN_TEMPERATURE, add_temperature, fit_temperature, fit_vector, read_temperature
-from sources import SOURCE_FLAGS, PartSource, Source, locate, open_run_source, open_source
+from scaling import MIN_TEMPERATURE, add_temperature, draw_partners, fit_temperature, fit_vector, read_temperature
+from seeds import item_seed
+from sources import (
+    SOURCE_FLAGS,
+    ImageError,
+    PartSource,
+    Source,
+    locate,
+    open_run_source,
+    open_source,
+    unlabeled_split,
+)
 from splits import HELD_OUT
 
 _logger = logging.getLogger('validate')
 
 # Of the command line and of a run's args.yaml: which images.
 DATA_KEYS = ('dataset', 'data_dir', 'val_split', 'train_split', 'dataset_download', 'class_map', 'input_key',
-             'target_key', 'skip_bad_images', 'max_pixels', 'val_labels')
+             'target_key', 'skip_bad_images', 'max_pixels', 'val_labels',
+             'unlabeled_split')
 # How the pictures and the text call logits that were scaled.
 SCALED = {'temperature': 'after temperature scaling', 'vector': 'after vector scaling',
-          'saved': 'after the saved temperature'}
+          'saved': 'after the saved temperature', 'pseudo': 'after temperature scaling without labels'}
 OOD_SCORES = ('msp', 'energy', 'margin')
 
 
@@ -138,11 +163,21 @@ def create_validate_parser() -> argparse.ArgumentParser:
                             'low, even at its bound. For an honest fit without more labels, train on a part of them '
                             '(train_ssl.py --labels-file) and give the rest here; unless it is taken out of the '
                             'unlabeled set, the run then still sees it there')
+    group.add_argument('--calibration', default=None, choices=['pseudo'],
+                       help='pseudo: a temperature without any label, beside the others if these are asked for too. '
+                            'Pairs of unlabeled images are mixed, and the prediction on the dominant one counts as '
+                            'the label of the mixture (arXiv 2307.07489). Not for networks that were trained with '
+                            'mixing, such as --calibratemix: it makes them much too confident')
+    group.add_argument('--unlabeled-split', metavar='NAME', default=None,
+                       help='split whose images --calibration pseudo takes, without their labels (default: the '
+                            'unlabeled split of the run). What is evaluated, and the labeled images of the run, are '
+                            'left out by content')
     group.add_argument('--save-temperature', action=flag, default=False,
                        help='store the temperature, by which logits are to be divided, in the config.json of each '
                             'checkpoint folder, as calibration.temperature; a later report without a fit shows it. '
                             'From --calibration-split also what predict.py decides by: confidence thresholds and '
-                            'the quantiles of prediction sets')
+                            'the quantiles of prediction sets. Of a temperature fitted with labels and one without '
+                            'them, the former')
     levels = ' '.join(f'{level:g}' for level in LEVELS)
     group.add_argument('--target-accuracy', type=float, metavar='A', nargs='+', default=None,
                        help=f'accuracies to store thresholds for (default: {levels})')
@@ -187,8 +222,11 @@ def _parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error(f'--model {args.model}: its weights are random; add --pretrained or --checkpoint FILE')
     if args.calibration_split is not None and args.calibration_from_labeled is not None:
         parser.error('--calibration-split and --calibration-from-labeled: give one of them')
-    if args.save_temperature and not fits(args):
-        parser.error('--save-temperature: nothing is fitted; add --calibration-split or --calibration-from-labeled')
+    if args.unlabeled_split is not None and args.calibration is None:
+        parser.error(f'--unlabeled-split {args.unlabeled_split}: only --calibration pseudo takes its images; add it')
+    if args.save_temperature and not fits(args) and args.calibration is None:
+        parser.error('--save-temperature: nothing is fitted; add --calibration-split, --calibration-from-labeled or '
+                     '--calibration pseudo')
     if args.save_temperature and not (args.checkpoint and all(Path(path).is_dir() for path in args.checkpoint)):
         parser.error('--save-temperature: only checkpoint folders have a config.json to store it in')
     return args
@@ -279,6 +317,7 @@ class Images:
     data: Namespace
     test: Source
     calibration: Source | None
+    unlabeled: Source | None
     ood: dict[str, Source]
 
 
@@ -385,6 +424,23 @@ def collect(
     return outputs
 
 
+class PairDataset(ViewDataset):
+    """Images, each with a view of another one beside it, `partner`, which is to be mixed into it.
+
+    Args:
+        partner: For each item the one that it is paired with, [n] int64.
+    """
+
+    def __init__(self, *args, partner: torch.Tensor, **options):
+        super().__init__(*args, **options)
+        self.partner = partner
+
+    def __getitem__(self, key):
+        item, other = super().__getitem__(key), super().__getitem__(int(self.partner[key]))
+        broken = [part for part in (item, other) if isinstance(part, ImageError)]
+        return broken[0] if broken else dict(item, partner=other['image'])
+
+
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -396,13 +452,13 @@ class Result:
     outputs: Outputs
     calibration: Outputs | None
     labeled: Outputs | None
+    mixed: Outputs | None  # of pairs of unlabeled images; the target is the prediction on the dominant one
     ood: dict[str, Outputs]
     class_names: list[str] | None = None
     chosen_by: str = ''  # what best/ was chosen by: a metric on a split
     scaled: dict[str, torch.Tensor] = field(default_factory=dict)  # logits by scaling, the first is 'none'
     parameters: dict[str, dict] = field(default_factory=dict)
     reports: dict[str, dict] = field(default_factory=dict)
-    at_bound: bool = False
 
 
 def choose_calibration_images(results: list[Result], args: Namespace) -> None:
@@ -447,19 +503,27 @@ def scale(result: Result, data: Namespace) -> None:
     logits = result.outputs.logits
     result.scaled['none'], result.parameters['none'] = logits, {}
     fit_on = result.calibration
-    if fit_on is None:
+    if result.mixed is not None:
+        value, at_bound = fit_temperature(result.mixed.logits, result.mixed.target)
+        result.scaled['pseudo'] = logits.double() / value
+        result.parameters['pseudo'] = dict(temperature=value, at_bound=at_bound, images=len(result.mixed.index))
+        if at_bound:
+            _logger.warning(f'{result.name}: the temperature without labels is at its bound of {value:g}, since the '
+                            f'likelihood of {len(result.mixed.index)} mixtures has no maximum')
+    elif fit_on is None:
         value = saved_temperature(result.checkpoint, data)
         if value is not None:
             result.scaled['saved'] = logits.double() / value
             result.parameters['saved'] = dict(temperature=value)
+    if fit_on is None:
         return
-    value, result.at_bound = fit_temperature(fit_on.logits, fit_on.target)
+    value, at_bound = fit_temperature(fit_on.logits, fit_on.target)
     result.scaled['temperature'] = logits.double() / value
-    result.parameters['temperature'] = dict(temperature=value, at_bound=result.at_bound)
+    result.parameters['temperature'] = dict(temperature=value, at_bound=at_bound)
     factor, offset = fit_vector(fit_on.logits, fit_on.target, value)
     result.scaled['vector'] = logits.double() * factor + offset
     result.parameters['vector'] = dict(factor=factor.tolist(), offset=offset.tolist())
-    if result.at_bound:
+    if at_bound:
         right = int((fit_on.logits.argmax(1) == fit_on.target).sum())
         _logger.warning(
             f'{result.name}: the temperature is at its bound of {value:g}, since the likelihood of the calibration '
@@ -492,16 +556,20 @@ def align(rows: list[list[str]], left: int = 2) -> str:
 
 def format_table(results: list[Result]) -> str:
     range_of = ' [95 %]' if 'ece_low' in results[0].reports['none'] else ''
-    rows = [['run', 'scaling', 'T', f'error %{range_of}', f'ECE %{range_of}', 'equal-mass', 'class-wise', 'smooth',
-             'NLL', 'Brier', 'AUROC', 'best by']]
+    rows = [['run', 'scaling', 'T', f'error %{range_of}', 'balanced acc', 'macro-F1', f'ECE %{range_of}', 'equal-mass',
+             'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC', 'best by']]
+    any_at_bound = False
     for result in results:
         for scaling, report in result.reports.items():
             temperature = result.parameters[scaling].get('temperature')
+            at_bound = result.parameters[scaling].get('at_bound', False)
+            any_at_bound |= at_bound
             rows.append([
                 result.name,
                 scaling,
-                '' if temperature is None else f'{temperature:.3f}' + '*' * result.at_bound,
+                '' if temperature is None else f'{temperature:.3f}' + '*' * at_bound,
                 interval(report, 'error'),
+                *(f'{report[key]:.2f}' for key in ('balanced_accuracy', 'macro_f1')),
                 interval(report, 'ece'),
                 *(f'{report[key]:.2f}' for key in ('ece_equal_mass', 'ece_classwise', 'ece_smooth')),
                 f'{report["nll"]:.4f}',
@@ -512,7 +580,16 @@ def format_table(results: list[Result]) -> str:
     if not any(result.chosen_by for result in results):
         rows = [row[:-1] for row in rows]
     note = '\n* at its bound: the likelihood of the calibration images has no maximum'
-    return align(rows) + (note if any(result.at_bound for result in results) else '')
+    return align(rows) + (note if any_at_bound else '')
+
+
+def format_selective_table(results: list[Result]) -> str:
+    rows = [['run', 'scaling', '% kept at 95 % accuracy', 'at 99 %', 'accuracy % with 80 % kept', 'with 90 %', 'AURC']]
+    keys = ('coverage_at_95', 'coverage_at_99', 'accuracy_at_80', 'accuracy_at_90', 'aurc')
+    for result in results:
+        for scaling, report in result.reports.items():
+            rows.append([result.name, scaling, *(f'{report[key]:.2f}' for key in keys)])
+    return align(rows)
 
 
 def format_ood_table(results: list[Result], metrics: list[dict]) -> str:
@@ -610,10 +687,30 @@ def write_result(folder: Path, result: Result, about: dict, ood: dict, args) -> 
         reliability_diagram(panels, folder / picture_name('reliability', scaling), heading)
     confidence_histogram(confidence, correct, folder / 'confidence.png', result.name)
     risk_coverage_diagram([(result.name, confidence, correct)], folder / 'risk_coverage.png')
-    class_names = result.class_names
-    if class_names is not None:
-        class_names = [*class_names, *map(str, range(len(class_names), outputs.logits.shape[1]))]
-    class_diagram(predicted, confidence, correct, folder / 'classes.png', class_names, result.name)
+    names = list(result.class_names or [])
+    names += [str(k) for k in range(len(names), outputs.logits.shape[1])]
+    write_classes(folder, result, names)
+    class_diagram(predicted, confidence, correct, folder / 'classes.png', names, result.name)
+
+
+def write_classes(folder: Path, result: Result, names: list[str]) -> None:
+    """Figures by class in percent, where there are any, and the confusion matrix as numbers and as a picture."""
+    outputs = result.outputs
+    columns = class_report(outputs.logits, outputs.target)._asdict()
+    counts = {key: columns.pop(key).tolist() for key in ('images', 'predicted')}
+    rates = {key: ['' if math.isnan(value) else 100 * value for value in columns[key].tolist()] for key in columns}
+    write_csv(folder / 'classes.csv', [
+        dict(number=k, name=name, **{key: values[k] for key, values in (counts | rates).items()})
+        for k, name in enumerate(names)
+    ])
+    matrix = confusion_matrix(outputs.logits, outputs.target)
+    with open(folder / 'confusion.csv', 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
+        csv.writer(file).writerows([['true', *names], *([name, *row] for name, row in zip(names, matrix.tolist()))])
+    confusion_diagram(matrix, folder / 'confusion.png', names, result.name)
+    absent = counts['images'].count(0)
+    if absent:
+        _logger.warning(f'{result.name}: {absent} of {len(names)} classes have no image in this split; they have no '
+                        'recall, and balanced accuracy is that of the others')
 
 
 def write_comparison(folder: Path, results: list[Result]) -> None:
@@ -680,7 +777,10 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
     if fits(args):
         number = '/'.join(str(n) for n in OrderedDict.fromkeys(len(r.calibration.index) for r in results))
         heading += f'; scalings fitted on {number} images of {args.calibration_split or "the labeled training images"}'
-    print(heading + '\n' + format_table(results))
+    if args.calibration == 'pseudo':
+        number = '/'.join(str(n) for n in OrderedDict.fromkeys(len(r.mixed.index) for r in results))
+        heading += f'; scaling "pseudo" fitted on {number} mixtures of unlabeled images of {unlabeled_split(data)}'
+    print(f'{heading}\n{format_table(results)}\n\n{format_selective_table(results)}')
     if args.ood_dataset:
         print(f'\n{format_ood_table(results, ood)}')
     if len(results) > 1:
@@ -707,21 +807,25 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
         raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
     print(f'\nResults in {folder}')
     if args.save_temperature:
-        store_temperatures(results, args.calibration_split or data.train_split, about['dataset'], args)
+        store_temperatures(results, about['dataset'], data, args)
 
 
-def store_temperatures(results: list[Result], split: str, dataset: str, args: Namespace) -> None:
-    """Puts each temperature into the config.json of its checkpoint; raises RunError for one at its bound."""
+def store_temperatures(results: list[Result], dataset: str, data: Namespace, args: Namespace) -> None:
+    """Puts each temperature into the config.json of its checkpoint; raises RunError for one at its bound.
+
+    Of one that was fitted with labels and one without, the former.
+    """
+    kind = 'temperature' if fits(args) else 'pseudo'
     for result in results:
-        if result.at_bound:
+        if result.parameters[kind]['at_bound']:
             raise RunError(f'--save-temperature: none stored in {result.checkpoint}, as it is at its bound')
-        temperature = result.parameters['temperature']['temperature']
         content = add_temperature(
             result.checkpoint,
-            temperature=temperature,
-            images=len(result.calibration.index),
+            temperature=result.parameters[kind]['temperature'],
+            images=len((result.calibration if fits(args) else result.mixed).index),
             dataset=dataset,
-            split=split,
+            split=(args.calibration_split or data.train_split) if fits(args) else unlabeled_split(data),
+            fitted='with labels' if fits(args) else 'without labels',
             input_size=result.config.input_size,
             **find_decisions(result, args),
         )
@@ -755,6 +859,36 @@ def find_labels(
     return None, own
 
 
+def mix_unlabeled(
+        evaluate: Callable[..., Outputs],
+        source: Source,
+        leave_out: torch.Tensor,
+        name: str,
+        args: Namespace,
+) -> Outputs:
+    """Pseudo-calibration's set: mixtures of two images each, labeled as the model sees the dominant one by itself.
+
+    Args:
+        evaluate: Of a source, positions, targets and the kind of set; gives the model's outputs.
+        source: The unlabeled images; if they have labels, these are not used.
+        leave_out: Digests of images that are not to be in it.
+        name: The model's.
+
+    Raises:
+        UsageError: If less than two images are left.
+    """
+    found = evaluate(source, None, torch.full((len(source),), -1))
+    rows = ~torch.isin(found.digest, leave_out)
+    told = (f'{int(rows.sum())} of {len(rows)} unlabeled images are mixed; the others are evaluated, or were labeled '
+            'in training')
+    if rows.sum() < 2:
+        raise UsageError(f'--calibration pseudo: {told}; give another --unlabeled-split')
+    _logger.info(f'{name}: {told}')
+    kept = found.keep(rows)
+    partner = draw_partners(len(kept.index), item_seed(args.seed, 'pseudo-calibration'))
+    return evaluate(source, kept.index, kept.logits.argmax(1), partial(PairDataset, partner=partner))
+
+
 def evaluate_checkpoint(
         name: str,
         checkpoint: Path | None,
@@ -782,18 +916,19 @@ def evaluate_checkpoint(
                  f'{accelerator.num_processes} process(es), device {accelerator.device}, '
                  f'{args.amp_dtype if args.amp else "float32"}')
 
-    def evaluate(source, index=None, targets=None):
+    def evaluate(source, index=None, targets=None, kind=ViewDataset):
         views = {'image': view, 'digest': picture_digest}
-        dataset = ViewDataset(source, views, index, targets, skip_bad=images.data.skip_bad_images)
+        dataset = kind(source, views, index, targets, skip_bad=images.data.skip_bad_images)
         return collect(model, dataset, config, accelerator, args)
 
     if data.own:
         tell_trained(name, checkpoint.parent / 'labels.json', images.data, images.test)
-    labeled = None
+    labeled = mixed = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
-    if labels_file is not None:
+    if labels_file is not None or (own_file is not None and images.unlabeled is not None):
         with once_a_machine(accelerator):
             train = open_source(data, data.train_split)
+    if labels_file is not None:
         index, targets, _ = read_labels(labels_file, train, model.num_classes, names)
         if args.calibration_from_labeled is not None and own_file is not None:
             trained = read_labels(own_file, train, model.num_classes, names)[0]
@@ -802,13 +937,23 @@ def evaluate_checkpoint(
                 _logger.warning(f'{name}: {known} of {len(index)} calibration images are labeled images of its '
                                 'training, where it is right more often than elsewhere: expect too low a temperature')
         labeled = evaluate(train, index, targets)
+    tested = evaluate(images.test, targets=test_targets)
+    if images.unlabeled is not None:
+        known = [tested]
+        if own_file is not None:
+            known.append(evaluate(train, read_labels(own_file, train, model.num_classes, names)[0]))
+        mixed = mix_unlabeled(evaluate, images.unlabeled, torch.cat([part.digest for part in known]), name, args)
+        if run.get('calibratemix'):
+            _logger.warning(f'{name}: it was trained with --calibratemix. On mixtures it is then as right and as '
+                            'unsure as it was taught to be, and the temperature without labels comes out too low')
     return Result(
         name,
         checkpoint,
         config,
-        evaluate(images.test, targets=test_targets),
+        tested,
         labeled if images.calibration is None else evaluate(images.calibration, targets=fit_targets),
         labeled,
+        mixed,
         {ood_name: evaluate(source) for ood_name, source in images.ood.items()},
         names or images.test.class_names,
         tell_choice(name, checkpoint, images.data),
@@ -870,6 +1015,7 @@ def main(args: Namespace) -> None:
             data,
             open_split(data, data.val_split, checkpoints, run),
             open_split(data, args.calibration_split, checkpoints, run) if args.calibration_split else None,
+            open_source(data, unlabeled_split(data)) if args.calibration == 'pseudo' else None,
             {
                 name: open_pictures(name, args.ood_data_dir, args.ood_split, max_pixels=data.max_pixels)
                 for name in args.ood_dataset

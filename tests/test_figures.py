@@ -245,9 +245,41 @@ def test_training_curves_take_the_page_whatever_the_settings_are_called(settings
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes and imports
+@pytest.mark.parametrize('num_classes', [2, 10, 100, 1000])
+def test_a_single_confusion_is_seen_in_a_matrix_of_any_size(tmp_path, num_classes):
+    matrix = 50 * torch.eye(num_classes, dtype=torch.int64)
+    names = ['$a$, "b"\n', *map(str, range(1, num_classes))]
+    path = tmp_path / 'confusion.png'
+    figures.confusion_diagram(matrix, path, names, 'run $x$')
+    legend = colour_share(path, (0xD5, 0x5E, 0x00)) * imread(path)[..., 0].size
+    matrix[0, 1], matrix[0, 0] = 50, 0  # the very colour of the legend: all of a class goes to another
+    figures.confusion_diagram(matrix, path, names, 'run $x$')
+    picture = imread(path)
+    dots = colour_share(path, (0xD5, 0x5E, 0x00)) * picture[..., 0].size - legend
+    assert dots >= 9 and min(picture.shape[:2]) > 600
+
+
+def test_a_dot_for_several_classes_shows_their_largest_confusion_and_their_mean_recall():
+    generator = np.random.default_rng(0)
+    matrix = generator.integers(0, 3, (7, 7)) + np.diag(generator.integers(2, 30, 7))
+    matrix[4] = 0  # a class without images counts in no mean
+    share = [[matrix[i, j] / max(1, matrix[i].sum()) for j in range(7)] for i in range(7)]
+    found = figures._shade(matrix, 2)
+    for a in range(4):
+        for b in range(4):
+            rows, columns = ([i for i in (2 * d, 2 * d + 1) if i < 7] for d in (a, b))
+            strength = max(share[i][j] for i in rows for j in columns if i != j) if (a, b) != (3, 3) else 0
+            colour = np.array([0xD5, 0x5E, 0x00]) / 255
+            if a == b:
+                recall = np.mean([share[i][i] for i in rows if matrix[i].any()])
+                if recall >= strength:
+                    strength, colour = recall, np.array([0x00, 0x72, 0xB2]) / 255
+            assert found[a, b] == pytest.approx(1 + strength ** 0.5 * (colour - 1)), (a, b)
 
 
 @pytest.mark.parametrize('call, message', [
+    (lambda: figures.confusion_diagram(torch.zeros(3, 3), 'x.png'), '0 images'),
+    (lambda: figures.confusion_diagram(torch.ones(3, 2), 'x.png'), r'shape \[3, 2\]'),
     (lambda: figures.reliability_diagram([], 'x.png'), 'panels is empty'),
     (lambda: figures.risk_coverage_diagram([], 'x.png'), 'curves is empty'),
     (lambda: figures.class_diagram([0], [0.5, 0.5], [1, 1], 'x.png'), r'predicted has shape \[1\]'),

@@ -210,7 +210,8 @@ def test_mistakes_raise_and_say_where(call, message):
 
 @pytest.mark.parametrize('function', [
     metrics.accuracy, metrics.nll, metrics.brier, metrics.expected_calibration_error, metrics.classwise_ece,
-    metrics.brier_decomposition, metrics.calibration_report, metrics.confidence_and_correct,
+    metrics.brier_decomposition, metrics.calibration_report, metrics.confidence_and_correct, metrics.class_report,
+    metrics.confusion_matrix,
 ])
 def test_empty_input_of_logits_raises(function):
     with pytest.raises(ValueError, match='is empty'):
@@ -220,6 +221,7 @@ def test_empty_input_of_logits_raises(function):
 @pytest.mark.parametrize('function', [
     metrics.reliability_bins, metrics.equal_mass_bins, metrics.smooth_ece, metrics.bootstrap_intervals,
     metrics.auroc, metrics.average_precision, metrics.fpr_at_tpr, metrics.aurc,
+    lambda c, r: metrics.accuracy_at_coverage(c, r, 0.5), lambda c, r: metrics.coverage_at_accuracy(c, r, 0.5),
 ])
 def test_empty_input_of_confidences_raises(function):
     with pytest.raises(ValueError, match='is empty'):
@@ -667,6 +669,69 @@ def test_fpr95_by_hand():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Classes and selective prediction
+
+
+def test_figures_by_class_equal_a_plain_loop_and_sklearn():
+    from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
+
+    logits, target = random_logits(300, 8)
+    target[target == 2] = 3  # no image of class 2
+    logits[:, 5] = -50  # nothing is put into class 5
+    logits[:, 7], target[target == 7] = -50, 1  # class 7 does not occur at all
+    predicted, probs = logits.argmax(1).tolist(), logits.softmax(1)
+    matrix, found = metrics.confusion_matrix(logits, target), metrics.class_report(logits, target)
+    assert (matrix.numpy() == confusion_matrix(target, predicted, labels=range(8))).all()
+    for k in range(8):
+        rows = [i for i, p in enumerate(predicted) if p == k]
+        images = [i for i, t in enumerate(target.tolist()) if t == k]
+        hits = len(set(rows) & set(images))
+        expected = dict(
+            images=len(images),
+            predicted=len(rows),
+            recall=hits / len(images) if images else math.nan,
+            precision=hits / len(rows) if rows else math.nan,
+            f1=2 * hits / (len(images) + len(rows)) if images or rows else math.nan,
+            confidence=float(probs[rows, k].double().mean()),
+            ece=loop_ece(probs[rows, k], target[rows] == k, 15) if rows else math.nan,
+        )
+        assert {name: float(v[k]) for name, v in found._asdict().items()} == pytest.approx(expected, nan_ok=True)
+    assert found.macro_f1 == pytest.approx(f1_score(target, predicted, average='macro'))
+    with pytest.warns(UserWarning, match='not in y_true'):  # class 2, which has no recall
+        assert found.balanced_accuracy == pytest.approx(balanced_accuracy_score(target, predicted))
+
+
+@quick
+@given(pairs, st.sampled_from([0.5, 0.75, 0.95, 0.99, 1.0]))
+def test_coverage_at_an_accuracy_is_the_best_that_a_loop_over_thresholds_finds(rows, level):
+    best = 0
+    for threshold, _ in rows:
+        kept = [right for confidence, right in rows if confidence >= threshold]
+        if sum(kept) / len(kept) >= level:
+            best = max(best, len(kept))
+    confidence, correct = torch.tensor([c for c, _ in rows]), torch.tensor([r for _, r in rows])
+    assert metrics.coverage_at_accuracy(confidence, correct, level) == best / len(rows)
+
+
+@quick
+@given(pairs, st.sampled_from([0.1, 0.5, 0.8, 0.9, 1.0]))
+def test_accuracy_at_a_coverage_is_the_mean_over_random_orders_of_equal_confidences(rows, coverage):
+    wanted = next(n for n in range(1, len(rows) + 1) if n >= round(coverage * len(rows), 9))
+    edge = sorted((c for c, _ in rows), reverse=True)[wanted - 1]
+    surely = [right for confidence, right in rows if confidence > edge]
+    tied = [right for confidence, right in rows if confidence == edge]
+    expected = (sum(surely) + (wanted - len(surely)) * sum(tied) / len(tied)) / wanted
+    confidence, correct = torch.tensor([c for c, _ in rows]), torch.tensor([r for _, r in rows])
+    assert metrics.accuracy_at_coverage(confidence, correct, coverage) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('coverage', [0., 1.01, math.nan])
+def test_a_coverage_that_is_none_raises(coverage):
+    with pytest.raises(ValueError, match='above 0 and up to 1'):
+        metrics.accuracy_at_coverage([0.5], [1], coverage)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Report
 
 
@@ -692,6 +757,12 @@ def test_the_report_gathers_the_functions_in_percent():
         'aupr_right': 100 * metrics.average_precision(confidence, correct),
         'aupr_wrong': 100 * metrics.average_precision(-confidence, ~correct),
         'aurc': 100 * metrics.aurc(confidence, correct),
+        'balanced_accuracy': 100 * metrics.class_report(logits, target).balanced_accuracy,
+        'macro_f1': 100 * metrics.class_report(logits, target).macro_f1,
+        'coverage_at_95': 100 * metrics.coverage_at_accuracy(confidence, correct, 0.95),
+        'coverage_at_99': 100 * metrics.coverage_at_accuracy(confidence, correct, 0.99),
+        'accuracy_at_80': 100 * metrics.accuracy_at_coverage(confidence, correct, 0.8),
+        'accuracy_at_90': 100 * metrics.accuracy_at_coverage(confidence, correct, 0.9),
     }
     assert dict(report) == pytest.approx(expected)
     longer = metrics.calibration_report(logits, target, bootstrap=20, seed=5)

@@ -86,3 +86,12 @@ def test_vector_scaling_stays_finite_on_few_images_that_are_all_right():
     factor, offset = scaling.fit_vector(logits, torch.arange(3), 1.)
     assert factor.isfinite().all() and offset.isfinite().all() and factor.abs().max() < 10
     assert (offset[3:] < offset[:3].min()).all()  # classes without an image
+
+
+@pytest.mark.parametrize('number', [2, 3, 50])
+def test_every_image_is_dominant_once_and_another_ones_partner_once(number):
+    partner = scaling.draw_partners(number, 0)
+    assert sorted(partner.tolist()) == list(range(number)) and (partner != torch.arange(number)).all()
+    assert number < 50 or not torch.equal(partner, scaling.draw_partners(number, 1))
+    with pytest.raises(ValueError, match='make no pair'):
+        scaling.draw_partners(1, 0)

@@ -26,9 +26,11 @@ import sources
 import validate
 from data import ViewDataset
 from program import RunError, UsageError
+from seeds import item_seed
 from sources import create_source
 
-PICTURES = ('reliability_diagram', 'confidence_histogram', 'risk_coverage_diagram', 'class_diagram')
+PICTURES = ('reliability_diagram', 'confidence_histogram', 'risk_coverage_diagram', 'class_diagram',
+            'confusion_diagram')
 
 
 # --- Runs to evaluate -------------------------------------------------------------------------------------------------
@@ -122,7 +124,8 @@ def comparison(run_folder, sharp_folder, photographs) -> tuple[Path, str]:
 def report_arguments(run_folder: Path, sharp_folder: Path, photographs: Path) -> tuple:
     return (
         '--checkpoint', run_folder / 'best', sharp_folder / 'best', '--calibration-split', 'train[:649]',
-        '--ood-dataset', photographs, '--save-logits', '-j', '0', '--bootstrap', '50',
+        '--ood-dataset', photographs, '--save-logits', '-j', '0', '--bootstrap', '50', '--calibration', 'pseudo',
+        '--unlabeled-split', 'train[:90]',
     )
 
 
@@ -154,7 +157,8 @@ def test_predictions_are_those_of_the_model_in_the_order_of_the_images(run_folde
 
 def test_two_processes_give_the_same_digits_as_one(run_folder, sharp_folder, photographs, comparison, evaluate):
     folder = evaluate(*report_arguments(run_folder, sharp_folder, photographs))
-    for name in ('comparison.csv', 'ood.csv', 'run/metrics.json', 'sharp/metrics.json', 'run/predictions.parquet'):
+    for name in ('comparison.csv', 'ood.csv', 'run/metrics.json', 'sharp/metrics.json', 'run/predictions.parquet',
+                 'run/classes.csv', 'run/confusion.csv'):
         assert (comparison[0] / name).read_bytes() == (folder / name).read_bytes(), name
 
 
@@ -178,9 +182,10 @@ def test_no_batch_is_smaller_than_the_others(run_folder):
 
 
 def test_every_picture_is_written(comparison):
-    shared = {'comparison.png', 'comparison_temperature.png', 'comparison_vector.png', 'risk_coverage.png'}
-    own = {'reliability.png', 'reliability_temperature.png', 'reliability_vector.png', 'confidence.png',
-           'risk_coverage.png', 'classes.png'}
+    shared = {'comparison.png', 'comparison_temperature.png', 'comparison_vector.png', 'comparison_pseudo.png',
+              'risk_coverage.png'}
+    own = {'reliability.png', 'reliability_pseudo.png', 'reliability_temperature.png', 'reliability_vector.png',
+           'confidence.png', 'risk_coverage.png', 'classes.png', 'confusion.png'}
     for folder, names in ((comparison[0], shared), (comparison[0] / 'run', own), (comparison[0] / 'sharp', own)):
         assert {path.name for path in folder.glob('*.png')} == names
         for name in names:
@@ -193,18 +198,22 @@ def test_the_table_and_its_file_have_a_row_for_each_checkpoint_and_scaling(compa
     folder, printed = comparison
     found = rows(folder / 'comparison.csv')
     assert [(row['run'], row['scaling']) for row in found] == [
-        (run, scaling) for run in ('run', 'sharp') for scaling in ('none', 'temperature', 'vector')
+        (run, scaling) for run in ('run', 'sharp') for scaling in ('none', 'pseudo', 'temperature', 'vector')
     ]
     for row in found:
         assert float(row['ece_low']) <= float(row['ece']) <= float(row['ece_high'])
-        [line] = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
+        line, selective = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
+        keys = ('coverage_at_95', 'coverage_at_99', 'accuracy_at_80', 'accuracy_at_90', 'aurc')
+        assert selective.split()[2:] == [f'{float(row[key]):.2f}' for key in keys]
+        for key in ('balanced_accuracy', 'macro_f1'):
+            assert f'{float(row[key]):.2f}' in line
         assert f'{float(row["ece"]):.2f} [{float(row["ece_low"]):.2f}, {float(row["ece_high"]):.2f}]' in line
         assert f'{float(row["nll"]):.4f}' in line
 
 
 def test_temperature_scaling_takes_back_a_factor_of_the_logits(comparison):
     folder, printed = comparison
-    plain, scaled, _, sharp, sharp_scaled, _ = rows(folder / 'comparison.csv')
+    plain, _, scaled, _, sharp, _, sharp_scaled, _ = rows(folder / 'comparison.csv')
     assert float(sharp_scaled['temperature']) == pytest.approx(4 * float(scaled['temperature']), rel=1e-5)
     assert abs(float(sharp['ece']) - float(plain['ece'])) > 2
     for key in ('ece', 'nll', 'brier', 'error'):
@@ -255,6 +264,69 @@ def test_labeled_images_of_the_runs_are_left_out_of_the_fit(run_folder, comparis
     within = sum(i < 649 for i in labeled)
     assert 0 < within < 20
     assert report(comparison[0] / 'run')['calibration_images'] == 649 - within
+
+
+def test_pseudo_calibration_equals_a_plain_loop_and_never_sees_labeled_or_evaluated_images(run_folder, comparison):
+    source, folder = create_source('digits', None, 'train[:90]'), run_folder / 'best'
+    labeled = set(json.loads((run_folder / 'labels.json').read_text())['index'])
+    test = create_source('digits', None, 'test')
+    seen = {image.tobytes() for image in (*map(test.image, range(500)), *map(source.image, labeled & set(range(90))))}
+    index = [i for i in range(90) if source.image(i).tobytes() not in seen]
+    assert labeled & set(range(90)) and len(index) < 90
+    alone = logits_of(folder, source, index).argmax(1)
+    partner = scaling.draw_partners(len(index), item_seed(0, 'pseudo-calibration'))
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    logits = []
+    for i, j in enumerate(partner.tolist()):
+        mixture = 0.65 * transform(source.image(index[i])) + 0.35 * transform(source.image(index[j]))
+        with torch.no_grad():
+            logits.append(model(mixture[None]))
+    temperature, at_bound = scaling.fit_temperature(torch.cat(logits), alone)
+    found = report(comparison[0] / 'run')['scaled']['pseudo']
+    assert not at_bound and found['images'] == len(index)
+    assert found['temperature'] == pytest.approx(temperature, rel=1e-4)
+
+
+def test_classes_and_their_confusions_are_counted_by_name(comparison):
+    table = pq.read_table(comparison[0] / 'run' / 'predictions.parquet')
+    pairs = list(zip(table['target'].to_pylist(), table['predicted'].to_pylist()))
+    matrix = rows(comparison[0] / 'run' / 'confusion.csv')
+    for k, (row, by_class) in enumerate(zip(matrix, rows(comparison[0] / 'run' / 'classes.csv'), strict=True)):
+        assert row['true'] == by_class['name'] == str(k)
+        assert [int(row[str(j)]) for j in range(10)] == [pairs.count((k, j)) for j in range(10)]
+        assert int(by_class['images']) == sum(t == k for t, _ in pairs)
+        assert float(by_class['recall']) == pytest.approx(100 * pairs.count((k, k)) / int(by_class['images']))
+        if int(by_class['predicted']):
+            claimed = [c for c, p in zip(table['confidence'].to_pylist(), table['predicted'].to_pylist()) if p == k]
+            assert float(by_class['confidence']) == pytest.approx(100 * np.mean(claimed), abs=1e-4)
+        else:
+            assert by_class['precision'] == by_class['confidence'] == by_class['ece'] == ''
+
+
+def test_any_class_name_survives_its_csv_and_its_picture(tmp_path, caplog):
+    names = ['a, "b"', 'line\nbreak', '$x$ and $y$', 'unseen']
+    outputs = validate.Outputs(*(torch.zeros(4, dtype=torch.int64),) * 3, logits=torch.eye(4))
+    outputs.target = torch.tensor([0, 1, 2, 0])
+    validate.write_classes(tmp_path, validate.Result('run', None, None, outputs, None, None, None, {}), names)
+    assert [row['name'] for row in rows(tmp_path / 'classes.csv')] == names
+    assert [row['true'] for row in rows(tmp_path / 'confusion.csv')] == names
+    assert list(rows(tmp_path / 'confusion.csv')[0])[1:] == names
+    assert (tmp_path / 'confusion.png').stat().st_size > 1000
+    assert rows(tmp_path / 'classes.csv')[3]['recall'] == '' and '1 of 4 classes have no image' in caplog.text
+
+
+def test_a_temperature_without_labels_is_saved_and_warns_of_networks_trained_with_mixing(run_copy, evaluate, caplog):
+    flags = ('--checkpoint', run_copy / 'best', '--unlabeled-split', 'train[:60]')
+    folder = evaluate(*flags, '--calibration', 'pseudo', '--save-temperature')
+    assert 'trained with --calibratemix' in caplog.text
+    saved = scaling.read_temperature(run_copy / 'best')
+    assert saved['temperature'] == report(folder)['scaled']['pseudo']['temperature']
+    assert (saved['split'], saved['fitted'], saved['images']) == (
+        'train[:60]', 'without labels', report(folder)['scaled']['pseudo']['images'],
+    )
+    shown = evaluate('--checkpoint', run_copy / 'best')
+    assert report(shown)['scaled']['saved']['temperature'] == saved['temperature']
 
 
 def test_out_of_distribution_rows_are_those_of_the_logits(run_folder, photographs, comparison):
@@ -481,6 +553,7 @@ def test_a_parquet_file_without_labels_is_an_out_of_distribution_set(photographs
     (['--checkpoint', 'x', '--crop-pct', '1.5'], 'above 0 and up to 1'),
     (['--checkpoint', 'x', '--calibration-split', 'a', '--calibration-from-labeled'], 'give one of them'),
     (['--checkpoint', 'x', '--save-temperature'], 'nothing is fitted'),
+    (['--checkpoint', 'x', '--unlabeled-split', 'a'], 'only --calibration pseudo'),
     (['--checkpoint', 'x.pth', '--save-temperature', '--calibration-split', 'a'], 'config.json'),
     (['--checkpoint', 'x', '--checkpoin', 'y'], 'unrecognized arguments'),
 ])
@@ -502,6 +575,8 @@ def test_arguments_that_make_no_sense_end_with_status_2(arguments, told, capsys)
     (['--checkpoint', 'RUN/best', '--num-classes', '7'], 'has 10'),
     (['--checkpoint', 'RUN/best', '--mean', '1', '2'], 'mean must have one value or 3'),
     (['--checkpoint', 'RUN/best', '--calibration-split', 'dev'], 'no split dev'),
+    (['--checkpoint', 'RUN/best', '--calibration', 'pseudo', '--unlabeled-split', 'dev'], 'no split dev'),
+    (['--checkpoint', 'RUN/best', '--calibration', 'pseudo', '--unlabeled-split', 'test[:9]'], '0 of 9 unlabeled'),
     (['--checkpoint', 'RUN/best', '--ood-dataset', 'nonsense'], 'neither a known data set nor'),
     (['--checkpoint', 'RUN/best', '--calibration-from-labeled', 'RUN/nowhere'], 'nowhere'),
     (['--checkpoint', 'RUN/best', 'EMPTY'], 'no config.json'),
