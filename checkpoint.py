@@ -342,7 +342,7 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
 # --- What a run leaves ------------------------------------------------------------------------------------------------
 
 def exportable(run: Run) -> nn.Module:
-    """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class."""
+    """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class, tied ones twice."""
     model = copy.deepcopy(run.eval_model).to('cpu', memory_format=torch.contiguous_format)
     if model.num_classes > run.num_classes:
         wide = model.get_classifier()
@@ -350,6 +350,14 @@ def exportable(run: Run) -> nn.Module:
         with torch.no_grad():
             for name, parameter in model.get_classifier().named_parameters():
                 parameter.copy_(getattr(wide, name)[:-1])
+
+    def untie(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
+        seen = set()
+        for name, value in state.items():  # safetensors refuses two names of one tensor
+            state[name] = value.clone() if value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
+
+    model.register_state_dict_post_hook(untie)
     return model
 
 

@@ -31,17 +31,29 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, setup_default_logging
+from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from backbone import FeaturesAndLogits, build_model, check_head
+from backbone import (
+    PHOTO_MODEL,
+    PHOTO_SIDE,
+    SMALL_MODEL,
+    FeaturesAndLogits,
+    average_lags,
+    build_ema,
+    build_model,
+    check_head,
+    choose_model,
+    describe_averages,
+    fit_to_length,
+    resolve_data,
+)
 from calibratemix import CHOICES, PRESETS, CalibrateMix
 from checkpoint import (
     EVAL_COLUMNS,
@@ -68,6 +80,7 @@ from data import (
     create_loader,
     decode_all,
     evaluation_batches,
+    limit_workers,
 )
 from labels import Labels, choose_labels, label_seed, match_classes, write_labels
 from methods import ALGORITHMS, FULL_SCHEDULE, Method, has_extra_class, lambda_u
@@ -137,8 +150,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help='step over images that cannot be decoded, and count them, instead of stopping')
 
     group = parser.add_argument_group('Model')
-    group.add_argument('--model', metavar='NAME', default='wide_resnet28_2',
-                       help='any timm model with forward_features and forward_head (default: wide_resnet28_2)')
+    group.add_argument('--model', metavar='NAME', default=None,
+                       help=f'any timm model with forward_features and forward_head (default: {SMALL_MODEL} for '
+                            f'CIFAR-10 and its like and other small images, else {PHOTO_MODEL} at {PHOTO_SIDE} px)')
     group.add_argument('--pretrained', action=flag, default=False, help='start from timm\'s pretrained weights')
     group.add_argument('--initial-checkpoint', metavar='FILE', default='', help='start from the weights of this file')
     group.add_argument('--num-classes', type=int, metavar='N', default=None, help='default: the data set\'s')
@@ -156,8 +170,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop', type=float, metavar='P', default=0., help='dropout rate (default: 0)')
     group.add_argument('--drop-path', type=float, metavar='P', default=None, help='stochastic depth rate')
     group.add_argument('--bn-momentum', type=float, metavar='X', default=None,
-                       help='batch-norm momentum. The wide ResNets have 0.001, made for 2^20 updates: their running '
-                            'statistics lag in runs of less than some 10,000 updates, which want 0.01 to 0.1')
+                       help='batch-norm momentum (default: the model\'s, raised in short runs to 100 / updates, at '
+                            'most 0.1: the wide ResNets have 0.001, made for 2^20 updates)')
     group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default={}, metavar='K=V',
                        help='further arguments of the model\'s constructor')
     group.add_argument('--grad-checkpointing', action=flag, default=False,
@@ -181,7 +195,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help='how long to wait for a process that does not answer, or does not start (default: 1800); '
                             'one that died is noticed at once')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
-                       help='loading processes of the unlabeled set, per process (default: 4)')
+                       help='loading processes of the unlabeled set, per process, no more than there are processors '
+                            '(default: 4)')
     group.add_argument('--aug-device', default='auto', choices=['auto', 'pil', 'cpu', 'cuda'],
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
@@ -249,9 +264,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--lambda-u-warmup', type=float, metavar='SHARE', default=None,
                        help='share of the training over which the unlabeled loss grows from 0 (default: 0.4 with '
                             'pseudo_label, else 0)')
-    group.add_argument('--stat-momentum', type=float, metavar='X', default=0.999,
-                       help='of the running statistics of softmatch and freematch (default: 0.999; short runs want '
-                            'less)')
+    group.add_argument('--stat-momentum', type=float, metavar='X', default=None,
+                       help='of the running statistics of softmatch and freematch (default: 0.999, in short runs '
+                            '1 - 100 / updates, at least 0.9)')
     group.add_argument('--softmatch-align', action=flag, default=True,
                        help='uniform alignment of the confidence (default: yes)')
     group.add_argument('--softmatch-usb-stats', action=flag, default=False,
@@ -328,9 +343,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--model-ema', action=flag, default=True,
                        help='evaluate and save an exponential moving average of the weights (default: yes)')
     group.add_argument('--model-ema-decay', type=float, metavar='X', default=0.999, help='default: 0.999')
-    group.add_argument('--model-ema-warmup', action=flag, default=False,
-                       help='let the decay grow from 0; without it a run of less than some 5,000 updates still holds '
-                            'its initial weights')
+    group.add_argument('--model-ema-warmup', action=flag, default=None,
+                       help='let the decay grow from 0, or the average holds the initial weights for long (default: '
+                            'yes in runs of less than 100 / (1 - decay) updates, which is 100,000 for 0.999)')
 
     group = parser.add_argument_group('Misc')
     group.add_argument('--seed', type=int, metavar='N', default=0, help='default: 0')
@@ -386,6 +401,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
     for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
@@ -409,6 +426,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
         parser.error(f'--calmix-warmup-epochs {args.calmix_warmup_epochs:g}: not below --epochs {args.epochs}, so that '
                      'CalibrateMix would never run')
+    fit_to_length(args)
     return args
 
 
@@ -460,30 +478,6 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
         raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
     return optimizer
-
-
-def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
-    """Image size and normalisation: the command line's, else the model's if pretrained, else the data set's."""
-    known = known_facts(args.dataset)
-    asked = dict(vars(args), interpolation=args.interpolation or None)
-    if not args.pretrained:
-        for key in ('mean', 'std'):
-            if asked[key] is None and key in known:
-                asked[key] = known[key][:args.in_chans]
-    if args.img_size is None and not model.pretrained_cfg.get('fixed_input_size'):
-        asked['img_size'] = known.get('img_size')
-    try:
-        config = resolve_data_config(asked, model=model)
-    except AssertionError as error:
-        raise UsageError(f'--mean, --std: expected {args.in_chans} numbers or one') from error
-    input_size = (args.in_chans, *config['input_size'][1:])
-    return DataConfig(
-        input_size=input_size,
-        mean=tuple(config['mean'])[:args.in_chans],
-        std=tuple(config['std'])[:args.in_chans],
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'] if args.crop_pct or args.pretrained else 1.0,
-    )
 
 
 def open_sources(args: argparse.Namespace) -> tuple[Source, Source, Source]:
@@ -561,11 +555,6 @@ def build_calmix(
         )
     except ValueError as error:
         raise UsageError(f'--calmix-{str(error).replace("_", "-", 1)}') from error
-
-
-def build_ema(model: nn.Module, args: argparse.Namespace) -> ModelEmaV3:
-    """Averages parameters and floating buffers, copies integer ones, as one multi-tensor operation."""
-    return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, foreach=True)
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
@@ -1073,6 +1062,7 @@ def describe(run: Run, datasets: Datasets, data_config: DataConfig, args: argpar
         f'{args.batch_size * args.grad_accum_steps * processes} labeled on {processes} process(es), device '
         f'{run.accelerator.device}'
     )
+    _logger.info(describe_averages(args))
     if args.calibratemix:
         _logger.info(f'{run.calmix}')
 
@@ -1119,8 +1109,10 @@ def build_run(
     )
 
 
-def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: argparse.Namespace) -> tuple[list, list]:
-    """Batches on the device: endless ones of the labeled and the unlabeled set, and those of the evaluation sets."""
+def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: argparse.Namespace) -> tuple:
+    """Batches on the device: endless ones of the labeled and the unlabeled set, those of the evaluation sets, and one
+    of labeled images, the same each time.
+    """
     accelerator = run.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
 
@@ -1142,7 +1134,9 @@ def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: arg
         feed(dataset, evaluation_batches(len(dataset), eval_batch_size(args), rank, world), args.workers)
         for dataset in (datasets.evaluation, datasets.extra) if dataset is not None
     ]
-    return train_feeds, eval_feeds
+    size = eval_batch_size(args)
+    probe = feed(datasets.labeled, evaluation_batches(min(size * world, len(datasets.labeled)), size, rank, world), 0)
+    return train_feeds, eval_feeds, probe
 
 
 def eval_batch_size(args: argparse.Namespace) -> int:
@@ -1185,7 +1179,7 @@ def train_and_evaluate(
         args: argparse.Namespace,
 ) -> dict[str, float]:
     """The epochs, each with its evaluation where one is due and a checkpoint; returns the last evaluation's metrics."""
-    train_feeds, eval_feeds = build_feeds(run, datasets, data_config, args)
+    train_feeds, eval_feeds, probe = build_feeds(run, datasets, data_config, args)
     labeled_batches, unlabeled_batches = iter(train_feeds[0]), iter(train_feeds[-1])
     accelerator = run.accelerator
     stop = StopRequest(accelerator, args.dist_timeout)
@@ -1194,6 +1188,7 @@ def train_and_evaluate(
         save_checkpoint(run, folder, args)
 
     total = args.epochs * args.train_steps_per_epoch
+    lag = ''
     visible = accelerator.is_main_process and sys.stderr.isatty()
     try:
         with progress_bar(total, run.num_updates, visible) as bar:
@@ -1210,6 +1205,11 @@ def train_and_evaluate(
                     skipped_images = sum(map(len, skipped))
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
                     record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
+                    # In the first half of a run an average may be behind; one line of it is enough.
+                    if run.ema is not None and not lag and 2 * run.num_updates >= total:
+                        lag = average_lags(run.eval_model, probe, train_metrics['loss_labeled'], accelerator)
+                        if lag:
+                            _logger.warning(lag)
                     if args.save_margins:
                         write_margins(run, folder / 'margins.parquet', datasets, args)
                 run.monitor.reset()
@@ -1237,11 +1237,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     share_batch(args, accelerator.num_processes)
+    args.workers = limit_workers(args.workers)
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
     with accelerator.main_process_first():  # downloads and caches are written once
         train, unlabeled, evaluation = sources = open_sources(args)
     num_classes = count_classes(args, train, evaluation)
+    choose_model(args, train)
     model = build_model(args, num_classes + has_extra_class(args))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
