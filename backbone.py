@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
-from data import DataConfig
+from data import DataConfig, Feed
 from methods import has_extra_class
 from program import UsageError
 from sources import ImageError, Source, known_facts
@@ -54,7 +54,7 @@ def fit_to_length(args: argparse.Namespace) -> None:
     if args.stat_momentum is None:
         args.stat_momentum = 1 - newest_share(updates)
     if args.model_ema_warmup is None:
-        args.model_ema_warmup = updates * (1 - args.model_ema_decay) < 100
+        args.model_ema_warmup = round(updates * (1 - args.model_ema_decay), 6) < 100
 
 
 def fit_batch_norm(model: nn.Module, args: argparse.Namespace) -> None:
@@ -109,31 +109,29 @@ def build_ema(model: nn.Module, args: argparse.Namespace) -> Average:
 
 
 @torch.no_grad()
-def average_lags(model: nn.Module, feed, student: float, accelerator: Accelerator) -> str:
-    """A line to tell if the averaged network fits the labeled images far worse than the one in training; else ''.
+def average_lags(student: nn.Module, average: nn.Module, feed: Feed, accelerator: Accelerator) -> str:
+    """A line to tell if the averaged network fits labeled images far worse than the one in training; else ''.
 
-    Either the average or its batch-norm statistics then hold a network of long ago. Cross-entropy, on all processes'
-    batches, far worse being more than twice the student's and half a nat.
-
-    Args:
-        model: The averaged network.
-        feed: Batches of labeled images, `image` and `target`.
-        student: The training loss on the labeled images in the last epoch: in training mode, so that it does not depend
-            on running statistics.
+    Either the average or its batch-norm statistics then hold a network of long ago. The student is asked in training
+    mode, so that its own statistics do not matter; they and all modes are as before afterwards. Far worse is a
+    cross-entropy of more than twice the student's and half a nat, over all processes.
     """
-    model.eval()
-    sums = torch.zeros(2, device=accelerator.device)
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    mode = student.training
+    sums = torch.zeros(3, device=accelerator.device)
     for batch in feed:
         with accelerator.autocast():
-            logits = model(batch['image'])
-        sums += torch.stack([F.cross_entropy(logits.float(), batch['target'], reduction='sum'),
-                             sums.new_full((), len(logits))])
-    total, count = accelerator.reduce(sums, 'sum').tolist()
-    average = total / max(count, 1)
-    if average <= 2 * student + 0.5:
+            logits = [model(batch['image']).float() for model in (student.train(), average.eval())]
+        losses = [F.cross_entropy(z, batch['target'], reduction='sum') for z in logits]
+        sums += torch.stack([*losses, sums.new_full((), len(batch['target']))])
+    student.train(mode)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    total, total_average, count = accelerator.reduce(sums, 'sum').tolist()
+    if not count or total_average / count <= 2 * total / count + 0.5:
         return ''
     return (f'the averaged weights, which are evaluated and saved, fit the labeled images far worse (cross-entropy '
-            f'{average:.2f}) than the network in training did in this epoch ({student:.2f}): the average or the '
+            f'{total_average / count:.2f}) than the network in training ({total / count:.2f}): the average or the '
             'batch-norm statistics are still those of long ago. --model-ema-warmup, a lower --model-ema-decay, a '
             'larger --bn-momentum or more updates help')
 
@@ -217,8 +215,11 @@ def reason_of(error: Exception) -> str:
     """What an error says, in one line; of one that says nothing, the line of code that it comes from."""
     text = ' '.join(str(error).split())
     if isinstance(error, KeyError) or not text:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        text = f'{type(error).__name__} {text} at `{line.line}` in {Path(line.filename).name}'
+        lines = traceback.extract_tb(error.__traceback__)
+        own = [line for line in lines if not line.filename.startswith(str(Path(torch.__file__).parent))]
+        line = (own or lines)[-1]  # torch's own last line says no more
+        text = ' '.join([type(error).__name__, *([text] if text else []),
+                         f'at `{line.line}` in {Path(line.filename).name}'])
     return text
 
 

@@ -1134,8 +1134,9 @@ def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: arg
         feed(dataset, evaluation_batches(len(dataset), eval_batch_size(args), rank, world), args.workers)
         for dataset in (datasets.evaluation, datasets.extra) if dataset is not None
     ]
-    size = eval_batch_size(args)
-    probe = feed(datasets.labeled, evaluation_batches(min(size * world, len(datasets.labeled)), size, rank, world), 0)
+    size = len(datasets.labeled)
+    size = min(size, eval_batch_size(args) * world) if size >= 2 * world else 0  # batch-norm needs two images
+    probe = feed(datasets.labeled, evaluation_batches(size, eval_batch_size(args), rank, world), 0)
     return train_feeds, eval_feeds, probe
 
 
@@ -1207,7 +1208,7 @@ def train_and_evaluate(
                     record_evaluation(run, folder, epoch, train_metrics, meters, data_config, args)
                     # In the first half of a run an average may be behind; one line of it is enough.
                     if run.ema is not None and not lag and 2 * run.num_updates >= total:
-                        lag = average_lags(run.eval_model, probe, train_metrics['loss_labeled'], accelerator)
+                        lag = average_lags(run.timm_model, run.eval_model, probe, accelerator)
                         if lag:
                             _logger.warning(lag)
                     if args.save_margins:
