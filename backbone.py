@@ -72,18 +72,18 @@ def fit_batch_norm(model: nn.Module, args: argparse.Namespace) -> None:
             module.momentum = args.bn_momentum
 
 
-def describe_averages(args: argparse.Namespace) -> str:
+def describe_averages(model: nn.Module, args: argparse.Namespace) -> str:
     """The start-up line on what is averaged over the updates."""
     weights = 'the weights as they are (--no-model-ema)'
     if args.model_ema:
         warmup = ' growing from 0 (--model-ema-warmup)' if args.model_ema_warmup else ' from the first update on'
         weights = f'averaged weights, decay {args.model_ema_decay:g}{warmup}'
-    norm = 'the model\'s own' if args.bn_momentum is None else f'{args.bn_momentum:.3g}'
+    momenta = sorted({norm.momentum for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.momentum})
+    norm = f'; batch-norm momentum {" and ".join(f"{value:.3g}" for value in momenta)}' if momenta else ''
     statistics = ''
     if args.algorithm in ('softmatch', 'freematch'):
-        statistics = f', --stat-momentum {args.stat_momentum:.4g}'
-    return (f'{args.epochs * args.train_steps_per_epoch:,} updates; evaluated: {weights}; batch-norm momentum {norm}'
-            f'{statistics}')
+        statistics = f'; --stat-momentum {args.stat_momentum:.4g}'
+    return f'{args.epochs * args.train_steps_per_epoch:,} updates; evaluated: {weights}{norm}{statistics}'
 
 
 class Average(ModelEmaV3):

@@ -1062,7 +1062,7 @@ def describe(run: Run, datasets: Datasets, data_config: DataConfig, args: argpar
         f'{args.batch_size * args.grad_accum_steps * processes} labeled on {processes} process(es), device '
         f'{run.accelerator.device}'
     )
-    _logger.info(describe_averages(args))
+    _logger.info(describe_averages(run.timm_model, args))
     if args.calibratemix:
         _logger.info(f'{run.calmix}')
 

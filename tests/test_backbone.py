@@ -168,16 +168,16 @@ def test_running_averages_look_back_over_a_hundredth_of_the_run_and_published_ru
     assert (paper.model_ema_warmup, paper.stat_momentum) == (False, 0.999)
     model = backbone.build_model(paper, 10)
     assert paper.bn_momentum is None and momenta(model) == {0.001}
-    assert backbone.describe_averages(paper) == (
+    assert backbone.describe_averages(model, paper) == (
         '1,048,576 updates; evaluated: averaged weights, decay 0.999 from the first update on; '
-        "batch-norm momentum the model's own")
+        'batch-norm momentum 0.001')
 
     short = asked('--model', 'wide_resnet10_1', '--epochs', 25, '--train-steps-per-epoch', 100, '--algorithm',
                   'freematch')
     model = backbone.build_model(short, 10)
     assert short.model_ema_warmup and short.stat_momentum == 0.96
     assert momenta(model) == {0.04} == {short.bn_momentum}
-    line = backbone.describe_averages(short)
+    line = backbone.describe_averages(model, short)
     assert 'growing from 0' in line and 'batch-norm momentum 0.04' in line and '--stat-momentum 0.96' in line
 
     # A shorter look-back needs a shorter run; what is given is obeyed; a model that fits keeps its own.
