@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.data import resolve_data_config
+from timm.layers import ClassifierHead
 from timm.models import get_pretrained_cfg, resolve_model_input_args
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -143,7 +144,7 @@ class FeaturesAndLogits(nn.Module):
 
     The wrapper is what Accelerate prepares: DDP sees one forward call, and features need no second pass.
 
-    A linear classifier is a layer on top of the features. Other heads (1x1 convolutions; two heads, which timm averages
+    Most classifiers are a layer on top of the features. Other heads (1x1 convolutions; two heads, which timm averages
     in training as in evaluation; a head for each of several branches) are run as timm does, and once more for the
     features alone, without a gradient: they are what the heads have in common, by timm's pre_logits.
     """
@@ -151,7 +152,9 @@ class FeaturesAndLogits(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.split = isinstance(model.get_classifier(), nn.Linear)
+        classifier = model.get_classifier()  # sequencer2d_* give the head with its pooling, a ClassifierHead
+        self.split = isinstance(classifier, nn.Module) and not isinstance(
+            classifier, (nn.Conv2d, nn.ModuleList, ClassifierHead))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         maps = self.model.forward_features(x)
