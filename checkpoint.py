@@ -31,11 +31,11 @@ from torch import nn
 from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets
 from digests import to_text
-from labels import label_seed
+from labels import label_seed, write_labels
 from program import RunError, UsageError, replace_file
 from shards import load_whole, whole_bank
 from sources import unlabeled_split
-from splits import Identity
+from splits import Identity, Sources
 
 _logger = logging.getLogger('train')
 
@@ -118,6 +118,16 @@ def write_args(path: Path, args: argparse.Namespace) -> None:
         replayable['batch_size'] = None  # follows from it
     text = yaml.safe_dump(replayable, sort_keys=False)
     replace_file(path, lambda part: part.write_text(text))
+
+
+def start_trackers(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> None:
+    wandb = dict(name=folder.name, dir=str(folder), tags=args.wandb_tags)
+    if args.wandb_resume_id:
+        wandb.update(id=args.wandb_resume_id, resume='must')
+    plain = (bool, int, float, str)
+    config = {key: value if isinstance(value, plain) else str(value) for key, value in vars(args).items()}
+    accelerator.project_configuration.logging_dir = str(folder)
+    accelerator.init_trackers(args.wandb_project, config=config, init_kwargs={'wandb': wandb})
 
 
 def read_args(path: Path) -> dict:
@@ -401,8 +411,29 @@ def finished_metrics(folder: Path, checkpoint: Path, args: argparse.Namespace) -
 
 # --- What a run leaves ------------------------------------------------------------------------------------------------
 
+def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, args: argparse.Namespace) -> None:
+    """Writes what is known of a run before its first update; on the main process."""
+    retire_checkpoints(folder, run.num_updates)
+    write_args(folder / 'args.yaml', args)
+    replace_file(folder / 'labels.json', lambda part: write_labels(
+        part,
+        datasets.labels.index,
+        datasets.labels.label,
+        datasets.labels.original,
+        dataset=args.dataset,
+        split=args.train_split,
+        num_classes=run.num_classes,
+        class_names=run.identity.class_names,
+        num_images=len(sources.train),
+        seed=label_seed(args),
+        **({} if sources.held_out is None else dict(held_out=sources.held_out.tolist())),
+        digest_rows=run.identity.rows.tolist(),
+        digests=to_text(run.identity.digests),
+    ))
+
+
 def exportable(run: Run) -> nn.Module:
-    """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class."""
+    """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class, tied ones twice."""
     model = copy.deepcopy(run.eval_model).to('cpu', memory_format=torch.contiguous_format)
     for key in ('label_names', 'label_descriptions'):  # of the classes that the weights were made for at first
         model.pretrained_cfg.pop(key, None)
@@ -412,6 +443,14 @@ def exportable(run: Run) -> nn.Module:
         with torch.no_grad():
             for name, parameter in model.get_classifier().named_parameters():
                 parameter.copy_(getattr(wide, name)[:-1])
+
+    def untie(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
+        seen = set()
+        for name, value in state.items():  # safetensors refuses two names of one tensor
+            state[name] = value.clone() if value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
+
+    model.register_state_dict_post_hook(untie)
     return model
 
 

@@ -3,6 +3,7 @@
 Nothing random here depends on processes, workers or resumes. The order of the data is a function of (seed, pass), and
 the augmentation of an item a function of (seed, pass, index): an item draws from generators seeded for itself.
 """
+import logging
 import multiprocessing
 import os
 import random
@@ -21,6 +22,8 @@ from program import UsageError
 from seeds import item_seed, seeded
 from sources import ImageError, Source
 from splits import Identity
+
+_logger = logging.getLogger('train')
 
 KEEP_DECODED = 64 * 2 ** 20  # bytes; a worker keeps the decoded images of a set that is smaller
 HOLD_DECODED = 2 * 2 ** 30  # bytes; small images of one size are held decoded, once for all workers, up to this
@@ -265,6 +268,14 @@ def _end_with_parent(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=obey_parent_only, daemon=True).start()
+
+
+def limit_workers(asked: int) -> int:
+    """Workers to load with: no more than the processors that this process may use. Tells if they are fewer."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if asked > processors:
+        _logger.info(f'--workers {asked}: {processors} instead, one for each processor that there is')
+    return min(asked, processors)
 
 
 def create_loader(

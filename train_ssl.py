@@ -31,17 +31,31 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, ParseKwargs, dispatch_clip_grad, setup_default_logging
+from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from backbone import FeaturesAndLogits, build_model, check_head, freeze, stages
+from backbone import (
+    PHOTO_MODEL,
+    PHOTO_SIDE,
+    SMALL_MODEL,
+    FeaturesAndLogits,
+    average_lags,
+    build_ema,
+    build_model,
+    check_head,
+    choose_model,
+    describe_averages,
+    fit_to_length,
+    freeze,
+    resolve_data,
+    stages,
+)
 from calibratemix import CHOICES, PRESETS, CalibrateMix
 from checkpoint import (
     EVAL_COLUMNS,
@@ -54,9 +68,9 @@ from checkpoint import (
     out_of_patience,
     read_checkpoint,
     resume,
-    retire_checkpoints,
     save_checkpoint,
-    write_args,
+    start_folder,
+    start_trackers,
     write_margins,
     write_summary,
     write_weights,
@@ -71,9 +85,9 @@ from data import (
     create_loader,
     decode_all,
     evaluation_batches,
+    limit_workers,
 )
-from digests import to_text
-from labels import choose_labels, label_seed, write_labels
+from labels import choose_labels
 from methods import ALGORITHMS, FULL_SCHEDULE, Method, has_extra_class, lambda_u
 from metrics import EvalMeter
 from program import (
@@ -85,7 +99,6 @@ from program import (
     catch_signals,
     once_a_machine,
     parse_with_config,
-    replace_file,
     run_program,
     setup_accelerator,
 )
@@ -170,8 +183,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help=f'pixels up to which an image is decoded, a guard of the memory (default: {MAX_PIXELS})')
 
     group = parser.add_argument_group('Model')
-    group.add_argument('--model', metavar='NAME', default='wide_resnet28_2',
-                       help='any timm model with forward_features and forward_head (default: wide_resnet28_2)')
+    group.add_argument('--model', metavar='NAME', default=None,
+                       help=f'any timm model with forward_features and forward_head (default: {SMALL_MODEL} for '
+                            f'CIFAR-10 and its like and other small images, else {PHOTO_MODEL} at {PHOTO_SIDE} px)')
     group.add_argument('--pretrained', action=flag, default=False, help='start from timm\'s pretrained weights')
     group.add_argument('--pretrained-path', metavar='PATH', default='',
                        help='start from the weights of this file (.safetensors, .pth, ...) or checkpoint folder as if '
@@ -200,8 +214,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop', type=float, metavar='P', default=0., help='dropout rate (default: 0)')
     group.add_argument('--drop-path', type=float, metavar='P', default=None, help='stochastic depth rate')
     group.add_argument('--bn-momentum', type=float, metavar='X', default=None,
-                       help='batch-norm momentum. The wide ResNets have 0.001, made for 2^20 updates: their running '
-                            'statistics lag in runs of less than some 10,000 updates, which want 0.01 to 0.1')
+                       help='batch-norm momentum (default: the model\'s, raised in short runs to 100 / updates, at '
+                            'most 0.1: the wide ResNets have 0.001, made for 2^20 updates)')
     group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default={}, metavar='K=V',
                        help='further arguments of the model\'s constructor')
     group.add_argument('--grad-checkpointing', action=flag, default=False,
@@ -225,7 +239,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help='how long to wait for a process that does not answer, or does not start (default: 1800); '
                             'one that died is noticed at once')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
-                       help='loading processes of the unlabeled set, per process (default: 4)')
+                       help='loading processes of the unlabeled set, per process, no more than there are processors '
+                            '(default: 4)')
     group.add_argument('--aug-device', default='auto', choices=['auto', 'pil', 'cpu', 'cuda'],
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
@@ -295,9 +310,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--lambda-u-warmup', type=float, metavar='SHARE', default=None,
                        help='share of the training over which the unlabeled loss grows from 0 (default: 0.4 with '
                             'pseudo_label, else 0)')
-    group.add_argument('--stat-momentum', type=float, metavar='X', default=0.999,
-                       help='of the running statistics of softmatch and freematch (default: 0.999; short runs want '
-                            'less)')
+    group.add_argument('--stat-momentum', type=float, metavar='X', default=None,
+                       help='of the running statistics of softmatch and freematch (default: 0.999, in short runs '
+                            '1 - 100 / updates, at least 0.9)')
     group.add_argument('--softmatch-align', action=flag, default=True,
                        help='uniform alignment of the confidence (default: yes)')
     group.add_argument('--softmatch-usb-stats', action=flag, default=False,
@@ -374,9 +389,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--model-ema', action=flag, default=True,
                        help='evaluate and save an exponential moving average of the weights (default: yes)')
     group.add_argument('--model-ema-decay', type=float, metavar='X', default=0.999, help='default: 0.999')
-    group.add_argument('--model-ema-warmup', action=flag, default=False,
-                       help='let the decay grow from 0; without it a run of less than some 5,000 updates still holds '
-                            'its initial weights')
+    group.add_argument('--model-ema-warmup', action=flag, default=None,
+                       help='let the decay grow from 0, or the average holds the initial weights for long (default: '
+                            'yes in runs of less than 100 / (1 - decay) updates, which is 100,000 for 0.999)')
 
     group = parser.add_argument_group('Misc')
     group.add_argument('--seed', type=int, metavar='N', default=0, help='default: 0')
@@ -436,6 +451,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
     for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
@@ -471,6 +488,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
         parser.error(f'--calmix-warmup-epochs {args.calmix_warmup_epochs:g}: not below --epochs {args.epochs}, so that '
                      'CalibrateMix would never run')
+    fit_to_length(args)
     return args
 
 
@@ -524,28 +542,6 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     return optimizer
 
 
-def resolve_data(args: argparse.Namespace, model: nn.Module) -> DataConfig:
-    """Image size and normalisation: the command line's, else the model's if pretrained, else the data set's."""
-    known = known_facts(args.dataset)
-    asked = dict(vars(args), interpolation=args.interpolation or None)
-    if not args.pretrained:
-        for key in ('mean', 'std'):
-            if asked[key] is None and key in known:
-                asked[key] = known[key][:args.in_chans]
-    if args.img_size is None and not model.pretrained_cfg.get('fixed_input_size'):
-        asked['img_size'] = known.get('img_size')
-    try:
-        config = resolve_data_config(asked, model=model)
-    except AssertionError as error:
-        raise UsageError(f'--mean, --std: expected {args.in_chans} numbers or one') from error
-    input_size = (args.in_chans, *config['input_size'][1:])
-    return DataConfig(
-        input_size=input_size,
-        mean=tuple(config['mean'])[:args.in_chans],
-        std=tuple(config['std'])[:args.in_chans],
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'] if args.crop_pct or args.pretrained else 1.0,
-    )
 
 
 def build_calmix(
@@ -601,11 +597,6 @@ def build_calmix(
         )
     except ValueError as error:
         raise UsageError(f'--calmix-{str(error).replace("_", "-", 1)}') from error
-
-
-def build_ema(model: nn.Module, args: argparse.Namespace) -> ModelEmaV3:
-    """Averages parameters and floating buffers, copies integer ones, as one multi-tensor operation."""
-    return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, foreach=True)
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
@@ -679,16 +670,6 @@ def build_datasets(
         kinds = ALGORITHMS[args.algorithm].views
         unlabeled_set = with_views(kinds, sources.unlabeled, unlabeled_index, stream='unlabeled')
     return Datasets(labeled_set, unlabeled_set, evaluation_set, extra_set, position, labels, identity, test_set)
-
-
-def start_trackers(accelerator: Accelerator, folder: Path, args: argparse.Namespace) -> None:
-    wandb = dict(name=folder.name, dir=str(folder), tags=args.wandb_tags)
-    if args.wandb_resume_id:
-        wandb.update(id=args.wandb_resume_id, resume='must')
-    plain = (bool, int, float, str)
-    config = {key: value if isinstance(value, plain) else str(value) for key, value in vars(args).items()}
-    accelerator.project_configuration.logging_dir = str(folder)
-    accelerator.init_trackers(args.wandb_project, config=config, init_kwargs={'wandb': wandb})
 
 
 # --- Step -------------------------------------------------------------------------------------------------------------
@@ -1116,6 +1097,7 @@ def describe(
         f'{run.accelerator.device}'
     )
     tell_choice(args, split)
+    _logger.info(describe_averages(run.timm_model, args))
     if args.calibratemix:
         _logger.info(f'{run.calmix}')
 
@@ -1164,8 +1146,10 @@ def build_run(
     )
 
 
-def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: argparse.Namespace) -> tuple[list, dict]:
-    """Batches on the device: endless ones of the labeled and the unlabeled set, and by name those to evaluate."""
+def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: argparse.Namespace) -> tuple:
+    """Batches on the device: endless ones of the labeled and the unlabeled set, by name those to evaluate, and one of
+    labeled images, the same each time.
+    """
     accelerator = run.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
 
@@ -1188,32 +1172,14 @@ def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: arg
         name: feed(dataset, evaluation_batches(len(dataset), eval_batch_size(args), rank, world), args.workers)
         for name, dataset in evaluated.items() if dataset is not None
     }
-    return train_feeds, eval_feeds
+    size = len(datasets.labeled)
+    size = min(size, eval_batch_size(args) * world) if size >= 2 * world else 0  # batch-norm needs two images
+    probe = feed(datasets.labeled, evaluation_batches(size, eval_batch_size(args), rank, world), 0)
+    return train_feeds, eval_feeds, probe
 
 
 def eval_batch_size(args: argparse.Namespace) -> int:
     return args.validation_batch_size or 4 * args.batch_size
-
-
-def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, args: argparse.Namespace) -> None:
-    """Writes what is known of a run before its first update; on the main process."""
-    retire_checkpoints(folder, run.num_updates)
-    write_args(folder / 'args.yaml', args)
-    replace_file(folder / 'labels.json', lambda part: write_labels(
-        part,
-        datasets.labels.index,
-        datasets.labels.label,
-        datasets.labels.original,
-        dataset=args.dataset,
-        split=args.train_split,
-        num_classes=run.num_classes,
-        class_names=run.identity.class_names,
-        num_images=len(sources.train),
-        seed=label_seed(args),
-        **({} if sources.held_out is None else dict(held_out=sources.held_out.tolist())),
-        digest_rows=run.identity.rows.tolist(),
-        digests=to_text(run.identity.digests),
-    ))
 
 
 def train_and_evaluate(
@@ -1226,7 +1192,7 @@ def train_and_evaluate(
         args: argparse.Namespace,
 ) -> dict[str, float]:
     """The epochs, each with its evaluation where one is due and a checkpoint; returns the last evaluation's metrics."""
-    train_feeds, eval_feeds = build_feeds(run, datasets, data_config, args)
+    train_feeds, eval_feeds, probe = build_feeds(run, datasets, data_config, args)
     labeled_batches, unlabeled_batches = iter(train_feeds[0]), iter(train_feeds[-1])
     accelerator = run.accelerator
     stop = StopRequest(accelerator, args.dist_timeout)
@@ -1235,6 +1201,7 @@ def train_and_evaluate(
         save_checkpoint(run, folder, args)
 
     total = args.epochs * args.train_steps_per_epoch
+    lag = ''
     visible = accelerator.is_main_process and sys.stderr.isatty()
     try:
         with progress_bar(total, run.num_updates, visible) as bar:
@@ -1252,6 +1219,11 @@ def train_and_evaluate(
                     skipped_images = sum(map(len, skipped))
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
                     record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
+                    # In the first half of a run an average may be behind; one line of it is enough.
+                    if run.ema is not None and not lag and 2 * run.num_updates >= total:
+                        lag = average_lags(run.timm_model, run.eval_model, probe, accelerator)
+                        if lag:
+                            _logger.warning(lag)
                     if args.save_margins:
                         write_margins(run, folder / 'margins.parquet', datasets, args)
                 run.monitor.reset()
@@ -1283,11 +1255,13 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     )
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     share_batch(args, accelerator.num_processes)
+    args.workers = limit_workers(args.workers)
     torch.manual_seed(item_seed(args.seed, 'model'))  # equal initial weights on all processes
 
     with once_a_machine(accelerator):  # downloads and caches are written once
         sources = open_sources(args)
     num_classes = agree_on_classes(args, sources)
+    choose_model(args, sources.train)
     model = build_model(args, num_classes + has_extra_class(args))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)

@@ -1,251 +1,287 @@
-"""Where a run's weights come from, what of them is frozen, and when a run ends for want of progress."""
-import csv
-import json
+"""Any timm model: every kind of head, sizes that do not fit, and the averages and models that are chosen by default."""
+import copy
 import logging
-from pathlib import Path
+from argparse import Namespace
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
-from conftest import TINY, run_script
-from safetensors.torch import load_file, save_file
-from timm.models import save_for_hf
+from conftest import train_in_process
+from images import noise
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
 
 import backbone
 import checkpoint
-import report
+import data
+import sources
 import train_ssl
 from program import UsageError
 
-MODEL = 'wide_resnet10_1'
+# Three families of each kind of head, cut down, at 64 px: a linear layer, a 1x1 convolution, two heads, several.
+HEADS = {
+    'resnet10t': {},
+    'test_vit': {},
+    'mobilenetv3_small_050': {},
+    'cpubone_nano': {},  # its last layer is linear within a module of its own, behind batch-norm
+    'resnetv2_50': dict(layers=(1, 1, 1, 1)),
+    'dla46x_c': {},
+    'dpn48b': dict(k_sec=(1, 1, 1, 1)),
+    'deit_tiny_distilled_patch16_224': dict(depth=2),
+    'levit_128s': dict(depth=(1, 1, 1)),
+    'swiftformer_xs': dict(layers=(1, 1, 1, 1)),
+    'crossvit_tiny_240': {},
+    'efficientvim_m1': {},
+    'sequencer2d_s': dict(layers=(1, 1, 1, 1)),
+}
+SIZE = dict(crossvit_tiny_240=120)  # its two scales of an image have to divide into patches
+SPLIT = ('resnet10t', 'test_vit', 'mobilenetv3_small_050', 'cpubone_nano')
+
+
+def create(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    kwargs = dict(dict(HEADS.get(name, {}), num_classes=10), **kwargs)
+    return timm.create_model(**timm.models.resolve_model_input_args(name, dict(img_size=SIZE.get(name, 64)), **kwargs))
+
+
+def asked(*flags: str) -> Namespace:
+    return train_ssl._parse_args([str(flag) for flag in flags])
+
+
+# --- Heads ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', HEADS)
+def test_gradient_and_weights_of_every_kind_of_head_are_those_of_timms_own_forward(name):
+    own = create(name).train()
+    ours = backbone.FeaturesAndLogits(copy.deepcopy(own)).train()
+    assert ours.split == (name in SPLIT)
+    size = SIZE.get(name, 64)
+    backbone.check_head(own, asked('--model', name), (3, size, size))
+    x, target = torch.rand(4, 3, size, size), torch.arange(4)
+    for forward, model in ((own, own), (lambda x: ours(x)[1], ours.model)):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        F.cross_entropy(forward(x), target).backward()
+        optimizer.step()
+    gradients = dict(own.named_parameters())
+    for parameter_name, parameter in ours.model.named_parameters():
+        assert (parameter.grad is None) == (gradients[parameter_name].grad is None), parameter_name
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, gradients[parameter_name].grad), parameter_name
+    for key, value in own.state_dict().items():  # weights, and statistics that moved once
+        assert torch.equal(ours.model.state_dict()[key], value), key
+    own.eval()
+    features, logits = ours.eval()(x)
+    assert features.ndim == 2 and logits.requires_grad and features.requires_grad == ours.split
+    assert torch.equal(logits, own(x))
+    assert torch.equal(features, own.forward_head(own.forward_features(x), pre_logits=True))
+
+
+def test_a_head_that_is_a_convolution_takes_an_extra_class_and_leaves_without_it():
+    model, x = create('dla46x_c', num_classes=11).eval(), torch.rand(2, 3, 64, 64)
+    extra = asked('--algorithm', 'marginmatch')
+    backbone.check_head(model, extra, (3, 64, 64))
+    left = checkpoint.exportable(Namespace(eval_model=model, num_classes=10))
+    assert torch.equal(left(x), model(x)[:, :10])
+    with pytest.raises(UsageError, match='an extra class .* one linear layer, and this one\'s is tuple'):
+        backbone.check_head(create('levit_128s'), extra, (3, 64, 64))
+
+
+class Tied(nn.Module):
+    """One layer under two names, and an integer buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(2, 2)
+        self.c = nn.Linear(2, 2)
+        self.register_buffer('count', torch.tensor(0))
+        self.num_classes = 2
+
+
+def test_the_average_moves_tied_weights_once():
+    model = Tied()
+    average = backbone.Average(model, decay=0.9)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+        model.count += 7
+    average.update(model)
+    for key in ('a.weight', 'b.weight', 'c.weight', 'c.bias'):
+        assert torch.allclose(average.module.state_dict()[key], before[key] + 0.1, atol=1e-6), key
+    assert average.module.count == 7
+
+
+def test_tied_weights_are_saved_and_load_into_timm(tmp_path):
+    small = dict(img_size=64, serial_depths=(2, 1, 1, 1), parallel_depth=1, num_classes=10)
+    model = timm.create_model('coat_tiny', **small).eval()
+    assert len(model.state_dict()) > len({*map(id, [*model.parameters(), *model.buffers()])})
+    config = data.DataConfig((3, 64, 64), (0.5,) * 3, (0.5,) * 3, 'bicubic', 1.)
+    checkpoint.write_weights(Namespace(eval_model=model, num_classes=10), tmp_path / 'last', config, {})
+    state = load_file(tmp_path / 'last/model.safetensors')
+    assert state.keys() == model.state_dict().keys()
+    reloaded = timm.create_model(f'local-dir:{tmp_path / "last"}', pretrained=True, **small).eval()
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(reloaded(x), model(x))
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+def test_a_refusal_says_size_or_head_the_size_that_is_wanted_and_why():
+    with pytest.raises(UsageError, match=r'halonet_h1 does not take images of 3x64x64; it was made for 256 px.*'
+                                         r'\(--img-size\): AssertionError at `_assert\(.*` in halo_attn.py'):
+        backbone.check_head(timm.create_model('halonet_h1', num_classes=10), asked('--model', 'halonet_h1'),
+                            (3, 64, 64))
+    with pytest.raises(UsageError, match='cannot be built at --img-size 40 .it was made for 224 px.*: .+'):
+        backbone.build_model(asked('--model', 'vit_tiny_patch16_224', '--img-size', '40', '--model-kwargs',
+                                   'dynamic_img_size=3', 'nonsense=1'), 10)
+
+    class Headless(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    with pytest.raises(UsageError, match='--model own: its head has no forward_features and forward_head.*Headless'):
+        backbone.check_head(Headless(), asked('--model', 'own'), (3, 8, 8))
+
+
+def test_an_error_without_words_is_told_by_its_line():
+    try:
+        assert 1 > 2
+    except AssertionError as error:
+        error.args = ()
+        assert backbone.reason_of(error) == 'AssertionError at `assert 1 > 2` in test_backbone.py'
+
+
+# --- Averages ---------------------------------------------------------------------------------------------------------
+
+def momenta(model: nn.Module) -> set[float]:
+    return {module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def test_running_averages_look_back_over_a_hundredth_of_the_run_and_published_runs_are_as_they_were():
+    for updates, share in ((1, 0.1), (300, 0.1), (1000, 0.1), (2500, 0.04), (10_000, 0.01), (100_000, 0.001)):
+        assert backbone.newest_share(updates) == pytest.approx(share)
+    paper = asked('--model', 'wide_resnet10_1')
+    assert paper.epochs * paper.train_steps_per_epoch == 2 ** 20
+    assert (paper.model_ema_warmup, paper.stat_momentum) == (False, 0.999)
+    model = backbone.build_model(paper, 10)
+    assert paper.bn_momentum is None and momenta(model) == {0.001}
+    assert backbone.describe_averages(model, paper) == (
+        '1,048,576 updates; evaluated: averaged weights, decay 0.999 from the first update on; '
+        'batch-norm momentum 0.001')
+
+    short = asked('--model', 'wide_resnet10_1', '--epochs', 25, '--train-steps-per-epoch', 100, '--algorithm',
+                  'freematch')
+    model = backbone.build_model(short, 10)
+    assert short.model_ema_warmup and short.stat_momentum == 0.96
+    assert momenta(model) == {0.04} == {short.bn_momentum}
+    line = backbone.describe_averages(model, short)
+    assert 'growing from 0' in line and 'batch-norm momentum 0.04' in line and '--stat-momentum 0.96' in line
+
+    # A shorter look-back needs a shorter run; what is given is obeyed; a model that fits keeps its own.
+    assert not asked('--epochs', 10, '--train-steps-per-epoch', 100, '--model-ema-decay', '0.9').model_ema_warmup
+    given = asked('--epochs', 1, '--no-model-ema-warmup', '--stat-momentum', '0.999', '--bn-momentum', '0.001')
+    assert (given.model_ema_warmup, given.stat_momentum, given.bn_momentum) == (False, 0.999, 0.001)
+    other = asked('--model', 'resnet10t', '--epochs', 1)
+    backbone.build_model(other, 10)
+    assert other.bn_momentum is None
 
 
 @pytest.fixture(scope='module')
-def pretrained(tmp_path_factory) -> Path:
-    """Weights of seven classes with statistics of their own: as others save them, and as a folder."""
-    folder = tmp_path_factory.mktemp('pretrained')
-    torch.manual_seed(1)
-    model = timm.create_model(MODEL, num_classes=7).train()
-    model(torch.rand(16, 3, 8, 8))
-    state = model.state_dict()
-    torch.save(dict(epoch=3, state_dict={f'module.{name}': value for name, value in state.items()}), folder / 'w.pth')
-    save_file(state, folder / 'w.safetensors')
-    config = dict(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation='bicubic', input_size=(3, 8, 8))
-    save_for_hf(model, folder / 'best', safe_serialization=True, data_config=config)
-    return folder
+def short_runs(tmp_path_factory):
+    """A run of the defaults, and one with the published run's averages, with what they logged."""
+    flags = ('--num-labels', 300, '-b', 16, '--algorithm', 'supervised', '--val-split', 'test[:300]', '--epochs', 1,
+             '--train-steps-per-epoch', 100)
+    output, runs = tmp_path_factory.mktemp('short'), {}
+    for name, further in (('default', ()), ('published', ('--no-model-ema-warmup', '--bn-momentum', '0.001'))):
+        records = []
+        handler = logging.Handler()
+        handler.emit = lambda record, records=records: records.append(record.getMessage())
+        logging.getLogger('train').addHandler(handler)
+        try:
+            folder = train_in_process(name, *flags, *further, output=output, without='--bn-momentum')
+        finally:
+            logging.getLogger('train').removeHandler(handler)
+        runs[name] = (folder, records)
+    return runs
 
 
-def build(*flags, num_classes=10):
-    args = train_ssl._parse_args(['--model', MODEL, *map(str, flags)])
-    return backbone.build_model(args, num_classes), args
+def test_the_defaults_of_a_short_run_evaluate_a_network_that_has_learned(short_runs):
+    error = {name: float(yaml.safe_load((folder / 'last/metrics.json').read_text())['error'])
+             for name, (folder, _) in short_runs.items()}
+    assert error['default'] < 50 < error['published']  # of 90 for ten classes
 
 
-def weights(folder: Path, which: str = 'last') -> dict[str, torch.Tensor]:
-    return load_file(folder / which / 'model.safetensors')
+def test_a_run_says_and_keeps_the_averages_in_force_and_replays(short_runs, tmp_path):
+    folder, records = short_runs['default']
+    kept = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert (kept['model_ema_warmup'], kept['bn_momentum'], kept['stat_momentum']) == (True, 0.1, 0.9)
+    assert sum('100 updates; evaluated: averaged weights' in line for line in records) == 1
+    again = train_in_process('again', '--config', folder / 'args.yaml', output=tmp_path, without='--bn-momentum')
+    assert (again / 'summary.csv').read_text().splitlines()[0] == (folder / 'summary.csv').read_text().splitlines()[0]
+    for key in ('model_ema_warmup', 'bn_momentum', 'stat_momentum'):
+        assert yaml.safe_load((again / 'args.yaml').read_text())[key] == kept[key]
 
 
-def summary(folder: Path) -> list[dict[str, str]]:
-    with open(folder / 'summary.csv', newline='') as file:
-        return list(csv.DictReader(file))
+def test_a_run_whose_average_lags_says_so_and_another_does_not(short_runs):
+    lines = [line for line in short_runs['published'][1] if 'far worse' in line]
+    assert len(lines) == 1 and '--model-ema-warmup' in lines[0] and '--bn-momentum' in lines[0]
+    assert not [line for line in short_runs['default'][1] if 'far worse' in line]
 
 
-# --- Pretrained weights -----------------------------------------------------------------------------------------------
+# --- Models and loading -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['w.pth', 'w.safetensors', 'best'])
-def test_weights_of_a_path_are_taken_with_a_new_head_and_without_moving_random_numbers(name, pretrained):
-    torch.manual_seed(5)
-    model, _ = build('--pretrained-path', pretrained / name)
-    after = torch.rand(1)
-    torch.manual_seed(5)
-    plain, _ = build()
-    assert torch.equal(after, torch.rand(1))
-    expected = load_file(pretrained / 'w.safetensors')
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, plain.state_dict()[key] if key.startswith('fc.') else expected[key]), key
-
-
-def test_a_checkpoint_folder_brings_its_normalisation_and_another_number_of_channels_is_adapted(pretrained):
-    model, args = build('--pretrained-path', pretrained / 'best', '--dataset', 'digits')
-    config = train_ssl.resolve_data(args, model)
-    assert (config.mean, config.std, config.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 'bicubic')
-    grey, _ = build('--pretrained-path', pretrained / 'best', '--in-chans', 1)
-    expected = load_file(pretrained / 'w.safetensors')['conv1.weight'].sum(1, keepdim=True)
-    assert torch.equal(grey.conv1.weight, expected)
-
-
-def test_pretrained_weights_that_lack_a_part_are_told_and_those_of_another_model_refused(pretrained, tmp_path, caplog):
-    state = load_file(pretrained / 'w.safetensors')
-    save_file({k: v for k, v in state.items() if not k.startswith('layer3')}, tmp_path / 'part.safetensors')
-    with caplog.at_level(logging.INFO):
-        build('--pretrained-path', tmp_path / 'part.safetensors')
-    body = [n for n, _ in timm.create_model(MODEL).named_parameters() if not n.startswith('fc.')]
-    lost = [n for n in body if n.startswith('layer3')]
-    assert f'{len(lost)} of {len(body)} tensors of {MODEL} are not in it, such as {lost[0]}' in caplog.text
-    assert f'{len(body) - len(lost)} tensors are in it; the head of 10 outputs is new' in caplog.text
-    save_file({f'encoder.{k}': v for k, v in state.items()}, tmp_path / 'other.safetensors')
-    with pytest.raises(UsageError, match=f'{len(body)} of {len(body)} tensors of .* is it of another model'):
-        build('--pretrained-path', tmp_path / 'other.safetensors')
-    with pytest.raises(UsageError, match='size mismatch') as raised:
-        build('--pretrained-path', pretrained / 'w.pth', '--model', 'wide_resnet16_2')
-    assert '\n' not in str(raised.value)
-
-
-def test_the_head_starts_with_the_scale_that_is_asked_for_and_nothing_else_changes(pretrained):
-    models = []
-    for scale in (None, 0.5, 0):
-        torch.manual_seed(5)
-        flags = () if scale is None else ('--head-init-scale', scale)
-        models.append(build('--pretrained-path', pretrained / 'w.pth', *flags)[0].state_dict())
-    for name, value in models[0].items():
-        factors = (0.5, 0) if name.startswith('fc.') else (1, 1)
-        assert all(torch.equal(value * factor, model[name]) for factor, model in zip(factors, models[1:])), name
-    assert models[0]['fc.weight'].any()
-
-
-class Trap:
-    def __reduce__(self):
-        return Path.touch, (Path('sprung'),)
-
-
-def test_what_holds_no_weights_is_refused_in_one_line_and_nothing_in_it_is_executed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(dict(state_dict=Trap()), 'trap.pth')
-    torch.save(dict(epoch=3), 'empty.pth')
-    Path('broken.safetensors').write_bytes(b'nothing')
-    Path('run/best').mkdir(parents=True)
-    for path, told in (('trap.pth', 'read from it safely'), ('empty.pth', 'no weights in it'),
-                       ('broken.safetensors', 'read from it safely'), ('absent', 'no such file'),
-                       ('run', 'give run/best'), ('run/best', 'no model.safetensors')):
-        with pytest.raises(UsageError, match=told) as raised:
-            build('--pretrained-path', path)
-        assert '\n' not in str(raised.value)
-    Path('checkpoint-4.safetensors').touch()
-    with pytest.raises(UsageError, match='a state to resume from'):
-        build('--pretrained-path', 'checkpoint-4.safetensors')
-    assert not Path('sprung').exists()
-
-
-# --- Freezing ---------------------------------------------------------------------------------------------------------
-
-def of_stages(name: str, number: int) -> bool:
-    return name.startswith(('conv1.', 'layer1.', 'layer2.')[:number])
-
-
-@pytest.mark.parametrize('what, flags', [
-    ('backbone', ('--calibratemix', '--calmix-warmup-epochs', '1')),
-    ('2', ('--no-model-ema', '--weight-decay', '0.1')),
-    ('2', ('--amp', '--clip-grad', '1', '--opt', 'adamw', '--weight-decay', '0')),
+@pytest.mark.parametrize('dataset, size, flags, chosen', [
+    ('cifar10', None, (), ('wide_resnet28_2', None)),
+    ('stl10', None, (), ('wide_resnet28_2', None)),
+    ('photos', 40, (), ('wide_resnet28_2', None)),
+    ('photos', 300, (), ('resnet18', 128)),
+    ('imagenet', None, (), ('resnet18', 128)),
+    ('photos', 300, ('--img-size', '96'), ('resnet18', 96)),
+    ('photos', 300, ('--img-size', '32'), ('wide_resnet28_2', 32)),
+    ('photos', 300, ('--model', 'resnet10t'), ('resnet10t', None)),
 ])
-def test_what_is_frozen_stays_bit_equal_with_its_statistics_and_the_rest_moves(what, flags, train, pretrained):
-    folder = train('run', '--pretrained-path', pretrained / 'w.pth', '--freeze', what, *flags)
-    before, after = load_file(pretrained / 'w.safetensors'), weights(folder)
-    assert after.keys() == before.keys()
-    for name, value in after.items():
-        if name.startswith('fc.'):
-            continue
-        frozen = what == 'backbone' or of_stages(name, 2)
-        assert torch.equal(value, before[name]) == frozen, name
-    state = checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])
-    trained = sum(not (what == 'backbone' or of_stages(n, 2)) or n.startswith('fc.')
-                  for n, _ in timm.create_model(MODEL).named_parameters())
-    assert sum(len(group['params']) for group in state['optimizer']['param_groups']) == trained or '0' in flags
-    assert len(state['optimizer']['state']) == trained  # no momentum of what has no gradient
-    assert yaml.safe_load((folder / 'args.yaml').read_text())['freeze'] == (what if what == 'backbone' else 2)
-    model = timm.create_model(f'local-dir:{folder / "last"}', pretrained=True)
-    assert torch.equal(model.state_dict()['conv1.weight'], before['conv1.weight'])
-    checkpoint.list_checkpoints(folder)[0].unlink()
-    train('run', '--pretrained-path', pretrained / 'w.pth', '--freeze', what, *flags, '--resume', 'auto')
-    assert all(torch.equal(value, after[name]) for name, value in weights(folder).items())
-
-
-def test_on_two_processes_frozen_parts_stay_and_both_end_together_when_out_of_patience(pretrained, tmp_path):
-    flags = ('--pretrained-path', pretrained / 'w.pth', '--freeze', 2, '--epochs', 6, '--train-steps-per-epoch', 1,
-             '--patience', 1, '--dist-timeout', 60, '--output', tmp_path, '--experiment', 'run')
-    result = run_script('train_ssl.py', *TINY, *flags, processes=2)
-    assert result.returncode == 0 and 'on 2 process(es)' in result.stderr, result.stderr
-    before, after = load_file(pretrained / 'w.safetensors'), weights(tmp_path / 'run')
-    for name, value in after.items():
-        if not name.startswith('fc.'):
-            assert torch.equal(value, before[name]) == of_stages(name, 2), name
-    values = [float(row['eval_top1']) for row in summary(tmp_path / 'run')]
-    assert all(value > max(values[:i]) for i, value in enumerate(values[:-1]) if i)
-    assert len(values) == 6 or values[-1] <= max(values[:-1])
-
-
-@pytest.mark.parametrize('name, stages', [('resnet18', 5), ('test_vit', None), ('test_efficientnet', None)])
-def test_the_stages_are_the_models_own_and_all_norms_among_them_stay_in_evaluation_mode(name, stages):
-    model = timm.create_model(name, num_classes=3)
-    with pytest.raises(UsageError, match=r'expected 1 to (\d+)') as raised:
-        backbone.freeze(model, 99)
-    last = int(str(raised.value).split()[-1])
-    assert stages in (None, last)
-    frozen = backbone.freeze(model, last)
-    wrapped = backbone.FeaturesAndLogits(model, frozen).train()
-    still = {n for n, p in model.named_parameters() if not p.requires_grad}
-    assert 'fc.weight' not in still and 'head.weight' not in still and 'classifier.weight' not in still and still
-    norm = 'none'
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            assert module.training == (f'{path}.weight' not in still), path
-            norm = path
-        elif not path.startswith(f'{norm}.'):  # timm's norms have their activation inside
-            assert module.training, path
-    assert wrapped.training and model.training
-
-
-@pytest.mark.parametrize('flags, message', [
-    (('--freeze',), '--freeze: the frozen part would keep random weights'),
-    (('--freeze', '0', '--pretrained'), 'expected a number of stages from 1 on'),
-    (('--head-init-scale', '0', '--initial-checkpoint', 'b'), 'is no new one'),
-    (('--patience', '0'), '--patience 0: expected 1 or more'),
-    (('--pretrained-path', 'a', '--initial-checkpoint', 'b'), 'the second would overwrite the first'),
-])
-def test_what_cannot_be_is_refused_by_the_command_line(capsys, flags, message):
-    with pytest.raises(SystemExit) as error:
-        train_ssl._parse_args(list(flags))
-    assert error.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_resume_with_another_part_frozen_is_refused(train, pretrained):
-    flags = ('--pretrained-path', pretrained / 'w.pth', '--epochs', 1)
-    train('run', *flags, '--freeze', 1)
-    with pytest.raises(UsageError, match='--freeze 1 -> 2'):
-        train('run', *flags, '--freeze', 2, '--resume', 'auto')
-
-
-# --- Patience ---------------------------------------------------------------------------------------------------------
-
-STILL = ('--model', 'test_vit', '--img-size', '32', '--lr', '0', '--epochs', '6', '--train-steps-per-epoch', '1',
-         '--val-split', 'test[:60]')
-
-
-def test_a_run_ends_after_so_many_evaluations_without_progress_and_is_then_finished(train, tmp_path, caplog):
+def test_photographs_get_a_network_for_photographs_and_the_size_is_told(caplog, dataset, size, flags, chosen):
+    args = asked('--dataset', dataset, *flags)
+    train = sources.ArraySource(noise(2, size or 8), [0, 1], None, 'noise')
     with caplog.at_level(logging.INFO, 'train'):
-        folder = train('run', *STILL, '--patience', 2, '--checkpoint-hist', 9)
-    assert [row['epoch'] for row in summary(folder)] == ['0', '1', '2']  # the first is the best, of equal ones
-    assert 'Ending after epoch 2: 2 evaluations in a row were not better than top1' in caplog.text
-    metrics = json.loads((folder / 'last/metrics.json').read_text())
-    assert metrics['out_of_patience'] is True and metrics['epoch'] == 2
-    assert 'out_of_patience' not in json.loads((folder / 'best/metrics.json').read_text())
-    assert report.read_run(folder)['metrics']['num_updates'] == 3
-
-    before = (folder / 'summary.csv').read_bytes()
-    train('run', *STILL, '--patience', 2, '--resume', 'auto')
-    assert (folder / 'summary.csv').read_bytes() == before and f'{folder} is finished' in caplog.text
-    with pytest.raises(UsageError, match='of its --patience 2; raise --epochs or --patience'):
-        train('other', *STILL, '--patience', 2, '--resume', folder / 'checkpoint-3.safetensors')
-    (folder / 'checkpoint-3.safetensors').unlink()  # as killed before its last epoch: it counts on from there
-    train('run', *STILL, '--patience', 2, '--resume', 'auto')
-    assert (folder / 'summary.csv').read_bytes() == before
-    train('run', *STILL, '--patience', 4, '--resume', 'auto')
-    assert [row['epoch'] for row in summary(folder)] == ['0', '1', '2', '3', '4']
+        backbone.choose_model(args, train)
+    assert (args.model, args.img_size) == chosen
+    assert ('--model is not given: ' + chosen[0] in caplog.text) == ('--model' not in flags)
+    if chosen == ('resnet18', 128) and size:
+        assert '128 px (--img-size), as the first image has 300x300 px; --pretrained would' in caplog.text
 
 
-def test_a_run_with_progress_or_before_calibratemix_starts_is_not_ended(train):
-    flags = ('--calibratemix', '--calmix-warmup-epochs', '3', '--patience', 1)
-    assert len(summary(train('waits', *STILL, *flags))) == 4
-    folder = train('falls', '--patience', 1, '--eval-metric', 'nll', '--epochs', 8, '--train-steps-per-epoch', 1)
-    values = [float(row['eval_nll']) for row in summary(folder)]
-    first = next((i for i in range(1, len(values)) if values[i] >= min(values[:i])), None)
-    assert len(values) == (8 if first is None else first + 1) > 2
+def test_a_folder_of_photographs_trains_without_a_model_at_imagenets_mean(tmp_path, caplog):
+    for split in ('train', 'val'):
+        for number, name in enumerate(('ants', 'bees')):
+            (tmp_path / 'photos' / split / name).mkdir(parents=True)
+            for i in range(2):
+                color = (100 * number, 50 * i, 0)
+                Image.new('RGB', (160, 120), color).save(tmp_path / 'photos' / split / name / f'{i}.png')
+    with caplog.at_level(logging.INFO, 'train'):
+        folder = train_in_process(
+            'run', '--dataset', tmp_path / 'photos', '--num-labels', 2, '-b', 1, '--mu', 1, '--epochs', 1,
+            '--train-steps-per-epoch', 1, output=tmp_path, without='--model',
+        )
+    kept = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert (kept['model'], kept['img_size']) == ('resnet18', 128)
+    assert 'images 3x128x128, mean (0.485, 0.456, 0.406)' in caplog.text
+
+
+def test_there_are_no_more_workers_than_processors_and_the_change_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(data.os, 'sched_getaffinity', lambda _: {0, 1}, raising=False)
+    with caplog.at_level(logging.INFO, 'train'):
+        assert [data.limit_workers(asked) for asked in (0, 2, 4)] == [0, 2, 2]
+    assert caplog.messages == ['--workers 4: 2 instead, one for each processor that there is']
+
+
+@pytest.mark.parametrize('share', ['5', '0', '-1', 'nan'])
+def test_a_centre_crop_is_a_share(capsys, share):
+    with pytest.raises(SystemExit) as error:
+        asked('--crop-pct', share)
+    assert error.value.code == 2 and '--crop-pct' in capsys.readouterr().err
+    assert asked('--crop-pct', '0.9').crop_pct == 0.9

@@ -234,11 +234,9 @@ def test_any_backbone_trains_with_calibratemix(train, model, size):
     assert float(summary(folder)[0]['train_loss_mixup']) > 0
 
 
-def test_a_model_whose_head_cannot_be_split_is_refused(train):
+def test_a_head_that_drops_out_behind_its_features_is_refused(train):
     with pytest.raises(UsageError, match='--drop 0.5: lcnetv2_base drops out behind'):
         train('run', '--model', 'lcnetv2_base', '--img-size', 32, '--drop', 0.5)
-    with pytest.raises(UsageError, match='has no forward_features and forward_head'):
-        train('run', '--model', 'deit_tiny_distilled_patch16_224', '--img-size', 32)
 
 
 def test_features_and_logits_are_the_models_own():

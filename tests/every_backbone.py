@@ -1,0 +1,104 @@
+"""Trains every family of timm for two steps, each at its smallest member, and counts. By hand, not in the suite:
+
+    python tests/every_backbone.py [FAMILY ...]
+
+A family is a module of timm.models. The real train_ssl.py runs in this process, on the bundled digits at 64 pixels or,
+where a network refuses these, at its own size. A family is trained, refused in one line, or failed (exit status 1).
+"""
+import argparse
+import contextlib
+import io
+import logging
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import timm
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_ssl
+from program import RunError, UsageError
+
+# Words of names, from the smallest network up.
+SIZES = 'test zepto atto femto pico nano xxxs xxs xs tiny t micro mini small s'.split()
+
+
+def sounds_small(name: str) -> tuple[int, int]:
+    """A key that orders the models of a family by what their names say of their size."""
+    words = name.split('_')
+    return min((SIZES.index(word) for word in words if word in SIZES), default=len(SIZES)), sum(
+        int(number) for number in re.findall('[0-9]+', name))
+
+
+def count_parameters(name: str) -> float:
+    """Parameters of a model with ten classes, which is built without memory; infinite if it cannot be built so."""
+    try:
+        with torch.device('meta'):
+            return sum(p.numel() for p in timm.create_model(name, num_classes=10).parameters())
+    except Exception:  # a model that computes with its own numbers while it is built; others of its family will do
+        return float('inf')
+
+
+def smallest(names: list[str]) -> str:
+    """Of the models whose names sound smallest the one that is; building all of a thousand would take an hour."""
+    return min(sorted(names, key=sounds_small)[:4], key=count_parameters)
+
+
+def train(name: str, img_size: int) -> str | None:
+    """Two updates, an evaluation and all that a run writes; returns why the model was refused, or None."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with tempfile.TemporaryDirectory() as output:
+        try:
+            train_ssl.main(train_ssl._parse_args([
+                '--dataset', 'digits', '--train-split', 'train[:60]', '--val-split', 'test[:4]', '--num-labels', '10',
+                '--model', name, '--img-size', str(img_size), '-b', '2', '--mu', '1', '-vb', '4', '--epochs', '1',
+                '--train-steps-per-epoch', '2', '--calibratemix', '--calmix-warmup-epochs', '0', '--workers', '0',
+                '--device', 'cpu', '--output', output, '--lr', '0.001',
+            ]))
+        except UsageError as error:
+            return str(error)
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description='Two training steps of every family of timm.')
+    parser.add_argument('families', nargs='*', metavar='FAMILY', help='default: all of timm\'s')
+    parser.add_argument('--img-size', type=int, metavar='N', default=64, help='default: 64')
+    args = parser.parse_args()
+    warnings.simplefilter('ignore')
+    logging.disable(logging.WARNING)
+    count = Counter()
+    for family in args.families or timm.list_modules():
+        names = timm.list_models(module=family)
+        if not names:
+            continue
+        name, started = smallest(names), time.perf_counter()
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                own = timm.get_pretrained_cfg(name).input_size[1]
+                refused = train(name, args.img_size)
+                result, reason = f'trained at {args.img_size} px', ''
+                if refused and own != args.img_size:
+                    reason, refused = refused, train(name, own)
+                    result = 'trained at its own size'
+            if refused:
+                result, reason = 'refused', refused
+        except Exception as error:
+            result, reason = 'failed', str(error) if isinstance(error, RunError) else traceback.format_exc()
+        count[result] += 1
+        print(f'{result:24}{family:28}{name:40}{time.perf_counter() - started:6.1f} s  {reason}', flush=True)
+    print(f'{sum(count.values())} families: ' + ', '.join(f'{number} {result}' for result, number in count.items()))
+    return 1 if count['failed'] else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
