@@ -88,7 +88,8 @@ class FlexMatch(Method):
 
     def class_thresholds(self) -> torch.Tensor:
         """Current thresholds `[K]`."""
-        counts = torch.zeros(self.num_classes + 1, device=self.selected.device)
+        # Integers: a float32 stops counting by ones at 2^24.
+        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self.selected.device)
         counts.scatter_add_(0, self.selected.long() + 1, counts.new_ones(()).expand(len(self.selected)))
         unused, learned = counts[0], counts[1:]
         beta = learned / torch.maximum(learned.max(), unused)
