@@ -32,7 +32,7 @@ from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets
 from digests import to_text
 from labels import label_seed, write_labels
-from program import RunError, UsageError, replace_file
+from program import RunError, UsageError, mend_folder, replace_file, replace_folder
 from shards import load_whole, whole_bank
 from sources import unlabeled_split
 from splits import Identity, Sources
@@ -61,6 +61,8 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(folder)
+            for name in ('best', 'last'):
+                mend_folder(folder / name)
             if not args.resume and (folder / 'args.yaml').exists():
                 raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
                                  '--experiment')
@@ -455,25 +457,25 @@ def exportable(run: Run) -> nn.Module:
 
 
 def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
-    """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes."""
-    scratch, names = folder / 'part', run.identity.class_names
+    """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes.
+
+    The folder is replaced as a whole, so that a kill never leaves the weights of one epoch beside metrics of another.
+    """
+    names = run.identity.class_names
     if names and len(names) < run.num_classes:  # timm's form where not every class has a name
         names = dict(enumerate(names))
-    try:
-        folder.mkdir(exist_ok=True)
+
+    def write(part: Path) -> None:
         save_for_hf(
             exportable(run),
-            scratch,
+            part,
             model_config=dict(label_names=names) if names else None,
             safe_serialization=True,
             data_config=dict(vars(data_config)),
         )
-        for name in ('model.safetensors', 'config.json'):
-            os.replace(scratch / name, folder / name)
-        scratch.rmdir()
-    except (OSError, SafetensorError) as error:
-        raise RunError(f'{folder} cannot be written: {getattr(error, "strerror", None) or error}') from error
-    replace_file(folder / 'metrics.json', lambda part: part.write_text(json.dumps(metrics, indent=1) + '\n'))
+        (part / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
+
+    replace_folder(folder, write)
 
 
 def write_summary(path: Path, row: dict) -> None:
