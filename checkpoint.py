@@ -32,6 +32,7 @@ from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets
 from digests import to_text
 from labels import label_seed, write_labels
+from methods import lambda_u, warmup_updates
 from program import RunError, UsageError, mend_folder, replace_file, replace_folder
 from shards import load_whole, whole_bank
 from sources import unlabeled_split
@@ -192,6 +193,12 @@ class Run:
         return self.ema.module if self.ema is not None else self.timm_model
 
 
+def step_scheduler(run: Run, args: argparse.Namespace) -> None:
+    """Sets the learning rate that belongs to the updates done so far, whether the schedule counts these or epochs."""
+    run.scheduler.step_update(run.num_updates)
+    run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
+
+
 def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
     """JSON form of a nested state: its tensors go to `tensors`, and their names take their places."""
     if isinstance(value, torch.Tensor):
@@ -335,6 +342,25 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
     return changed
 
 
+def tell_schedule(run: Run, state: dict, args: argparse.Namespace) -> None:
+    """Tells what moves at the place of a resume, as the schedules are stretched over another length of the run."""
+    done, old = run.num_updates, argparse.Namespace(**{**vars(args), **state['args']})
+    step_scheduler(run, args)
+    rates = state['optimizer']['param_groups'][0]['lr'], run.optimizer.param_groups[0]['lr']
+    moves = [f'the learning rate from {rates[0]:.4g} to {rates[1]:.4g}'] if rates[0] != rates[1] else []
+    warmups = warmup_updates(old), warmup_updates(args)
+    if warmups[0] != warmups[1]:
+        then, now = (done >= warmup for warmup in warmups)
+        mixing = '' if then == now else ', so that mixing starts' if now else ', so that mixing stops until then'
+        moves.append(f'the end of CalibrateMix\'s warmup from update {warmups[0]} to {warmups[1]}{mixing}')
+    if run.method is not None:
+        factors = lambda_u(run.method, done, old), lambda_u(run.method, done, args)
+        if factors[0] != factors[1]:
+            moves.append(f'the factor of the unlabeled loss from {factors[0]:.4g} to {factors[1]:.4g}')
+    if moves:
+        _logger.warning(f'With the changed arguments move, at update {done}: {"; ".join(moves)}')
+
+
 def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     """Puts a run where the checkpoint was.
 
@@ -375,6 +401,12 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
     if run.accelerator.scaler is not None and state['scaler']:
         run.accelerator.scaler.load_state_dict(state['scaler'])
+    tell_schedule(run, state, args)
+    if 'eval_metric' in changed:
+        old, new = changed['eval_metric']
+        run.best_metric, run.not_better = None, 0
+        _logger.warning(f'--eval-metric {old} -> {new}: best starts anew, and the next evaluation replaces best/, '
+                        f'which was chosen by {old}')
     sums = state['sums'].to(run.accelerator.device)
     if len(sums) != run.accelerator.num_processes:  # the first process takes them all
         sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))

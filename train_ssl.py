@@ -71,6 +71,7 @@ from checkpoint import (
     save_checkpoint,
     start_folder,
     start_trackers,
+    step_scheduler,
     write_margins,
     write_summary,
     write_weights,
@@ -88,7 +89,7 @@ from data import (
     limit_workers,
 )
 from labels import choose_labels
-from methods import ALGORITHMS, FULL_SCHEDULE, Method, has_extra_class, lambda_u
+from methods import ALGORITHMS, Method, has_extra_class, lambda_u, warmup_updates
 from metrics import EvalMeter
 from program import (
     STOPPED,
@@ -562,13 +563,6 @@ def build_calmix(
     shards = args.calmix_bank_shards
     if shards is None:
         shards = num_unlabeled * num_classes * bank_dtype.itemsize > 2 ** 30 and args.calmix_split != 'bank'
-    updates = args.epochs * args.train_steps_per_epoch
-    if not args.calibratemix:
-        warmup_steps = math.inf
-    elif args.calmix_warmup_epochs is not None:
-        warmup_steps = round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
-    else:
-        warmup_steps = round(PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE * updates)
     apm = None
     try:
         if shards and accelerator.num_processes > 1:
@@ -589,7 +583,7 @@ def build_calmix(
             split=args.calmix_split,
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
-            warmup_steps=warmup_steps,
+            warmup_steps=warmup_updates(args),
             apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
             bank_dtype=bank_dtype,
             apm=apm,
@@ -617,12 +611,6 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
         updates_per_epoch=steps,
     )
     return scheduler
-
-
-def step_scheduler(run: Run, args: argparse.Namespace) -> None:
-    """Sets the learning rate that belongs to the updates done so far, whether the schedule counts these or epochs."""
-    run.scheduler.step_update(run.num_updates)
-    run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
 
 
 def build_datasets(

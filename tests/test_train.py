@@ -618,6 +618,33 @@ def test_changed_settings_of_the_optimizer_hold_after_a_resume(train, uninterrup
     assert {group['momentum'] for group in groups} == {0.8}
 
 
+def test_best_starts_anew_where_a_resume_changes_its_metric(train, uninterrupted, tmp_path, caplog):
+    """A best top1 is above every NLL, and would never be reached by one."""
+    folder = rewind(uninterrupted, tmp_path / 'run', 4)
+    train('run', *CALMIX, '--resume', 'auto', '--eval-metric', 'nll')
+    told, = [line for line in caplog.messages if 'best starts anew' in line]
+    assert told.startswith('--eval-metric top1 -> nll: ')
+    best = json.loads((folder / 'best' / 'metrics.json').read_text())
+    assert best['num_updates'] == 8 and best['best_chosen_by'].startswith('nll on ')
+    assert checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['best_metric'] == best['nll']
+
+
+def test_a_resume_with_more_epochs_tells_what_becomes_of_learning_rate_and_warmup(
+        train, uninterrupted, tmp_path, caplog):
+    """After 4 of 8 updates; the preset's warmup is 102,400 of 2^20 updates, 1 of 8 and 6 of 64."""
+    train('run', '--calibratemix', '--epochs', 2)
+    rewind(tmp_path / 'run', tmp_path / 'longer', 4)
+    caplog.clear()
+    train('longer', '--calibratemix', '--resume', 'auto', '--epochs', 16, '--val-interval', 16)
+    first, last = (0.03 * math.cos(7 * math.pi * 4 / (16 * updates)) for updates in (8, 64))
+    assert (f'With the changed arguments move, at update 4: the learning rate from {first:.4g} to {last:.4g}; the end '
+            'of CalibrateMix\'s warmup from update 1 to 6, so that mixing stops until then') in caplog.messages
+    caplog.clear()
+    rewind(uninterrupted, tmp_path / 'same', 6)
+    train('same', *CALMIX, '--resume', 'auto')
+    assert not [line for line in caplog.messages if 'arguments move' in line]
+
+
 def test_a_run_resumed_into_another_folder_has_a_best_of_its_own(train, uninterrupted, tmp_path):
     folder = train('other', *CALMIX, '--resume', uninterrupted / 'checkpoint-4.safetensors')
     assert (folder / 'best' / 'model.safetensors').is_file()
