@@ -121,6 +121,7 @@ from views import BatchViews, build_views
 _logger = logging.getLogger('train')
 
 MAX_SKIPPED_UPDATES = 100  # float16 overflows in a row after which a run is given up
+ADVICE = 'nothing was saved since. Try a lower --lr, --clip-grad 1, or without --amp'  # after a loss that is not finite
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -842,10 +843,7 @@ class Monitor:
         for rank, bad in enumerate(self.accelerator.gather(self.bad[None]).tolist()):
             if bad[0] >= 0:
                 parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.TERMS[1:4], bad[2:5]))
-                raise RunError(
-                    f'the loss is not finite at update {bad[0]:.0f} on process {rank} ({parts}); nothing was saved '
-                    'since. Try a lower --lr, --clip-grad 1, or without --amp'
-                )
+                raise RunError(f'the loss is not finite at update {bad[0]:.0f} on process {rank} ({parts}); {ADVICE}')
 
     def read(self, since_last: bool = False) -> dict[str, float]:
         """Means over all processes, of the epoch or since the last reading, after a check."""
@@ -1000,7 +998,10 @@ def validate(
         with accelerator.autocast():
             logits = model(F.pad(image, (0, 0) * 3 + (0, batch_size - len(image))))[:len(image)]
         # Without MarginMatch's virtual class, and without the images that stand in for broken ones.
-        meter.update(logits[good, :num_classes].float(), batch['target'][good])
+        logits = logits[good, :num_classes].float()
+        if not logits.isfinite().all():  # the last update did it, of which no loss tells any more
+            raise RunError(f'the loss is not finite: logits are NaN or infinite in an evaluation; {ADVICE}')
+        meter.update(logits, batch['target'][good])
         if number < asked:
             stop.check()
     for module, mode in modes:

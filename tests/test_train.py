@@ -713,6 +713,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over_good_wei
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_an_overflow_in_the_last_update_before_an_evaluation_stops_the_run_in_one_line(train, tmp_path):
+    """The loss of that update is finite still, and the evaluation is the first to see its weights."""
+    with pytest.raises(RunError, match='^the loss is not finite: .* in an evaluation; nothing was saved .*--lr'):
+        train('run', '--lr', '1e38', '--epochs', 1, '--train-steps-per-epoch', 1)
+    assert not list((tmp_path / 'run').glob('checkpoint-*')) and not (tmp_path / 'run' / 'last').exists()
+
+
 def test_no_checkpoint_is_written_of_weights_after_a_loss_that_is_not_finite(train, tmp_path):
     with pytest.raises(RunError, match='not finite'):
         train('run', '--lr', '1e30', '--log-interval', 99, *EVERY_UPDATE)
