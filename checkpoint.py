@@ -29,7 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from calibratemix import CalibrateMix, MarginBank, split_easy_hard
-from data import DataConfig, Datasets
+from data import DataConfig, Datasets, Feed, check_classes_left
 from digests import to_text
 from labels import label_seed, write_labels
 from methods import lambda_u, warmup_updates
@@ -184,6 +184,7 @@ class Run:
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
     skipped_images: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # labeled, unlabeled
+    told_images: set[str] = field(default_factory=set)  # names of skipped images that are in the log
     recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
     not_better: int = 0  # evaluations in a row without a better metric
@@ -227,6 +228,28 @@ def join_skipped(skipped: Sequence[set[int]], accelerator: Accelerator, args: ar
     return [set().union(*gather_object([part])) for part in skipped]
 
 
+def tell_skipped(run: Run, feeds: Sequence[Feed], args: argparse.Namespace) -> int:
+    """Logs by name each image that could not be decoded and was not told before; returns how many there are so far.
+
+    An image counts once, in however many of the sets it is. All processes take part.
+
+    Raises:
+        ImageError: If a class has lost all of its labeled images.
+    """
+    names, told = {}, len(run.told_images)
+    for feed, skipped in zip(feeds, join_skipped([feed.skipped for feed in feeds], run.accelerator, args)):
+        dataset = feed.loader.dataset
+        check_classes_left(dataset, skipped)
+        names.update(dict.fromkeys(dataset.source.where(index) for index in sorted(skipped)))
+    for name in names:
+        if name not in run.told_images:
+            run.told_images.add(name)
+            _logger.warning(f'--skip-bad-images: {name} cannot be decoded, and is stepped over')
+    if len(run.told_images) > told:
+        _logger.warning(f'--skip-bad-images: {len(names)} images in all cannot be decoded')
+    return len(names)
+
+
 def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
     """Writes `checkpoint-<updates>.safetensors`, and removes older ones beyond `--checkpoint-hist`.
 
@@ -253,6 +276,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         num_draws=run.num_draws,
         skipped_updates=run.skipped_updates,
         skipped_images=[sorted(skipped) for skipped in join_skipped(run.skipped_images, run.accelerator, args)],
+        told_images=sorted(run.told_images),
         recorded=run.recorded,
         best_metric=run.best_metric,
         not_better=run.not_better,
@@ -394,6 +418,7 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
         run.not_better = state.get('not_better', 0)  # not in checkpoints of before --patience
+        run.told_images.update(state.get('told_images', ()))  # not in older checkpoints
         for skipped, saved in zip(run.skipped_images, state['skipped_images']):
             skipped.update(saved)
         run.num_draws = -(-run.num_draws * old_step // step)  # the same place in the data, in batches of the new size

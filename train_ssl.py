@@ -62,7 +62,6 @@ from checkpoint import (
     TRAIN_COLUMNS,
     Run,
     finished_metrics,
-    join_skipped,
     judge,
     open_run_folder,
     out_of_patience,
@@ -72,6 +71,7 @@ from checkpoint import (
     start_folder,
     start_trackers,
     step_scheduler,
+    tell_skipped,
     write_margins,
     write_summary,
     write_weights,
@@ -1203,9 +1203,7 @@ def train_and_evaluate(
                         for name, feed in eval_feeds.items() if name != 'test' or epoch == args.epochs - 1
                     }
                     metrics = meters['evaluation'].compute()
-                    feeds = [*train_feeds, *eval_feeds.values()]
-                    skipped = join_skipped([feed.skipped for feed in feeds], accelerator, args)
-                    skipped_images = sum(map(len, skipped))
+                    skipped_images = tell_skipped(run, [*train_feeds, *eval_feeds.values()], args)
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
                     record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
                     # In the first half of a run an average may be behind; one line of it is enough.

@@ -793,6 +793,25 @@ def test_a_corrupt_image_stops_a_run_with_its_name_and_exit_code_1(tmp_path):
     assert summary(tmp_path / 'skipping')[-1]['train_skipped_images'] == '1'
 
 
+def test_each_skipped_image_is_told_once_by_name_and_a_class_that_loses_all_is_an_error(train, tmp_path, caplog):
+    """Of the eight labeled pictures of class 1, which are unlabeled ones too, seven are broken, and then all."""
+    folder = digits_folder(tmp_path / 'images')
+    paths = sorted((folder / 'train' / '1').glob('*.png'))
+    for path in paths[:7]:
+        path.write_bytes(path.name.encode())
+    flags = ('--dataset', folder, '--img-size', 8, '--num-labels', 16, '--skip-bad-images')
+    run = train('run', *flags)
+    train('run', *flags, '--epochs', 3, '--resume', 'auto')
+    told = [line for line in caplog.messages if line.startswith('--skip-bad-images')]
+    names = [line.split(': ')[1].removesuffix(' cannot be decoded, and is stepped over') for line in told]
+    assert sorted(name for name in names if not name.endswith('in all cannot be decoded')) == [*map(str, paths[:7])]
+    assert told[-1] == '--skip-bad-images: 7 images in all cannot be decoded'
+    assert [row['train_skipped_images'] for row in summary(run)] == ['7'] * 3
+    paths[7].write_bytes(b'')
+    with pytest.raises(RunError, match='class 1 has none left of its 8 labeled images, .*png and 3 more. Mend them'):
+        train('lost', *flags)
+
+
 def test_skipped_images_are_those_of_all_processes_and_of_before_a_resume(tmp_path):
     """Every second evaluation image is broken, and both processes meet two; of training one, in the first epoch."""
     folder = digits_folder(tmp_path / 'images', broken=True)
