@@ -29,10 +29,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from calibratemix import CalibrateMix, MarginBank, split_easy_hard
-from data import DataConfig, Datasets
+from data import DataConfig, Datasets, Feed, check_classes_left
 from digests import to_text
 from labels import label_seed, write_labels
-from program import RunError, UsageError, replace_file
+from methods import lambda_u, warmup_updates
+from program import RunError, UsageError, mend_folder, replace_file, replace_folder
 from shards import load_whole, whole_bank
 from sources import unlabeled_split
 from splits import Identity, Sources
@@ -61,6 +62,8 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(folder)
+            for name in ('best', 'last'):
+                mend_folder(folder / name)
             if not args.resume and (folder / 'args.yaml').exists():
                 raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
                                  '--experiment')
@@ -181,6 +184,7 @@ class Run:
     num_draws: int = 0  # batches drawn from each loader; ahead of the updates by skipped ones and by accumulation
     skipped_updates: int = 0
     skipped_images: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))  # labeled, unlabeled
+    told_images: set[str] = field(default_factory=set)  # names of skipped images that are in the log
     recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
     not_better: int = 0  # evaluations in a row without a better metric
@@ -188,6 +192,12 @@ class Run:
     @property
     def eval_model(self) -> nn.Module:
         return self.ema.module if self.ema is not None else self.timm_model
+
+
+def step_scheduler(run: Run, args: argparse.Namespace) -> None:
+    """Sets the learning rate that belongs to the updates done so far, whether the schedule counts these or epochs."""
+    run.scheduler.step_update(run.num_updates)
+    run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
 
 
 def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
@@ -218,6 +228,28 @@ def join_skipped(skipped: Sequence[set[int]], accelerator: Accelerator, args: ar
     return [set().union(*gather_object([part])) for part in skipped]
 
 
+def tell_skipped(run: Run, feeds: Sequence[Feed], args: argparse.Namespace) -> int:
+    """Logs by name each image that could not be decoded and was not told before; returns how many there are so far.
+
+    An image counts once, in however many of the sets it is. All processes take part.
+
+    Raises:
+        ImageError: If a class has lost all of its labeled images.
+    """
+    names, told = {}, len(run.told_images)
+    for feed, skipped in zip(feeds, join_skipped([feed.skipped for feed in feeds], run.accelerator, args)):
+        dataset = feed.loader.dataset
+        check_classes_left(dataset, skipped)
+        names.update(dict.fromkeys(dataset.source.where(index) for index in sorted(skipped)))
+    for name in names:
+        if name not in run.told_images:
+            run.told_images.add(name)
+            _logger.warning(f'--skip-bad-images: {name} cannot be decoded, and is stepped over')
+    if len(run.told_images) > told:
+        _logger.warning(f'--skip-bad-images: {len(names)} images in all cannot be decoded')
+    return len(names)
+
+
 def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
     """Writes `checkpoint-<updates>.safetensors`, and removes older ones beyond `--checkpoint-hist`.
 
@@ -244,6 +276,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         num_draws=run.num_draws,
         skipped_updates=run.skipped_updates,
         skipped_images=[sorted(skipped) for skipped in join_skipped(run.skipped_images, run.accelerator, args)],
+        told_images=sorted(run.told_images),
         recorded=run.recorded,
         best_metric=run.best_metric,
         not_better=run.not_better,
@@ -333,6 +366,25 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
     return changed
 
 
+def tell_schedule(run: Run, state: dict, args: argparse.Namespace) -> None:
+    """Tells what moves at the place of a resume, as the schedules are stretched over another length of the run."""
+    done, old = run.num_updates, argparse.Namespace(**{**vars(args), **state['args']})
+    step_scheduler(run, args)
+    rates = state['optimizer']['param_groups'][0]['lr'], run.optimizer.param_groups[0]['lr']
+    moves = [f'the learning rate from {rates[0]:.4g} to {rates[1]:.4g}'] if rates[0] != rates[1] else []
+    warmups = warmup_updates(old), warmup_updates(args)
+    if warmups[0] != warmups[1]:
+        then, now = (done >= warmup for warmup in warmups)
+        mixing = '' if then == now else ', so that mixing starts' if now else ', so that mixing stops until then'
+        moves.append(f'the end of CalibrateMix\'s warmup from update {warmups[0]} to {warmups[1]}{mixing}')
+    if run.method is not None:
+        factors = lambda_u(run.method, done, old), lambda_u(run.method, done, args)
+        if factors[0] != factors[1]:
+            moves.append(f'the factor of the unlabeled loss from {factors[0]:.4g} to {factors[1]:.4g}')
+    if moves:
+        _logger.warning(f'With the changed arguments move, at update {done}: {"; ".join(moves)}')
+
+
 def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     """Puts a run where the checkpoint was.
 
@@ -366,6 +418,7 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
         run.not_better = state.get('not_better', 0)  # not in checkpoints of before --patience
+        run.told_images.update(state.get('told_images', ()))  # not in older checkpoints
         for skipped, saved in zip(run.skipped_images, state['skipped_images']):
             skipped.update(saved)
         run.num_draws = -(-run.num_draws * old_step // step)  # the same place in the data, in batches of the new size
@@ -373,6 +426,12 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         raise UsageError(f'--resume {path}: {" ".join(str(error).split())}') from error
     if run.accelerator.scaler is not None and state['scaler']:
         run.accelerator.scaler.load_state_dict(state['scaler'])
+    tell_schedule(run, state, args)
+    if 'eval_metric' in changed:
+        old, new = changed['eval_metric']
+        run.best_metric, run.not_better = None, 0
+        _logger.warning(f'--eval-metric {old} -> {new}: best starts anew, and the next evaluation replaces best/, '
+                        f'which was chosen by {old}')
     sums = state['sums'].to(run.accelerator.device)
     if len(sums) != run.accelerator.num_processes:  # the first process takes them all
         sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))
@@ -455,25 +514,25 @@ def exportable(run: Run) -> nn.Module:
 
 
 def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict) -> None:
-    """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes."""
-    scratch, names = folder / 'part', run.identity.class_names
+    """Weights and metrics to a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` takes.
+
+    The folder is replaced as a whole, so that a kill never leaves the weights of one epoch beside metrics of another.
+    """
+    names = run.identity.class_names
     if names and len(names) < run.num_classes:  # timm's form where not every class has a name
         names = dict(enumerate(names))
-    try:
-        folder.mkdir(exist_ok=True)
+
+    def write(part: Path) -> None:
         save_for_hf(
             exportable(run),
-            scratch,
+            part,
             model_config=dict(label_names=names) if names else None,
             safe_serialization=True,
             data_config=dict(vars(data_config)),
         )
-        for name in ('model.safetensors', 'config.json'):
-            os.replace(scratch / name, folder / name)
-        scratch.rmdir()
-    except (OSError, SafetensorError) as error:
-        raise RunError(f'{folder} cannot be written: {getattr(error, "strerror", None) or error}') from error
-    replace_file(folder / 'metrics.json', lambda part: part.write_text(json.dumps(metrics, indent=1) + '\n'))
+        (part / 'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
+
+    replace_folder(folder, write)
 
 
 def write_summary(path: Path, row: dict) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from labels import Labels
-from program import UsageError
+from program import UsageError, name_some
 from seeds import item_seed, seeded
 from sources import ImageError, Source
 from splits import Identity
@@ -326,6 +326,25 @@ class Datasets:
     test: ViewDataset | None = None  # what --test-split names, evaluated once
 
 
+def check_classes_left(dataset: ViewDataset, skipped: set[int]) -> None:
+    """Raises ImageError if a class of the labeled set has lost all its images; of other sets nothing is asked.
+
+    Args:
+        dataset: The set.
+        skipped: Indices in its source of images that cannot be decoded.
+    """
+    if dataset.stream != 'labeled' or not skipped:
+        return
+    bad = torch.isin(dataset.index, torch.tensor(sorted(skipped)))
+    lost = sorted({*dataset.targets.tolist()} - {*dataset.targets[~bad].tolist()})
+    if lost:
+        names, k = dataset.source.class_names or [], lost[0]
+        name = names[k] if k < len(names) else f'{k}'
+        rows = dataset.index[dataset.targets == k].tolist()
+        raise ImageError(f'--skip-bad-images: class {name} has none left of its {len(rows)} labeled images, as none '
+                         f'can be decoded: {name_some(map(dataset.source.where, rows))}. Mend them, or label others')
+
+
 class Feed:
     """Batches on the device: images as normalised float32, by timm's way of doing that there and not in the workers."""
 
@@ -349,7 +368,10 @@ class Feed:
         for batch in self.loader:
             if isinstance(batch, ImageError):
                 raise batch
-            self.skipped.update(batch['skipped'][batch['skipped'] >= 0].tolist())
+            skipped = batch['skipped'][batch['skipped'] >= 0].tolist()
+            if not self.skipped.issuperset(skipped):
+                self.skipped.update(skipped)
+                check_classes_left(self.loader.dataset, self.skipped)
             numbers = batch.pop('numbers', None)
             batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             if numbers is not None:

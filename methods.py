@@ -11,13 +11,14 @@ same on all processes; they are buffers, so that checkpoint and device follow. A
 of ALGORITHMS.
 """
 import argparse
+import math
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from calibratemix import MarginBank
+from calibratemix import PRESETS, MarginBank
 from seeds import item_seed
 
 FULL_SCHEDULE = 1024 * 1024  # updates of the published recipe, in which the warmups of presets and methods are counted
@@ -88,7 +89,8 @@ class FlexMatch(Method):
 
     def class_thresholds(self) -> torch.Tensor:
         """Current thresholds `[K]`."""
-        counts = torch.zeros(self.num_classes + 1, device=self.selected.device)
+        # Integers: a float32 stops counting by ones at 2^24.
+        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self.selected.device)
         counts.scatter_add_(0, self.selected.long() + 1, counts.new_ones(()).expand(len(self.selected)))
         unused, learned = counts[0], counts[1:]
         beta = learned / torch.maximum(learned.max(), unused)
@@ -257,3 +259,13 @@ def lambda_u(method: Method, num_updates: int, args: argparse.Namespace) -> floa
     share = method.lambda_u_warmup if args.lambda_u_warmup is None else args.lambda_u_warmup
     warmup = share * args.epochs * args.train_steps_per_epoch
     return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
+
+
+def warmup_updates(args: argparse.Namespace) -> float:
+    """Updates of the base method alone, before CalibrateMix mixes; infinite without it."""
+    if not args.calibratemix:
+        return math.inf
+    if args.calmix_warmup_epochs is not None:
+        return round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
+    share = PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE
+    return round(share * args.epochs * args.train_steps_per_epoch)

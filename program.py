@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -329,3 +330,52 @@ def replace_file(path: Path, write) -> None:
     finally:
         with suppress(OSError):  # a disk that went read-only refuses this too, and the first error is the one to tell
             part.unlink(missing_ok=True)
+
+
+def replace_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a folder of files as a whole: beside the old one, synced, and then put in its place.
+
+    A process that is killed between the two renames leaves the old folder as `<name>.old`; see `mend_folder`.
+
+    Args:
+        path: The folder.
+        write: Fills an empty folder, whose path it gets.
+
+    Raises:
+        RunError: If it cannot be written; the old folder is then as it was.
+    """
+    part, old = path.with_name(path.name + '.part'), path.with_name(path.name + '.old')
+    try:
+        mend_folder(path)
+        part.mkdir()
+        write(part)
+        for file in (*part.iterdir(), part):
+            _sync(file)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)  # if it stays, the next writing removes it
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):  # as in replace_file
+            mend_folder(path)
+        reason = getattr(error, 'strerror', None) or error
+        raise RunError(f'{path} cannot be written: {reason}; what was saved before is intact') from error
+
+
+def mend_folder(path: Path) -> None:
+    """Puts the old folder back if `replace_folder` was killed between its renames, and removes what it left over."""
+    part, old = path.with_name(path.name + '.part'), path.with_name(path.name + '.old')
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    for rest in (part, old):
+        if rest.exists():
+            shutil.rmtree(rest)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

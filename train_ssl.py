@@ -62,7 +62,6 @@ from checkpoint import (
     TRAIN_COLUMNS,
     Run,
     finished_metrics,
-    join_skipped,
     judge,
     open_run_folder,
     out_of_patience,
@@ -71,6 +70,8 @@ from checkpoint import (
     save_checkpoint,
     start_folder,
     start_trackers,
+    step_scheduler,
+    tell_skipped,
     write_margins,
     write_summary,
     write_weights,
@@ -88,7 +89,7 @@ from data import (
     limit_workers,
 )
 from labels import choose_labels
-from methods import ALGORITHMS, FULL_SCHEDULE, Method, has_extra_class, lambda_u
+from methods import ALGORITHMS, Method, has_extra_class, lambda_u, warmup_updates
 from metrics import EvalMeter
 from program import (
     STOPPED,
@@ -120,6 +121,7 @@ from views import BatchViews, build_views
 _logger = logging.getLogger('train')
 
 MAX_SKIPPED_UPDATES = 100  # float16 overflows in a row after which a run is given up
+ADVICE = 'nothing was saved since. Try a lower --lr, --clip-grad 1, or without --amp'  # after a loss that is not finite
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------
@@ -562,13 +564,6 @@ def build_calmix(
     shards = args.calmix_bank_shards
     if shards is None:
         shards = num_unlabeled * num_classes * bank_dtype.itemsize > 2 ** 30 and args.calmix_split != 'bank'
-    updates = args.epochs * args.train_steps_per_epoch
-    if not args.calibratemix:
-        warmup_steps = math.inf
-    elif args.calmix_warmup_epochs is not None:
-        warmup_steps = round(args.calmix_warmup_epochs * args.train_steps_per_epoch)
-    else:
-        warmup_steps = round(PRESETS[args.calmix_preset]['warmup_steps'] / FULL_SCHEDULE * updates)
     apm = None
     try:
         if shards and accelerator.num_processes > 1:
@@ -589,7 +584,7 @@ def build_calmix(
             split=args.calmix_split,
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
-            warmup_steps=warmup_steps,
+            warmup_steps=warmup_updates(args),
             apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
             bank_dtype=bank_dtype,
             apm=apm,
@@ -617,12 +612,6 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) 
         updates_per_epoch=steps,
     )
     return scheduler
-
-
-def step_scheduler(run: Run, args: argparse.Namespace) -> None:
-    """Sets the learning rate that belongs to the updates done so far, whether the schedule counts these or epochs."""
-    run.scheduler.step_update(run.num_updates)
-    run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
 
 
 def build_datasets(
@@ -854,10 +843,7 @@ class Monitor:
         for rank, bad in enumerate(self.accelerator.gather(self.bad[None]).tolist()):
             if bad[0] >= 0:
                 parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.TERMS[1:4], bad[2:5]))
-                raise RunError(
-                    f'the loss is not finite at update {bad[0]:.0f} on process {rank} ({parts}); nothing was saved '
-                    'since. Try a lower --lr, --clip-grad 1, or without --amp'
-                )
+                raise RunError(f'the loss is not finite at update {bad[0]:.0f} on process {rank} ({parts}); {ADVICE}')
 
     def read(self, since_last: bool = False) -> dict[str, float]:
         """Means over all processes, of the epoch or since the last reading, after a check."""
@@ -1012,7 +998,10 @@ def validate(
         with accelerator.autocast():
             logits = model(F.pad(image, (0, 0) * 3 + (0, batch_size - len(image))))[:len(image)]
         # Without MarginMatch's virtual class, and without the images that stand in for broken ones.
-        meter.update(logits[good, :num_classes].float(), batch['target'][good])
+        logits = logits[good, :num_classes].float()
+        if not logits.isfinite().all():  # the last update did it, of which no loss tells any more
+            raise RunError(f'the loss is not finite: logits are NaN or infinite in an evaluation; {ADVICE}')
+        meter.update(logits, batch['target'][good])
         if number < asked:
             stop.check()
     for module, mode in modes:
@@ -1214,9 +1203,7 @@ def train_and_evaluate(
                         for name, feed in eval_feeds.items() if name != 'test' or epoch == args.epochs - 1
                     }
                     metrics = meters['evaluation'].compute()
-                    feeds = [*train_feeds, *eval_feeds.values()]
-                    skipped = join_skipped([feed.skipped for feed in feeds], accelerator, args)
-                    skipped_images = sum(map(len, skipped))
+                    skipped_images = tell_skipped(run, [*train_feeds, *eval_feeds.values()], args)
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
                     record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
                     # In the first half of a run an average may be behind; one line of it is enough.

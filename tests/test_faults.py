@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pty
@@ -263,7 +264,7 @@ def test_a_folder_that_cannot_be_written_is_a_usage_error(train, tmp_path):
         train('run', output=tmp_path / 'file')
 
 
-@pytest.mark.parametrize('at', ['checkpoint', 'metrics.json', 'summary.csv', 'model.safetensors'])
+@pytest.mark.parametrize('at', ['checkpoint', 'labels.json', 'summary.csv', 'last.part', 'best.part'])
 def test_a_disk_that_turns_read_only_stops_a_run_in_one_line(train, monkeypatch, tmp_path, at):
     """Renaming fails first in the tests; on such a disk removing fails as well, even of a file that is not there."""
     replace = os.replace
@@ -278,6 +279,49 @@ def test_a_disk_that_turns_read_only_stops_a_run_in_one_line(train, monkeypatch,
     with pytest.raises(RunError, match='run.* cannot be written: Read-only file system') as caught:
         train('run')
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('steps', range(6))
+def test_a_kill_while_last_is_written_leaves_weights_and_metrics_of_one_epoch(tmp_path, monkeypatch, steps):
+    """Killed before each step: a file, its metrics, two renames, removing the old one, none."""
+    folder, left = tmp_path / 'last', [math.inf]
+
+    class Killed(BaseException):
+        pass
+
+    def killable(step):
+        def take(*given, **named):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return step(*given, **named)
+        return take
+
+    def write(epoch):
+        def fill(part):
+            killable(Path.write_text)(part / 'model.safetensors', epoch)
+            killable(Path.write_text)(part / 'metrics.json', epoch)
+        program.replace_folder(folder, fill)
+
+    def found():
+        assert sorted(path.name for path in folder.iterdir()) == ['metrics.json', 'model.safetensors']
+        return ''.join(sorted({path.read_text() for path in folder.iterdir()}))
+
+    write('0')
+    monkeypatch.setattr(os, 'replace', killable(os.replace))
+    monkeypatch.setattr(shutil, 'rmtree', killable(shutil.rmtree))
+    left[0] = steps
+    if steps < 5:
+        with pytest.raises(Killed):
+            write('1')
+    else:
+        write('1')
+    left[0] = math.inf
+    assert not folder.exists() or found() in ('0', '1')
+    program.mend_folder(folder)
+    assert found() == ('1' if steps >= 4 else '0') and [path.name for path in tmp_path.iterdir()] == ['last']
+    write('2')
+    assert found() == '2' and [path.name for path in tmp_path.iterdir()] == ['last']
 
 
 @pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='needs the limits of Linux')

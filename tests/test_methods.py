@@ -78,6 +78,15 @@ def test_flexmatch_counts_in_the_loss_by_the_class_threshold_but_in_the_table_by
     assert method.selected[29] == 1 and torch.equal(method.selected[:29], before[:29])
 
 
+def test_flexmatch_counts_30_million_images_exactly():
+    """A float32 that counts by ones stays at 2^24, which here would make a threshold of 0.16635."""
+    method = build('flexmatch', classes=2, threshold=0.95)
+    method.selected = torch.full((30_000_000,), -1, dtype=torch.int32)
+    method.selected[:5_000_000] = 0
+    beta = 5 / 25
+    assert method.class_thresholds().tolist() == pytest.approx([0.95 * beta / (2 - beta), 0])  # 0.10556
+
+
 def test_flexmatch_at_its_first_step_and_with_a_class_never_predicted():
     method = build('flexmatch')
     assert method.class_thresholds().tolist() == [0] * CLASSES

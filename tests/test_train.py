@@ -618,6 +618,33 @@ def test_changed_settings_of_the_optimizer_hold_after_a_resume(train, uninterrup
     assert {group['momentum'] for group in groups} == {0.8}
 
 
+def test_best_starts_anew_where_a_resume_changes_its_metric(train, uninterrupted, tmp_path, caplog):
+    """A best top1 is above every NLL, and would never be reached by one."""
+    folder = rewind(uninterrupted, tmp_path / 'run', 4)
+    train('run', *CALMIX, '--resume', 'auto', '--eval-metric', 'nll')
+    told, = [line for line in caplog.messages if 'best starts anew' in line]
+    assert told.startswith('--eval-metric top1 -> nll: ')
+    best = json.loads((folder / 'best' / 'metrics.json').read_text())
+    assert best['num_updates'] == 8 and best['best_chosen_by'].startswith('nll on ')
+    assert checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['best_metric'] == best['nll']
+
+
+def test_a_resume_with_more_epochs_tells_what_becomes_of_learning_rate_and_warmup(
+        train, uninterrupted, tmp_path, caplog):
+    """After 4 of 8 updates; the preset's warmup is 102,400 of 2^20 updates, 1 of 8 and 6 of 64."""
+    train('run', '--calibratemix', '--epochs', 2)
+    rewind(tmp_path / 'run', tmp_path / 'longer', 4)
+    caplog.clear()
+    train('longer', '--calibratemix', '--resume', 'auto', '--epochs', 16, '--val-interval', 16)
+    first, last = (0.03 * math.cos(7 * math.pi * 4 / (16 * updates)) for updates in (8, 64))
+    assert (f'With the changed arguments move, at update 4: the learning rate from {first:.4g} to {last:.4g}; the end '
+            'of CalibrateMix\'s warmup from update 1 to 6, so that mixing stops until then') in caplog.messages
+    caplog.clear()
+    rewind(uninterrupted, tmp_path / 'same', 6)
+    train('same', *CALMIX, '--resume', 'auto')
+    assert not [line for line in caplog.messages if 'arguments move' in line]
+
+
 def test_a_run_resumed_into_another_folder_has_a_best_of_its_own(train, uninterrupted, tmp_path):
     folder = train('other', *CALMIX, '--resume', uninterrupted / 'checkpoint-4.safetensors')
     assert (folder / 'best' / 'model.safetensors').is_file()
@@ -684,6 +711,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over_good_wei
     with pytest.raises(RunError, match=r'not finite at update \d+ on process 0 \(loss_labeled .*--lr'):
         train('run', '--epochs', 2, '--lr', '1e30', '--resume', 'auto')
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_an_overflow_in_the_last_update_before_an_evaluation_stops_the_run_in_one_line(train, tmp_path):
+    """The loss of that update is finite still, and the evaluation is the first to see its weights."""
+    with pytest.raises(RunError, match='^the loss is not finite: .* in an evaluation; nothing was saved .*--lr'):
+        train('run', '--lr', '1e38', '--epochs', 1, '--train-steps-per-epoch', 1)
+    assert not list((tmp_path / 'run').glob('checkpoint-*')) and not (tmp_path / 'run' / 'last').exists()
 
 
 def test_no_checkpoint_is_written_of_weights_after_a_loss_that_is_not_finite(train, tmp_path):
@@ -757,6 +791,25 @@ def test_a_corrupt_image_stops_a_run_with_its_name_and_exit_code_1(tmp_path):
     result = run_script('train_ssl.py', *flags, 'skipping', '--skip-bad-images')
     assert result.returncode == 0, result.stderr
     assert summary(tmp_path / 'skipping')[-1]['train_skipped_images'] == '1'
+
+
+def test_each_skipped_image_is_told_once_by_name_and_a_class_that_loses_all_is_an_error(train, tmp_path, caplog):
+    """Of the eight labeled pictures of class 1, which are unlabeled ones too, seven are broken, and then all."""
+    folder = digits_folder(tmp_path / 'images')
+    paths = sorted((folder / 'train' / '1').glob('*.png'))
+    for path in paths[:7]:
+        path.write_bytes(path.name.encode())
+    flags = ('--dataset', folder, '--img-size', 8, '--num-labels', 16, '--skip-bad-images')
+    run = train('run', *flags)
+    train('run', *flags, '--epochs', 3, '--resume', 'auto')
+    told = [line for line in caplog.messages if line.startswith('--skip-bad-images')]
+    names = [line.split(': ')[1].removesuffix(' cannot be decoded, and is stepped over') for line in told]
+    assert sorted(name for name in names if not name.endswith('in all cannot be decoded')) == [*map(str, paths[:7])]
+    assert told[-1] == '--skip-bad-images: 7 images in all cannot be decoded'
+    assert [row['train_skipped_images'] for row in summary(run)] == ['7'] * 3
+    paths[7].write_bytes(b'')
+    with pytest.raises(RunError, match='class 1 has none left of its 8 labeled images, .*png and 3 more. Mend them'):
+        train('lost', *flags)
 
 
 def test_skipped_images_are_those_of_all_processes_and_of_before_a_resume(tmp_path):
