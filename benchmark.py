@@ -42,7 +42,7 @@ from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
 from figures import complexity_diagram
 from methods import ALGORITHMS, has_extra_class
-from program import setup_accelerator
+from program import ArgumentParser, setup_accelerator
 from seeds import seeded
 from sources import ArraySource
 from views import BatchViews, build_views
@@ -553,7 +553,7 @@ def describe_machine(device: torch.device) -> str:
 
 def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description='Times of the training step and its parts.', allow_abbrev=False)
+    parser = ArgumentParser(description='Times of the training step and its parts.')
     parser.add_argument('--model', metavar='NAME', default=None, help='default: wide_resnet28_2')
     parser.add_argument('--img-size', type=int, metavar='N', default=None, help='pixels (default: 32)')
     parser.add_argument('-b', '--batch-size', type=int, metavar='N', default=None, help='default: 64')

@@ -92,6 +92,7 @@ from methods import ALGORITHMS, FULL_SCHEDULE, Method, has_extra_class, lambda_u
 from metrics import EvalMeter
 from program import (
     STOPPED,
+    ArgumentParser,
     RunError,
     Stopped,
     StopRequest,
@@ -126,12 +127,11 @@ MAX_SKIPPED_UPDATES = 100  # float16 overflows in a row after which a run is giv
 
 def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description='Semi-supervised training of any timm classifier, with CalibrateMix.',
         epilog=f'Exit status: 0 finished, 2 a mistake in the arguments, 1 a fault, {STOPPED} stopped by SIGTERM, '
                'SIGINT or SIGUSR1 after the update at hand, with a checkpoint that --resume auto goes on from. A '
                'second signal ends the run at once.',
-        allow_abbrev=False,
     )
     parser.add_argument('-c', '--config', metavar='FILE', default=None,
                         help='YAML file of arguments, such as a run\'s args.yaml; the command line wins over it')
