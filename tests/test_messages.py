@@ -2,6 +2,7 @@
 import sys
 
 import pytest
+import torch
 
 import benchmark
 import mislabeled
@@ -9,6 +10,9 @@ import predict
 import report
 import train_ssl
 import validate
+from labels import select_labeled
+from program import UsageError
+from splits import open_sources
 
 PARSERS = dict(
     train_ssl=train_ssl._parse_args,
@@ -59,3 +63,20 @@ def test_an_unknown_entry_of_a_config_file_names_what_is_spelt_alike(tmp_path, c
     with pytest.raises(SystemExit):
         train_ssl._parse_args(['--config', str(path)])
     assert 'unknown num_lables; did you mean num_labels?' in capsys.readouterr().err
+
+
+def test_a_run_without_images_is_told_what_to_give():
+    with pytest.raises(UsageError, match='no images are given: --data-dir FOLDER .* or --dataset NAME'):
+        open_sources(train_ssl._parse_args([]))
+
+
+def test_a_draw_that_a_class_is_too_small_for_names_it_and_the_share_that_fits_unequal_classes():
+    targets, names = torch.tensor([0] * 30 + [1] * 10), ['ants', 'bees']
+    with pytest.raises(UsageError) as error:
+        select_labeled(targets, None, 2, 0, labels_per_class=15, class_names=names)
+    assert str(error.value) == ('--labels-per-class 15: asks for 15 images of class bees, which has 10. The classes '
+                                'are unequal: --label-fraction 0.75 would take this share of each')
+    drawn = select_labeled(targets, None, 2, 0, label_fraction=0.75, class_names=names)
+    assert targets[drawn].bincount().tolist() == [23, 8]
+    with pytest.raises(UsageError, match='class ants, which has 10$'):  # of equal classes none has more to give
+        select_labeled(targets[20:], 22, 2, 0, class_names=names)

@@ -830,7 +830,7 @@ def test_a_mistake_is_told_by_what_it_is(train, flags, message):
     (('--torchcompile', 'nosuch'), '--torchcompile nosuch: unknown; there are '),
     (('--resume', 'auto'), '--resume auto: the default run folder is named by the time'),
     (('--threshold', '1.5'), '--threshold 1.5: expected a number in'),
-    (('--calmix-pair', 'random'), 'unrecognized arguments: --calmix-pair'),
+    (('--calmix-pair', 'random'), '--calmix-pair: there is no such flag; did you mean --calmix-pairing?'),
 ])
 def test_a_wrong_argument_exits_with_2_and_says_which(capsys, flags, message):
     with pytest.raises(SystemExit) as error:
