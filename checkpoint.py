@@ -62,8 +62,10 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
             folder.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(folder)
             if not args.resume and (folder / 'args.yaml').exists():
-                raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
-                                 '--experiment')
+                if holds_results(folder):
+                    raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
+                                     '--experiment')
+                _logger.info(f'{folder} is of a run that ended before it saved anything: starting anew there')
             checkpoint = newest_intact(folder) if args.resume == 'auto' else Path(args.resume) if args.resume else None
             found = [(folder, checkpoint)]
         except OSError as error:
@@ -74,6 +76,12 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
     if isinstance(found[0], Exception):
         raise found[0]
     return *found[0], lock
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a run's folder has more than what is written before the first update."""
+    kinds = ('*.safetensors', 'summary.csv', 'margins.parquet', 'last', 'best')
+    return any(True for kind in kinds for _ in folder.glob(kind))
 
 
 def lock_folder(folder: Path) -> TextIO:

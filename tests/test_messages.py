@@ -10,8 +10,9 @@ import predict
 import report
 import train_ssl
 import validate
+from checkpoint import holds_results
 from labels import select_labeled
-from program import UsageError
+from program import RunError, UsageError
 from splits import open_sources
 
 PARSERS = dict(
@@ -80,3 +81,28 @@ def test_a_draw_that_a_class_is_too_small_for_names_it_and_the_share_that_fits_u
     assert targets[drawn].bincount().tolist() == [23, 8]
     with pytest.raises(UsageError, match='class ants, which has 10$'):  # of equal classes none has more to give
         select_labeled(targets[20:], 22, 2, 0, class_names=names)
+
+
+def test_a_run_that_ended_before_it_saved_anything_does_not_block_its_name(train, monkeypatch, caplog):
+    def fail(*_):
+        raise RunError('the disk is full')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_ssl, 'train_and_evaluate', fail)
+        with pytest.raises(RunError):
+            train('run', '--epochs', 1)
+    with caplog.at_level('INFO', 'train'):
+        folder = train('run', '--epochs', 1, '--seed', 7)
+    assert caplog.text.count('ended before it saved anything: starting anew there') == 1
+    assert 'seed: 7' in (folder / 'args.yaml').read_text() and (folder / 'summary.csv').exists()
+    with pytest.raises(UsageError, match='holds a run already'):
+        train('run', '--epochs', 1)
+
+
+@pytest.mark.parametrize('name', ['checkpoint-4.safetensors', 'abandoned-4.safetensors', 'summary.csv', 'best', 'last'])
+def test_what_a_run_saved_is_kept_whatever_of_it_is_left(tmp_path, name):
+    for early in ('args.yaml', 'labels.json', '.lock', 'checkpoint-1.safetensors.part'):
+        (tmp_path / early).touch()
+    assert not holds_results(tmp_path)
+    (tmp_path / name).touch()
+    assert holds_results(tmp_path)
