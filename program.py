@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -126,6 +126,14 @@ def name_some(names: Iterable, most: int = 5) -> str:
     """Names for a message, the first few of them: 'a, b, c and 4 more'."""
     names = [readable(str(name)) for name in names]
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def takes_bar(stream: TextIO) -> bool:
+    """Whether a progress bar can be drawn there: on a terminal that says how wide it is. Elsewhere lines are read."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # no file, or a closed one
+        return False
 
 
 # --- Arguments --------------------------------------------------------------------------------------------------------

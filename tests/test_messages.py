@@ -1,5 +1,11 @@
 """What a user is told: mistakes in one line, and lines at the start of a run and in it."""
+import fcntl
+import math
+import os
+import re
+import struct
 import sys
+import termios
 
 import pytest
 import torch
@@ -12,7 +18,7 @@ import train_ssl
 import validate
 from checkpoint import holds_results
 from labels import select_labeled
-from program import RunError, UsageError
+from program import RunError, UsageError, takes_bar
 from splits import open_sources
 
 PARSERS = dict(
@@ -106,3 +112,40 @@ def test_what_a_run_saved_is_kept_whatever_of_it_is_left(tmp_path, name):
     assert not holds_results(tmp_path)
     (tmp_path / name).touch()
     assert holds_results(tmp_path)
+
+
+MEANS = dict(loss=2.5, loss_labeled=1., loss_unlabeled=0.75, loss_mixup=0.75, mask_rate=0.5, pseudo_label_accuracy=0.25)
+
+
+def test_lines_and_bar_tell_the_parts_of_the_loss_and_right_pseudo_labels_only_where_known():
+    told = 'loss 2.500 (labeled 1.000 unlabeled 0.750 mixup 0.750)  mask 0.500'
+    assert train_ssl.progress_words(MEANS, 3) == f'{told}  pseudo-labels right 0.250'
+    assert train_ssl.progress_words(dict(MEANS, pseudo_label_accuracy=math.nan), 3) == told
+
+
+@pytest.mark.parametrize('columns, bar', [(0, False), (80, True)])
+def test_a_terminal_that_has_no_width_gets_lines(columns, bar):
+    other, terminal = os.openpty()
+    with os.fdopen(terminal, 'w') as stream:
+        fcntl.ioctl(stream, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+        assert stream.isatty() and takes_bar(stream) == bar
+    os.close(other)
+    assert not takes_bar(stream)
+
+
+def test_a_run_tells_once_when_mixing_starts_and_never_nan(train, monkeypatch, caplog):
+    shown = []
+    monkeypatch.setattr(train_ssl, 'takes_bar', lambda stream: True)
+    monkeypatch.setattr(train_ssl.tqdm, 'set_postfix_str', lambda bar, text, refresh: shown.append(text))
+    with caplog.at_level('INFO', 'train'):
+        train('bar', '--calibratemix', '--calmix-warmup-epochs', 1, '--algorithm', 'fixmatch')
+        monkeypatch.undo()
+        train('lines', '--algorithm', 'supervised')
+    started = [line for line in caplog.messages if 'starts mixing' in line]
+    assert started == ['CalibrateMix starts mixing in epoch 1, with update 5: the loss has one more part from here on, '
+                       'and is higher by it']
+    mixup = [float(re.search(r'mixup ([.0-9]+)', text)[1]) for text in shown]
+    assert len(shown) == 4 and mixup[0] == 0 and mixup[-1] > 0
+    assert all('pseudo-labels right' in text for text in shown)
+    assert 'nan' not in ''.join(shown) + caplog.text
+    assert any('update 8/8  loss' in line and 'right' not in line for line in caplog.messages)
