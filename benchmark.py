@@ -42,7 +42,8 @@ from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
 from figures import complexity_diagram
 from methods import ALGORITHMS, has_extra_class
-from program import setup_accelerator
+from program import ArgumentParser, setup_accelerator
+from schedule import build_scheduler
 from seeds import seeded
 from sources import ArraySource
 from views import BatchViews, build_views
@@ -139,9 +140,9 @@ def create_run(
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile)
     trained = model if cheap else timm_model
-    ema = train_ssl.build_ema(trained, args)
+    ema = build_ema(trained, args)
     optimizer = create_optimizer_v2(trained, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
-    scheduler = train_ssl.build_scheduler(args, optimizer)
+    scheduler = build_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     method = ALGORITHMS[args.algorithm](options.num_images, NUM_CLASSES, args).to(accelerator.device)
     calmix = None
@@ -553,7 +554,7 @@ def describe_machine(device: torch.device) -> str:
 
 def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description='Times of the training step and its parts.', allow_abbrev=False)
+    parser = ArgumentParser(description='Times of the training step and its parts.')
     parser.add_argument('--model', metavar='NAME', default=None, help='default: wide_resnet28_2')
     parser.add_argument('--img-size', type=int, metavar='N', default=None, help='pixels (default: 32)')
     parser.add_argument('-b', '--batch-size', type=int, metavar='N', default=None, help='default: 64')

@@ -34,6 +34,7 @@ from digests import to_text
 from labels import label_seed, write_labels
 from methods import lambda_u, warmup_updates
 from program import RunError, UsageError, mend_folder, replace_file, replace_folder
+from schedule import step_scheduler
 from shards import load_whole, whole_bank
 from sources import unlabeled_split
 from splits import Identity, Sources
@@ -65,8 +66,10 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
             for name in ('best', 'last'):
                 mend_folder(folder / name)
             if not args.resume and (folder / 'args.yaml').exists():
-                raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
-                                 '--experiment')
+                if holds_results(folder):
+                    raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
+                                     '--experiment')
+                _logger.info(f'{folder} is of a run that ended before it saved anything: starting anew there')
             checkpoint = newest_intact(folder) if args.resume == 'auto' else Path(args.resume) if args.resume else None
             found = [(folder, checkpoint)]
         except OSError as error:
@@ -77,6 +80,12 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
     if isinstance(found[0], Exception):
         raise found[0]
     return *found[0], lock
+
+
+def holds_results(folder: Path) -> bool:
+    """Whether a run's folder has more than what is written before the first update."""
+    kinds = ('*.safetensors', 'summary.csv', 'margins.parquet', 'last', 'best')
+    return any(True for kind in kinds for _ in folder.glob(kind))
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -192,12 +201,6 @@ class Run:
     @property
     def eval_model(self) -> nn.Module:
         return self.ema.module if self.ema is not None else self.timm_model
-
-
-def step_scheduler(run: Run, args: argparse.Namespace) -> None:
-    """Sets the learning rate that belongs to the updates done so far, whether the schedule counts these or epochs."""
-    run.scheduler.step_update(run.num_updates)
-    run.scheduler.step(run.num_updates // args.train_steps_per_epoch)
 
 
 def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
@@ -369,7 +372,7 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
 def tell_schedule(run: Run, state: dict, args: argparse.Namespace) -> None:
     """Tells what moves at the place of a resume, as the schedules are stretched over another length of the run."""
     done, old = run.num_updates, argparse.Namespace(**{**vars(args), **state['args']})
-    step_scheduler(run, args)
+    step_scheduler(run.scheduler, run.num_updates, args)
     rates = state['optimizer']['param_groups'][0]['lr'], run.optimizer.param_groups[0]['lr']
     moves = [f'the learning rate from {rates[0]:.4g} to {rates[1]:.4g}'] if rates[0] != rates[1] else []
     warmups = warmup_updates(old), warmup_updates(args)

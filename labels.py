@@ -146,7 +146,11 @@ def select_labeled(
     for label, (members, number) in enumerate(zip(by_class, wanted)):
         if len(members) < number:
             name = class_names[label] if label < len(class_names or ()) else label
-            raise UsageError(f'{asked}: asks for {number} images of class {name}, which has {len(members)}')
+            hint = ''
+            if label_fraction is None and 0 < has.min() < has.max():
+                share = min(wanted.sum() / has.sum(), 1)
+                hint = f'. The classes are unequal: --label-fraction {share:.2g} would take this share of each'
+            raise UsageError(f'{asked}: asks for {number} images of class {name}, which has {len(members)}{hint}')
         drawn.append(generator.choice(members, number, replace=False))
     return torch.from_numpy(np.sort(np.concatenate(drawn)))
 

@@ -13,7 +13,6 @@ ranking alone.
 Writes mislabeled.csv, the most suspicious label first, and contact_sheet.png with both ends of the ranking. If labels
 were flipped on purpose (train_ssl.py --label-noise), prints how many of them are found.
 """
-import argparse
 import csv
 import json
 import math
@@ -32,14 +31,14 @@ from checkpoint import read_args
 from digests import from_text, place_pictures
 from figures import Cell, contact_sheet
 from metrics import auroc, average_precision
-from program import UsageError, name_some, replace_file, run_program
+from program import ArgumentParser, UsageError, name_some, replace_file, run_program
 from sources import SOURCE_FLAGS, Source, open_run_source, open_source
 
 COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')
 
 
 def _parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = argparse.ArgumentParser(description='Finds wrong labels by the margins of training.', allow_abbrev=False)
+    parser = ArgumentParser(description='Finds wrong labels by the margins of training.')
     parser.add_argument('runs', metavar='RUN', nargs='+', type=Path,
                         help='run folders of train_ssl.py --save-margins, all with the same labels')
     parser.add_argument('--results-dir', metavar='DIR', type=Path, required=True, help='where the files go')

@@ -56,7 +56,7 @@ from data import DataConfig, ViewDataset, create_loader, evaluation_batches
 from decisions import SET_SCORES, class_scores, kept_level, scaled_probs, set_sizes, threshold_from_confidence
 from figures import Cell, contact_sheet
 from inputs import PlainFolder, open_pictures
-from program import RunError, UsageError, once_a_machine, replace_file, run_program, setup_accelerator
+from program import ArgumentParser, RunError, UsageError, once_a_machine, replace_file, run_program, setup_accelerator
 from scaling import read_temperature
 from sources import ImageError, JoinedSource, Source
 
@@ -72,10 +72,7 @@ SHEET_CLASSES = 12
 
 def create_predict_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(
-        description='A table of predictions for pictures without labels.',
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description='A table of predictions for pictures without labels.')
     group = parser.add_argument_group('Model')
     group.add_argument('--checkpoint', metavar='PATH', default=None,
                        help='a folder of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '

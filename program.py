@@ -1,6 +1,7 @@
 """What every program here shares: errors in one line, exit status, signals, Accelerate, writing a file whole."""
 import argparse
 import copy
+import difflib
 import importlib.util
 import math
 import os
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -128,7 +129,50 @@ def name_some(names: Iterable, most: int = 5) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
+def takes_bar(stream: TextIO) -> bool:
+    """Whether a progress bar can be drawn there: on a terminal that says how wide it is. Elsewhere lines are read."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # no file, or a closed one
+        return False
+
+
 # --- Arguments --------------------------------------------------------------------------------------------------------
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, without abbreviations: an error is one line, and of several processes of a machine one tells it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> None:
+        own = os.environ.get('LOCAL_RANK', '0') == '0'
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n' if own else None)
+
+    def check_flags(self, argv: Sequence[str]) -> None:
+        """Exits at the first flag that is none, naming the one that is spelt most alike."""
+        flags = self._option_string_actions
+        for argument in argv:
+            flag = argument.partition('=')[0]
+            if argument == '--':
+                return
+            if flag.startswith('--') and ' ' not in argument and flag not in flags:
+                self.error(f'{flag}: there is no such flag{did_you_mean(flag, flags)}; --help lists them')
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self.check_flags(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self.check_flags(sys.argv[1:] if args is None else args)
+        return super().parse_intermixed_args(args, namespace)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A question that names what is spelt most alike; empty if nothing is."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f'; did you mean {close[0]}?' if close else ''
+
 
 def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line over the YAML file that its --config names over defaults.
@@ -150,7 +194,7 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     actions = {action.dest: action for action in parser._actions}
     unknown = sorted(str(key) for key in entries if key not in actions)
     if unknown:
-        parser.error(f'--config {path}: unknown {", ".join(unknown)}')
+        parser.error(f'--config {path}: unknown {", ".join(unknown)}{did_you_mean(unknown[0], actions)}')
     # Of arguments that exclude each other, the command line's puts the file's out.
     given = copy.deepcopy(parser)
     for action in given._actions:

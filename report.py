@@ -36,7 +36,7 @@ import yaml
 from calibratemix import PRESETS
 from figures import Curve, Panel, reliability_diagram, training_curves
 from metrics import ReliabilityBins
-from program import UsageError
+from program import ArgumentParser, UsageError
 
 COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
 SHOWN = {'error': 'error %', 'ece': 'ECE %', 'nll': 'NLL'}  # in the table; less is better in all of them
@@ -391,7 +391,7 @@ def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[
 
 
 def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Tables and pictures of finished runs.', allow_abbrev=False)
+    parser = ArgumentParser(description='Tables and pictures of finished runs.')
     parser.add_argument('runs', metavar='RUN_OR_FOLDER', nargs='+', type=Path,
                         help='run folders, or folders with runs in them, in the order of the table')
     parser.add_argument('--output', metavar='DIR', type=Path, required=True, help='where the files go')

@@ -646,6 +646,9 @@ def create_source(
     Raises:
         UsageError: If the name, the split or a column is unknown, listing what exists, or if the split is empty.
     """
+    if not name and not data_dir:
+        raise UsageError('no images are given: --data-dir FOLDER for your own (<split>/<class>/<image>), or --dataset '
+                         'NAME, such as digits, which is bundled')
     if split and '+' in split and named_folder(name, data_dir, split, {}) is None:
         source = JoinedSource([
             create_source(

@@ -33,8 +33,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
 from tqdm import tqdm
@@ -70,7 +68,6 @@ from checkpoint import (
     save_checkpoint,
     start_folder,
     start_trackers,
-    step_scheduler,
     tell_skipped,
     write_margins,
     write_summary,
@@ -93,6 +90,7 @@ from methods import ALGORITHMS, Method, has_extra_class, lambda_u, warmup_update
 from metrics import EvalMeter
 from program import (
     STOPPED,
+    ArgumentParser,
     RunError,
     Stopped,
     StopRequest,
@@ -102,7 +100,9 @@ from program import (
     parse_with_config,
     run_program,
     setup_accelerator,
+    takes_bar,
 )
+from schedule import build_scheduler, step_scheduler
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import MAX_PIXELS, known_facts
@@ -128,12 +128,11 @@ ADVICE = 'nothing was saved since. Try a lower --lr, --clip-grad 1, or without -
 
 def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description='Semi-supervised training of any timm classifier, with CalibrateMix.',
         epilog=f'Exit status: 0 finished, 2 a mistake in the arguments, 1 a fault, {STOPPED} stopped by SIGTERM, '
                'SIGINT or SIGUSR1 after the update at hand, with a checkpoint that --resume auto goes on from. A '
                'second signal ends the run at once.',
-        allow_abbrev=False,
     )
     parser.add_argument('-c', '--config', metavar='FILE', default=None,
                         help='YAML file of arguments, such as a run\'s args.yaml; the command line wins over it')
@@ -496,26 +495,6 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
 
 # --- Set-up -----------------------------------------------------------------------------------------------------------
 
-class SevenSixteenthsCosine(Scheduler):
-    """lr * cos(7 pi s / (16 S)) (FixMatch, arXiv 2001.07685), in updates or epochs, after an optional linear warmup."""
-
-    def __init__(
-            self,
-            optimizer: torch.optim.Optimizer,
-            length: int,
-            warmup: int = 0,
-            warmup_lr: float = 0.,
-            t_in_epochs: bool = False,
-    ):
-        super().__init__(optimizer, 'lr', t_in_epochs=t_in_epochs)
-        self.length, self.warmup, self.warmup_lr = length, warmup, warmup_lr
-
-    def _get_lr(self, t: int) -> list[float]:
-        if t < self.warmup:
-            return [self.warmup_lr + (lr - self.warmup_lr) * t / self.warmup for lr in self.base_values]
-        return [lr * math.cos(7 * math.pi * t / (16 * self.length)) for lr in self.base_values]
-
-
 def share_batch(args: argparse.Namespace, num_processes: int) -> None:
     """Sets --batch-size where --global-batch-size is given."""
     if args.global_batch_size is not None:
@@ -542,8 +521,6 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
         raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
     return optimizer
-
-
 
 
 def build_calmix(
@@ -592,26 +569,6 @@ def build_calmix(
         )
     except ValueError as error:
         raise UsageError(f'--calmix-{str(error).replace("_", "-", 1)}') from error
-
-
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
-    steps = args.train_steps_per_epoch
-    if args.sched == 'cosine-7-16':
-        unit = steps if args.sched_on_updates else 1
-        return SevenSixteenthsCosine(
-            optimizer, args.epochs * unit, args.warmup_epochs * unit, args.warmup_lr, not args.sched_on_updates,
-        )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        step_on_epochs=not args.sched_on_updates,
-        updates_per_epoch=steps,
-    )
-    return scheduler
 
 
 def build_datasets(
@@ -907,17 +864,26 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
     if accelerator.num_processes > 1:
         share_batch_norm(run.timm_model, accelerator, args.dist_bn)
     run.num_updates += 1
-    step_scheduler(run, args)
+    step_scheduler(run.scheduler, run.num_updates, args)
     if run.ema is not None:
         run.ema.update(run.timm_model, step=run.num_updates)
     return True
 
 
+def progress_words(means: dict[str, float], digits: int = 4) -> str:
+    """What a step's terms were, for a line or the bar; the share of right pseudo-labels only where labels are known."""
+    parts = ' '.join(f'{name} {means[f"loss_{name}"]:.{digits}f}' for name in ('labeled', 'unlabeled', 'mixup'))
+    right = means['pseudo_label_accuracy']
+    return (f'loss {means["loss"]:.{digits}f} ({parts})  mask {means["mask_rate"]:.3f}'
+            + ('' if math.isnan(right) else f'  pseudo-labels right {right:.3f}'))
+
+
 @contextmanager
 def progress_bar(total: int, done: int, visible: bool):
     """Bar of the updates, below the log; where it is not visible it is there all the same, and `disable` is True."""
+    form = '{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]'
     with (
-        tqdm(total=total, initial=done, unit='update', dynamic_ncols=True, disable=not visible) as bar,
+        tqdm(total=total, initial=done, bar_format=form, dynamic_ncols=True, disable=not visible) as bar,
         logging_redirect_tqdm() if visible else nullcontext(),
     ):
         yield bar
@@ -952,6 +918,9 @@ def train_one_epoch(
             continue
         in_a_row = 0
         bar.update()
+        if args.calibratemix and run.num_updates == run.calmix.warmup_steps + 1:
+            _logger.info(f'CalibrateMix starts mixing in epoch {epoch}, with update {run.num_updates}: the loss has '
+                         'one more part from here on, and is higher by it')
         if run.num_updates % args.log_interval == 0 or run.num_updates == end:
             means = run.monitor.read(since_last=True)
             rate = (run.num_updates - first) / (time.perf_counter() - started)
@@ -959,15 +928,12 @@ def train_one_epoch(
             skipped = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
             if bar.disable:
                 _logger.info(
-                    f'epoch {epoch} update {run.num_updates}/{total}  loss {means["loss"]:.4f} '
-                    f'(labeled {means["loss_labeled"]:.4f} unlabeled {means["loss_unlabeled"]:.4f} '
-                    f'mixup {means["loss_mixup"]:.4f})  mask {means["mask_rate"]:.3f}  '
-                    f'pseudo-labels right {means["pseudo_label_accuracy"]:.3f}  '
+                    f'epoch {epoch} update {run.num_updates}/{total}  {progress_words(means)}  '
                     f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
                     f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{skipped}'
                 )
             else:
-                bar.set_postfix_str(f'loss {means["loss"]:.3f}  mask {means["mask_rate"]:.3f}{skipped}', refresh=False)
+                bar.set_postfix_str(f'{progress_words(means, 3)}  {rate * images:.0f} img/s{skipped}', refresh=False)
         if args.recovery_interval and run.num_updates % args.recovery_interval == 0 and run.num_updates < end:
             save()
 
@@ -1191,7 +1157,7 @@ def train_and_evaluate(
 
     total = args.epochs * args.train_steps_per_epoch
     lag = ''
-    visible = accelerator.is_main_process and sys.stderr.isatty()
+    visible = accelerator.is_main_process and takes_bar(sys.stderr)
     try:
         with progress_bar(total, run.num_updates, visible) as bar:
             for epoch in range(first_epoch, args.epochs):
@@ -1267,7 +1233,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         _logger.info(f'Resuming from {checkpoint} at update {run.num_updates}')
     if args.start_epoch is not None:
         run.num_updates = run.recorded = args.start_epoch * args.train_steps_per_epoch
-    step_scheduler(run, args)
+    step_scheduler(run.scheduler, run.num_updates, args)
     # Stopped between an epoch's last update and the end of its evaluation, a run goes on with the evaluation.
     due = run.num_updates % args.train_steps_per_epoch == 0 and run.num_updates != run.recorded
     first_epoch = run.num_updates // args.train_steps_per_epoch - due

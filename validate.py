@@ -73,7 +73,16 @@ from metrics import (
     ood_scores,
     reliability_bins,
 )
-from program import RunError, UsageError, name_some, once_a_machine, replace_file, run_program, setup_accelerator
+from program import (
+    ArgumentParser,
+    RunError,
+    UsageError,
+    name_some,
+    once_a_machine,
+    replace_file,
+    run_program,
+    setup_accelerator,
+)
 from scaling import MIN_TEMPERATURE, add_temperature, draw_partners, fit_temperature, fit_vector, read_temperature
 from seeds import item_seed
 from sources import (
@@ -104,10 +113,7 @@ OOD_SCORES = ('msp', 'energy', 'margin')
 
 def create_validate_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(
-        description='Calibration report of trained classifiers.',
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description='Calibration report of trained classifiers.')
     group = parser.add_argument_group('Checkpoints')
     group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
                        help='folders of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '

@@ -465,7 +465,7 @@ def test_bundled_digits():
 
 @pytest.mark.parametrize('name, split, options, message', [
     ('digit', 'train', {}, 'known are digits, cifar10, .*hfds/<hub name or folder>, torch/'),
-    ('', 'train', {}, 'neither a known data set nor a folder'),
+    ('', 'train', {}, 'no images are given: --data-dir FOLDER'),
     ('no.parquet', 'train', {}, 'no such file'),
     ('digits', 'val', {}, 'digits: no split val; it has test, train'),
     ('digits', 'train+val', {}, 'no split val; it has test, train'),

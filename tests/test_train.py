@@ -28,6 +28,7 @@ import sources
 import train_ssl
 from calibratemix import CalibrateMix
 from program import RunError, UsageError
+from schedule import SevenSixteenthsCosine
 from views import build_views
 
 CALMIX = ('--calibratemix', '--calmix-warmup-epochs', '1')
@@ -273,7 +274,7 @@ def test_the_seven_sixteenths_cosine_steps_once_an_update(train, tmp_path, proce
 def test_a_warmup_of_the_learning_rate_is_linear():
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    scheduler = train_ssl.SevenSixteenthsCosine(optimizer, length=100, warmup=10, warmup_lr=0.1)
+    scheduler = SevenSixteenthsCosine(optimizer, length=100, warmup=10, warmup_lr=0.1)
     seen = []
     for step in range(11):
         scheduler.step_update(step)
@@ -883,7 +884,7 @@ def test_a_mistake_is_told_by_what_it_is(train, flags, message):
     (('--torchcompile', 'nosuch'), '--torchcompile nosuch: unknown; there are '),
     (('--resume', 'auto'), '--resume auto: the default run folder is named by the time'),
     (('--threshold', '1.5'), '--threshold 1.5: expected a number in'),
-    (('--calmix-pair', 'random'), 'unrecognized arguments: --calmix-pair'),
+    (('--calmix-pair', 'random'), '--calmix-pair: there is no such flag; did you mean --calmix-pairing?'),
 ])
 def test_a_wrong_argument_exits_with_2_and_says_which(capsys, flags, message):
     with pytest.raises(SystemExit) as error:

@@ -555,7 +555,7 @@ def test_a_parquet_file_without_labels_is_an_out_of_distribution_set(photographs
     (['--checkpoint', 'x', '--save-temperature'], 'nothing is fitted'),
     (['--checkpoint', 'x', '--unlabeled-split', 'a'], 'only --calibration pseudo'),
     (['--checkpoint', 'x.pth', '--save-temperature', '--calibration-split', 'a'], 'config.json'),
-    (['--checkpoint', 'x', '--checkpoin', 'y'], 'unrecognized arguments'),
+    (['--checkpoint', 'x', '--checkpoin', 'y'], '--checkpoin: there is no such flag; did you mean --checkpoint?'),
 ])
 def test_arguments_that_make_no_sense_end_with_status_2(arguments, told, capsys):
     with pytest.raises(SystemExit) as stopped:

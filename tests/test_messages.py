@@ -1,0 +1,151 @@
+"""What a user is told: mistakes in one line, and lines at the start of a run and in it."""
+import fcntl
+import math
+import os
+import re
+import struct
+import sys
+import termios
+
+import pytest
+import torch
+
+import benchmark
+import mislabeled
+import predict
+import report
+import train_ssl
+import validate
+from checkpoint import holds_results
+from labels import select_labeled
+from program import RunError, UsageError, takes_bar
+from splits import open_sources
+
+PARSERS = dict(
+    train_ssl=train_ssl._parse_args,
+    validate=validate._parse_args,
+    predict=predict._parse_args,
+    mislabeled=mislabeled._parse_args,
+    report=report._parse_args,
+    benchmark=lambda argv: benchmark.create_parser().parse_args(argv),
+)
+
+
+@pytest.mark.parametrize('program, arguments, told', [
+    ('train_ssl', ['--num-lables', '40'], '--num-lables: there is no such flag; did you mean --num-labels?'),
+    ('train_ssl', ['--epochs=2', '--modle=resnet18'], '--modle: there is no such flag; did you mean --model'),
+    ('train_ssl', ['--epochs', 'two'], "argument --epochs: invalid int value: 'two'"),
+    ('train_ssl', ['--epochs', '0'], '--epochs 0: expected 1 or more'),
+    ('validate', ['--chekpoint', 'best'], '--chekpoint: there is no such flag; did you mean --checkpoint'),
+    ('validate', [], 'give --checkpoint RUN/best'),
+    ('predict', ['x', '--coverag', '0.9'], '--coverag: there is no such flag; did you mean --coverage?'),
+    ('mislabeled', ['run', '--result-dir', 'x'], '--result-dir: there is no such flag; did you mean --results-dir?'),
+    ('report', ['run', '--ouput', 'x'], '--ouput: there is no such flag; did you mean --output?'),
+    ('report', ['run'], 'the following arguments are required: --output'),
+    ('benchmark', ['--quik'], '--quik: there is no such flag; did you mean --quick?'),
+    ('benchmark', ['--zzzzzz'], '--zzzzzz: there is no such flag; --help lists them'),
+])
+def test_a_mistake_in_the_arguments_is_one_line_that_says_what_was_meant(
+        monkeypatch, capsys, program, arguments, told,
+):
+    monkeypatch.setattr(sys, 'argv', [f'{program}.py'])
+    with pytest.raises(SystemExit) as exit:
+        PARSERS[program](arguments)
+    line = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert line.startswith(f'{program}.py: error: {told}')
+    assert line.count('\n') == 1 and line.endswith('\n')
+
+
+def test_a_mistake_is_told_by_one_process_of_a_machine(monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(SystemExit) as exit:
+        train_ssl._parse_args(['--epochs', '0'])
+    assert exit.value.code == 2 and not capsys.readouterr().err
+
+
+def test_an_unknown_entry_of_a_config_file_names_what_is_spelt_alike(tmp_path, capsys):
+    path = tmp_path / 'args.yaml'
+    path.write_text('num_lables: 40\n')
+    with pytest.raises(SystemExit):
+        train_ssl._parse_args(['--config', str(path)])
+    assert 'unknown num_lables; did you mean num_labels?' in capsys.readouterr().err
+
+
+def test_a_run_without_images_is_told_what_to_give():
+    with pytest.raises(UsageError, match='no images are given: --data-dir FOLDER .* or --dataset NAME'):
+        open_sources(train_ssl._parse_args([]))
+
+
+def test_a_draw_that_a_class_is_too_small_for_names_it_and_the_share_that_fits_unequal_classes():
+    targets, names = torch.tensor([0] * 30 + [1] * 10), ['ants', 'bees']
+    with pytest.raises(UsageError) as error:
+        select_labeled(targets, None, 2, 0, labels_per_class=15, class_names=names)
+    assert str(error.value) == ('--labels-per-class 15: asks for 15 images of class bees, which has 10. The classes '
+                                'are unequal: --label-fraction 0.75 would take this share of each')
+    drawn = select_labeled(targets, None, 2, 0, label_fraction=0.75, class_names=names)
+    assert targets[drawn].bincount().tolist() == [23, 8]
+    with pytest.raises(UsageError, match='class ants, which has 10$'):  # of equal classes none has more to give
+        select_labeled(targets[20:], 22, 2, 0, class_names=names)
+
+
+def test_a_run_that_ended_before_it_saved_anything_does_not_block_its_name(train, monkeypatch, caplog):
+    def fail(*_):
+        raise RunError('the disk is full')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_ssl, 'train_and_evaluate', fail)
+        with pytest.raises(RunError):
+            train('run', '--epochs', 1)
+    with caplog.at_level('INFO', 'train'):
+        folder = train('run', '--epochs', 1, '--seed', 7)
+    assert caplog.text.count('ended before it saved anything: starting anew there') == 1
+    assert 'seed: 7' in (folder / 'args.yaml').read_text() and (folder / 'summary.csv').exists()
+    with pytest.raises(UsageError, match='holds a run already'):
+        train('run', '--epochs', 1)
+
+
+@pytest.mark.parametrize('name', ['checkpoint-4.safetensors', 'abandoned-4.safetensors', 'summary.csv', 'best', 'last'])
+def test_what_a_run_saved_is_kept_whatever_of_it_is_left(tmp_path, name):
+    for early in ('args.yaml', 'labels.json', '.lock', 'checkpoint-1.safetensors.part'):
+        (tmp_path / early).touch()
+    assert not holds_results(tmp_path)
+    (tmp_path / name).touch()
+    assert holds_results(tmp_path)
+
+
+MEANS = dict(loss=2.5, loss_labeled=1., loss_unlabeled=0.75, loss_mixup=0.75, mask_rate=0.5, pseudo_label_accuracy=0.25)
+
+
+def test_lines_and_bar_tell_the_parts_of_the_loss_and_right_pseudo_labels_only_where_known():
+    told = 'loss 2.500 (labeled 1.000 unlabeled 0.750 mixup 0.750)  mask 0.500'
+    assert train_ssl.progress_words(MEANS, 3) == f'{told}  pseudo-labels right 0.250'
+    assert train_ssl.progress_words(dict(MEANS, pseudo_label_accuracy=math.nan), 3) == told
+
+
+@pytest.mark.parametrize('columns, bar', [(0, False), (80, True)])
+def test_a_terminal_that_has_no_width_gets_lines(columns, bar):
+    other, terminal = os.openpty()
+    with os.fdopen(terminal, 'w') as stream:
+        fcntl.ioctl(stream, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+        assert stream.isatty() and takes_bar(stream) == bar
+    os.close(other)
+    assert not takes_bar(stream)
+
+
+def test_a_run_tells_once_when_mixing_starts_and_never_nan(train, monkeypatch, caplog):
+    shown = []
+    monkeypatch.setattr(train_ssl, 'takes_bar', lambda stream: True)
+    monkeypatch.setattr(train_ssl.tqdm, 'set_postfix_str', lambda bar, text, refresh: shown.append(text))
+    with caplog.at_level('INFO', 'train'):
+        train('bar', '--calibratemix', '--calmix-warmup-epochs', 1, '--algorithm', 'fixmatch')
+        monkeypatch.undo()
+        train('lines', '--algorithm', 'supervised')
+    started = [line for line in caplog.messages if 'starts mixing' in line]
+    assert started == ['CalibrateMix starts mixing in epoch 1, with update 5: the loss has one more part from here on, '
+                       'and is higher by it']
+    mixup = [float(re.search(r'mixup ([.0-9]+)', text)[1]) for text in shown]
+    assert len(shown) == 4 and mixup[0] == 0 and mixup[-1] > 0
+    assert all('pseudo-labels right' in text for text in shown)
+    assert 'nan' not in ''.join(shown) + caplog.text
+    assert any('update 8/8  loss' in line and 'right' not in line for line in caplog.messages)
