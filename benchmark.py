@@ -36,7 +36,7 @@ from timm.optim import create_optimizer_v2
 
 import predict
 import train_ssl
-from backbone import FeaturesAndLogits, build_model, load_model
+from backbone import FeaturesAndLogits, build_ema, build_model, load_model
 from calibratemix import CalibrateMix, MarginBank, pair_dissimilar
 from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
