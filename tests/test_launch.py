@@ -274,7 +274,8 @@ def test_a_broken_run_goes_on_and_the_launcher_ends_with_its_table(tmp_path, tra
     assert re.search(r'Resuming from .*checkpoint-4\.safetensors at update 4', result.stderr)
     result = launch('', launcher=launcher, ONLY='report', **environment)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith('digits, 20 labels: one run each, so there is no standard deviation\n\n| algorithm ')
+    caption = 'digits, 20 labels: one run each, so there is no standard deviation'
+    assert result.stdout.startswith(f'{caption}\n\n| algorithm ')
     assert result.stderr.count('left out') == 3 and 'warmup100-seed0: no run' in result.stderr
     assert (tmp_path / 'an output' / 'table.tex').is_file() and (tmp_path / 'an output' / 'curves.png').is_file()
 
