@@ -10,6 +10,8 @@ AUM that a run's threshold samples reach in their extra class, a label that is w
 flagged. A run does not judge its own threshold samples, the other run does. Without threshold samples there is the
 ranking alone.
 
+It warns where the threshold is not to be trusted: if it flags most labels, or the network learned few of them.
+
 Writes mislabeled.csv, the most suspicious label first, and contact_sheet.png with both ends of the ranking. If labels
 were flipped on purpose (train_ssl.py --label-noise), prints how many of them are found.
 """
@@ -34,7 +36,9 @@ from metrics import auroc, average_precision
 from program import ArgumentParser, UsageError, name_some, replace_file, run_program
 from sources import SOURCE_FLAGS, Source, open_run_source, open_source
 
-COLUMNS = ('rank', 'index', 'label', 'true_label', 'aum', 'flagged', 'flipped', 'image')
+COLUMNS = ('rank', 'index', 'label', 'class', 'true_label', 'true_class', 'aum', 'flagged', 'flipped', 'image', 'file')
+
+MOST_FLAGGED = LEAST_LEARNED = 0.5  # shares of the labels beyond which the threshold is not to be trusted
 
 
 def _parse_args(argv: list[str] | None = None) -> Namespace:
@@ -221,6 +225,24 @@ def find_figures(ranking: Ranking) -> dict[str, float]:
     return figures
 
 
+def find_doubts(ranking: Ranking) -> list[str]:
+    """Why the threshold should not be trusted, if there is a reason.
+
+    The rule takes most labels to be right, and their margins to be learned better than those of a class that is wrong
+    for sure. A run that is too short or does not learn makes the two look alike, and most labels are then flagged.
+    """
+    doubts = []
+    flagged = ranking.flagged.sum() / ranking.judged.sum()
+    if flagged > MOST_FLAGGED:
+        doubts.append(f'it flags {100 * flagged:.0f} % of the labels, and the rule takes most of them to be right')
+    ranked = ~np.isnan(ranking.aum)
+    learned = (ranking.aum[ranked] > 0).mean()
+    if learned < LEAST_LEARNED:
+        doubts.append(f'while it trained the network favoured the given label for {100 * learned:.0f} % of the images '
+                      'only (AUM above 0); train longer, or with a better recipe. The ranking may still help')
+    return doubts
+
+
 def tell(ranking: Ranking, num_runs: int, where: str, percentile: float) -> str:
     """The figures as text."""
     known = '' if ranking.flipped is None else f', {ranking.flipped.sum()} of them flipped'
@@ -232,6 +254,7 @@ def tell(ranking: Ranking, num_runs: int, where: str, percentile: float) -> str:
         told = ', '.join(f'{threshold:.2f}' for threshold in ranking.thresholds)
         lines.append(f'{ranking.flagged.sum()} of {ranking.judged.sum()} judged lie below the threshold: AUM {told}, '
                      f'percentile {percentile:g} of the threshold samples')
+        lines += [f'Do not trust the threshold: {doubt}' for doubt in find_doubts(ranking)]
     if ranking.flipped is None:
         return '\n'.join(lines)
     figures = find_figures(ranking)
@@ -249,8 +272,16 @@ def tell(ranking: Ranking, num_runs: int, where: str, percentile: float) -> str:
     return '\n'.join(lines)
 
 
+def class_name(source: Source, label: int) -> str:
+    return source.class_names[label] if source.class_names else str(label)
+
+
 def write_ranking(path: Path, ranking: Ranking, source: Source) -> None:
-    """Writes mislabeled.csv; cells are empty where a thing is not known."""
+    """Writes mislabeled.csv; cells are empty where a thing is not known.
+
+    `image` says where the image lies, a file or a row; `file` is its file's name where the set has such names.
+    """
+    files = source.file_paths()
     with open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
         writer.writeheader()
@@ -261,10 +292,15 @@ def write_ranking(path: Path, ranking: Ranking, source: Source) -> None:
                 index=index,
                 label=ranking.label[row],
                 true_label='' if ranking.true_label is None else ranking.true_label[row],
+                **({} if not source.class_names else {
+                    'class': class_name(source, ranking.label[row]),
+                    'true_class': '' if ranking.true_label is None else class_name(source, ranking.true_label[row]),
+                }),
                 aum=f'{ranking.aum[row]:.6g}' if ranked else '',
                 flagged=int(ranking.flagged[row]) if ranking.judged[row] else '',
                 flipped='' if ranking.flipped is None else int(ranking.flipped[row]),
                 image=source.where(index),
+                file='' if files is None else files[index],
             ))
 
 
@@ -276,9 +312,6 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
     Raises:
         ImageError: If one of the images cannot be decoded.
     """
-    def name(label):
-        return source.class_names[label] if source.class_names else str(label)
-
     def cell(row):
         wrong = ranking.flipped is not None and ranking.flipped[row]
         note = ' flagged' if ranking.flagged is not None and ranking.flagged[row] else ''
@@ -286,8 +319,8 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
         image.thumbnail((192, 192))  # never enlarges
         return Cell(
             image,
-            name(ranking.label[row]),
-            name(ranking.true_label[row]) if wrong else None,
+            class_name(source, ranking.label[row]),
+            class_name(source, ranking.true_label[row]) if wrong else None,
             f'{ranking.aum[row]:.2f}{note}',
         )
 

@@ -5,13 +5,13 @@
 
 Reads each run's args.yaml, labels.json, summary.csv and last/metrics.json: the weights at the end of training, since
 best/ was chosen on the very images that are reported. A run that has not reached its last update, nor the end of its
---patience, is left out and named.
+--patience, is left out and named, also below the table.
 
 Runs that differ by nothing but their seed (or label seed, fold or file) are one cell of the table: mean and standard
 deviation (n - 1 in the denominator) over them. A cell of a single run is its value alone, since one run has no
-deviation. A cell without runs is shown as –. A mean is in bold if it is the best of its column beyond the spread: best
-mean + its deviation < every other mean - its deviation. Nothing is bold beside a cell of a single run. Rates are in
-percent.
+deviation. Of runs that are equal in all of that the first counts. A cell without runs is shown as –. A mean of error,
+ECE or NLL is in bold if it is the best of its column beyond the spread: best mean + its deviation < every other mean -
+its deviation. Nothing is bold beside a cell of a single run. Rates are in percent.
 
 Writes to --output:
     table.md, table.tex   the table; the LaTeX needs the package booktabs
@@ -162,15 +162,16 @@ def group(runs: list[dict], keys: list[str]) -> dict[tuple, list[dict]]:
     return groups
 
 
-def check_replicates(groups: dict[tuple, list[dict]]) -> None:
-    """Raises UsageError where a run stands twice in a group: the deviation would be too small."""
-    for runs in groups.values():
-        seen = {}
-        for run in runs:
-            replicate = tuple(run['args'].get(key) for key in REPLICATE)
-            if replicate in seen:
-                raise UsageError(f'{seen[replicate]} and {run["folder"]} have the same settings and seed; give one')
-            seen[replicate] = run['folder']
+def drop_equal(runs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The runs without those whose settings and seed an earlier one has, and those: twice in a cell, a run would make
+    its deviation too small.
+    """
+    first = {}
+    keys = add_settings(runs)
+    for run in runs:
+        setting = (*(run['settings'][key] for key in keys), *(run['args'].get(key) for key in REPLICATE))
+        run['equal_to'] = first.setdefault(json.dumps(setting), run)
+    return [run for run in runs if run['equal_to'] is run], [run for run in runs if run['equal_to'] is not run]
 
 
 # --- Table ------------------------------------------------------------------------------------------------------------
@@ -359,25 +360,32 @@ def curves(runs: list[dict], keys: list[str]) -> list[Curve]:
     return found
 
 
-def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[str]) -> tuple[str, list[Path]]:
-    """Writes all files; returns the table as Markdown, and their paths.
+def write_report(
+        runs: list[dict],
+        output: Path,
+        rows: list[str],
+        columns: list[str],
+        missing: str = '',
+) -> tuple[str, list[Path]]:
+    """Writes all files; returns the table as Markdown, and their paths. `missing` is a line below the table.
 
     Raises:
-        UsageError: If a run stands twice, rows or columns name no setting, or the folder cannot be made.
+        UsageError: If rows or columns name no setting, or the folder cannot be made.
         OSError: If a file cannot be written.
     """
     keys = add_settings(runs)
     for key in {*rows, *columns} - {*keys}:
         raise UsageError(f'--rows, --columns: {key} is not among what tells these runs apart: {", ".join(keys)}')
     cells = group(runs, keys)
-    check_replicates(cells)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f'--output {output}: cannot be made: {error.strerror}') from error
     table = build_table(runs, keys, columns)
-    (output / 'table.md').write_text(as_markdown(*table) + '\n', encoding='utf-8')
-    (output / 'table.tex').write_text(as_latex(*table) + '\n', encoding='utf-8')
+    markdown = as_markdown(*table) + (f'\n\n{missing}' if missing else '')
+    latex = as_latex(*table) + (f'\n% {missing}' if missing else '')
+    (output / 'table.md').write_text(markdown + '\n', encoding='utf-8')
+    (output / 'table.tex').write_text(latex + '\n', encoding='utf-8')
     write_csv(output / 'table.csv', [cell_row(keys, values, found) for values, found in cells.items()])
     write_csv(output / 'runs.csv', [run_row(run) for run in runs])
     write_csv(output / 'comparison.csv', [
@@ -387,7 +395,7 @@ def write_report(runs: list[dict], output: Path, rows: list[str], columns: list[
     panels = [(heading(found, rows), curves(found, keys)) for found in group(runs, rows).values()]
     training_curves(panels, output / 'curves.png')
     names = ('table.md', 'table.tex', 'table.csv', 'runs.csv', 'comparison.csv')
-    return as_markdown(*table), [*(output / name for name in names), *pictures, output / 'curves.png']
+    return markdown, [*(output / name for name in names), *pictures, output / 'curves.png']
 
 
 def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -407,18 +415,25 @@ def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    runs, left_out = [], []
-    for folder in find_runs(args.runs):
+    runs, left_out = [], {}
+    folders = find_runs(args.runs)
+    for folder in folders:
         try:
             runs.append(read_run(folder))
         except UsageError as error:
-            left_out.append(error)
+            left_out[folder] = error
     try:
         if not runs:
-            raise left_out[0]
-        for reason in left_out:
+            raise next(iter(left_out.values()))
+        runs, equal = drop_equal(runs)
+        for run in equal:
+            left_out[run['folder']] = (f'{run["folder"]} has the settings and the seed of {run["equal_to"]["folder"]}, '
+                                       'which is in the table')
+        for reason in left_out.values():
             print(f'report.py: left out: {reason}', file=sys.stderr)
-        table, paths = write_report(runs, args.output, args.rows, args.columns)
+        missing = f'Left out, {len(left_out)} of {len(folders)} runs: ' + ', '.join(
+            one_line(folder.name) for folder in folders if folder in left_out) if left_out else ''
+        table, paths = write_report(runs, args.output, args.rows, args.columns, missing)
     except UsageError as error:
         print(f'report.py: error: {error}', file=sys.stderr)
         sys.exit(2)

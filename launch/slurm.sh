@@ -20,12 +20,18 @@ if [ "${1:-}" = --task ]; then
         wait "$!" || status=$?
         if [ -z "$signalled" ]; then break; fi
     done
-    if [ "$status" -eq 75 ] && [ -n "$requeue" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    # A task by its place in the array: the bare id of the array's job would requeue all tasks.
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+    if [ "$status" -eq 75 ] && [ -n "$requeue" ]; then scontrol requeue "${job:-$SLURM_JOB_ID}"; fi
     exit "$status"
 fi
 
 if [ ! -f "${1:-}" ]; then
     echo "slurm.sh: error: ${1:-no launcher given}: expected a launcher, such as launch/table1_cifar10.sh" >&2
+    exit 2
+fi
+if [ -z "${DRY_RUN:-}" ] && ! command -v sbatch > /dev/null; then
+    echo 'slurm.sh: error: no sbatch here: run it where SLURM is, or the launcher itself without this script' >&2
     exit 2
 fi
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -36,7 +42,8 @@ name=$(basename -- "$launcher" .sh)
 # shellcheck disable=SC2206
 submit=(sbatch --parsable --job-name "$name" --open-mode append ${SBATCH_ARGS:-})
 array=("${submit[@]}" --array "1-$runs" --requeue --signal B:USR1@300 "$here/slurm.sh" --task "$launcher" "$@")
-table=("${submit[@]}" --dependency afterok:JOB "$here/slurm.sh" --task "$launcher" "$@")
+# afterany: the table is made of what there is where tasks failed, and names what is missing.
+table=("${submit[@]}" --dependency afterany:JOB "$here/slurm.sh" --task "$launcher" "$@")
 if [ -n "${DRY_RUN:-}" ]; then
     printf '%q ' "${array[@]}"
     printf '\n'
@@ -46,5 +53,5 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 job=$("${array[@]}")
 job=${job%%;*}  # a cluster's name may follow
-job=$("${table[@]/#afterok:JOB/afterok:$job}")
+job=$("${table[@]/#afterany:JOB/afterany:$job}")
 echo "$name: $runs runs submitted, and the table as job ${job%%;*}"

@@ -15,6 +15,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
+if [ -z "${SLURM_JOB_ID:-}" ] || [ -z "${SLURM_JOB_NODELIST:-}" ]; then
+    echo 'slurm_multinode.sh: error: not within a SLURM job: submit it with sbatch, or use launch/multinode.sh' >&2
+    exit 2
+fi
 requeue=1
 trap 'requeue=' TERM # SLURM tells the tasks too; wait for them. A job that is cancelled is not requeued
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import checkpoint
 import train_ssl
 from calibratemix import PRESETS
 
@@ -264,8 +263,8 @@ def test_a_broken_run_goes_on_and_the_launcher_ends_with_its_table(tmp_path, tra
         save_checkpoint(*rest)
         raise KeyboardInterrupt
 
-    save_checkpoint = checkpoint.save_checkpoint
-    monkeypatch.setattr(checkpoint, 'save_checkpoint', save_and_break)
+    save_checkpoint = train_ssl.save_checkpoint
+    monkeypatch.setattr(train_ssl, 'save_checkpoint', save_and_break)
     monkeypatch.setattr(train_ssl, '_parse_args', lambda argv: args)
     with pytest.raises(KeyboardInterrupt):
         train(args.experiment)
@@ -275,7 +274,8 @@ def test_a_broken_run_goes_on_and_the_launcher_ends_with_its_table(tmp_path, tra
     assert re.search(r'Resuming from .*checkpoint-4\.safetensors at update 4', result.stderr)
     result = launch('', launcher=launcher, ONLY='report', **environment)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith('digits, 20 labels: mean ± standard deviation, n = 1 seed\n\n| algorithm ')
+    caption = 'digits, 20 labels: one run each, so there is no standard deviation'
+    assert result.stdout.startswith(f'{caption}\n\n| algorithm ')
     assert result.stderr.count('left out') == 3 and 'warmup100-seed0: no run' in result.stderr
     assert (tmp_path / 'an output' / 'table.tex').is_file() and (tmp_path / 'an output' / 'curves.png').is_file()
 
@@ -346,13 +346,13 @@ def test_slurm_gets_a_task_for_every_run_and_queues_a_stopped_one_again(stand_in
     result, log = stand_in('slurm', str(ROOT / 'launch' / 'ablation_warmup.sh'), '--lr', '0.1', SEEDS='0')
     names = [f'train_ssl.py warmup{warmup}-seed0' for warmup in (0, 50, 100, 200)]
     assert result.returncode == 0, result.stderr
-    assert log == ['sbatch 1-4', *names, 'sbatch afterok:7', 'report.py ']
+    assert log == ['sbatch 1-4', *names, 'sbatch afterany:7', 'report.py ']
     dry, = [line for line in launch('slurm', str(ROOT / 'launch' / 'ood.sh'), DRY_RUN='1', SBATCH_ARGS='--gres gpu:1'
                                     ).stdout.splitlines() if '--array' in line]
     assert {'1-18', 'B:USR1@300', '--requeue', 'gpu:1'} <= set(shlex.split(dry))
 
     environment = clean_environment({**stand_in.environment, 'SLOW': '1', 'OUTPUT': str(tmp_path / 'other'),
-                                     'SLURM_ARRAY_TASK_ID': '2', 'SLURM_JOB_ID': '9'})
+                                     'SLURM_ARRAY_JOB_ID': '7', 'SLURM_ARRAY_TASK_ID': '2', 'SLURM_JOB_ID': '9'})
     stand_in.log.write_text('')
     process = subprocess.Popen(['bash', str(ROOT / 'launch' / 'slurm.sh'), '--task', str(ROOT / 'launch' / 'ood.sh')],
                                env=environment, stderr=subprocess.DEVNULL)
@@ -362,7 +362,28 @@ def test_slurm_gets_a_task_for_every_run_and_queues_a_stopped_one_again(stand_in
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 75
     assert stand_in.log.read_text().splitlines() == ['train_ssl.py fixmatch-seed1', 'stopped fixmatch-seed1',
-                                                     'scontrol requeue 9']
+                                                     'scontrol requeue 7_2']
+
+
+@pytest.mark.parametrize('name, arguments, told', [
+    ('slurm_multinode', ('--experiment', 'mine'), 'not within a SLURM job: submit it with sbatch'),
+    ('slurm', (str(ROOT / 'launch' / 'ood.sh'),), 'no sbatch here'),
+])
+def test_a_slurm_script_outside_of_slurm_says_so_in_one_line(name, arguments, told):
+    if shutil.which('sbatch') or 'SLURM_JOB_ID' in os.environ:
+        pytest.skip('SLURM is here')
+    result = launch(name, *arguments)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f'{name}.sh: error: {told}')
+
+
+def test_a_table_behind_failed_runs_is_made_of_the_others_and_names_those_that_are_missing(tmp_path, train):
+    environment = dict(SCALE='smoke', SEEDS='0', OUTPUT=str(tmp_path))
+    train('warmup50-seed0')
+    result = launch('ablation_warmup', ONLY='report', **environment)
+    assert result.returncode == 0, result.stderr
+    table = (tmp_path / 'table.md').read_text()
+    assert 'Left out, 3 of 4 runs: warmup0-seed0, warmup100-seed0, warmup200-seed0' in table and table in result.stdout
 
 
 # --- The scripts themselves -------------------------------------------------------------------------------------------

@@ -139,6 +139,37 @@ def test_the_threshold_rule_on_numbers_worked_out_by_hand(tmp_path):
     assert figures['precision'] == 2 / 4 and figures['recall'] == 2 / 4 and figures['precision_at_flipped'] == 2 / 4
 
 
+@pytest.mark.parametrize('aum, extra, doubts', [
+    ([2., 3, 4, -3], -2., []),
+    ([2., 3, 4, 1], 3.5, ['it flags 75 %']),
+    ([-1., -2, 1, -3], -4., ['for 25 % of the images only']),
+    ([-1., -2, -1, -3], 0., ['it flags 100 %', 'for 0 % of the images only']),
+])
+def test_a_threshold_that_cannot_be_trusted_is_told(tmp_path, aum, extra, doubts):
+    run = made_up(tmp_path / 'run', [*aum, extra], [False] * 4 + [True])
+    told = mislabeled.tell(mislabeled.rank_labels([mislabeled.read_margins(run)]), 1, 'toy', 99)
+    lines = [line for line in told.splitlines() if line.startswith('Do not trust the threshold: ')]
+    assert len(lines) == len(doubts) and all(doubt in line for doubt, line in zip(doubts, lines))
+
+
+def test_the_table_names_classes_and_files(train, tmp_path):
+    folder = tmp_path / 'images'
+    for split in ('train', 'test'):
+        for name in ('ant', 'bee'):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(4):
+                image = Image.effect_noise((8, 8), 60 + i)
+                image.save(folder / split / name / f'{name}{i}.png')
+    run = train('run', '--dataset', folder, '--img-size', 8, '--num-labels', 4, '--label-noise', 0.5, '--save-margins')
+    rows = find(tmp_path / 'out', run)
+    assert len(rows) == 4
+    for row in rows:
+        path = Path(row['file'])
+        assert path.is_file() and str(path) == row['image'] and path.parent.name == row['true_class']
+        assert (row['class'] != row['true_class']) == (row['flipped'] == '1')
+    assert {row['flipped'] for row in rows} == {'0', '1'}
+
+
 def test_without_threshold_samples_or_known_flips_there_is_the_ranking_alone(train, tmp_path, capsys):
     rows = find(tmp_path / 'out', train('run', '--save-margins'))
     assert [row['flagged'] + row['flipped'] + row['true_label'] for row in rows] == [''] * 20

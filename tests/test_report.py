@@ -263,12 +263,31 @@ def test_runs_in_a_folder_stand_in_natural_order(make_run):
     assert [path.name for path in report.find_runs([make_run.root / 'k10', make_run.root])][0] == 'k10'
 
 
-def test_the_same_seed_twice_is_refused(make_run, tmp_path):
-    folders = [make_run('a'), make_run('b')]
-    with pytest.raises(UsageError, match='a and .*b have the same settings and seed'):
-        write(*folders, output=tmp_path)
+def test_of_two_equal_runs_one_is_left_out_and_named_and_the_others_stay(make_run, tmp_path, capsys):
+    make_run('a', error=10.)
+    make_run('b', error=30.)  # the seed and all else of a
+    make_run('c', error=20., seed=1)
+    report.main(report._parse_args([str(make_run.root), '--output', str(tmp_path / 'out')]))
+    out, err = capsys.readouterr()
+    a, b = (make_run.root / name for name in 'ab')
+    assert err == f'report.py: left out: {b} has the settings and the seed of {a}, which is in the table\n'
+    row, = csv.DictReader(open(tmp_path / 'out' / 'table.csv'))
+    assert (row['n'], float(row['error_mean'])) == ('2', 15)
+    for name in ('table.md', 'table.tex'):
+        assert 'Left out, 1 of 3 runs: b\n' in (tmp_path / 'out' / name).read_text()
+    assert [row['run'] for row in csv.DictReader(open(tmp_path / 'out' / 'runs.csv'))] == ['a', 'c']
+
+
+def test_the_best_nll_is_marked_as_the_best_error_is(make_run, tmp_path):
+    folders = [make_run(f'{flag}{seed}', *flag.split(), seed=seed, nll=nll + 0.01 * seed)
+               for flag, nll in (('', 0.5), ('--calibratemix', 0.3)) for seed in (0, 1)]
+    table, _ = write(*folders, output=tmp_path / 'out')
+    assert [line['NLL'] for line in markdown_cells(table)] == ['0.505 ± 0.007', '**0.305 ± 0.007**']
+
+
+def test_a_setting_that_does_not_exist_is_refused(make_run, tmp_path):
     with pytest.raises(UsageError, match='--rows, --columns: lr is not among .*: dataset, labels'):
-        write(folders[0], output=tmp_path, rows=['lr'])
+        write(make_run('a'), output=tmp_path, rows=['lr'])
 
 
 def test_an_output_that_cannot_be_written_is_told_in_one_line(make_run, tmp_path, capsys):
