@@ -6,10 +6,13 @@ import re
 import struct
 import sys
 import termios
+import time
 
 import pytest
 import torch
+from huggingface_hub import constants
 
+import backbone
 import benchmark
 import mislabeled
 import predict
@@ -149,3 +152,23 @@ def test_a_run_tells_once_when_mixing_starts_and_never_nan(train, monkeypatch, c
     assert all('pseudo-labels right' in text for text in shown)
     assert 'nan' not in ''.join(shown) + caplog.text
     assert any('update 8/8  loss' in line and 'right' not in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize('offline, told', [(True, 'HF_HUB_OFFLINE is set'), (False, 'refused')])
+def test_pretrained_weights_that_cannot_be_fetched_are_told_at_once(monkeypatch, tmp_path, offline, told):
+    # Nothing listens at the discard port of this machine.
+    for name, value in (('HF_HUB_OFFLINE', offline), ('ENDPOINT', 'http://127.0.0.1:9'), ('HF_HUB_CACHE', tmp_path)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
+                        'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}')
+    started = time.monotonic()
+    with pytest.raises(UsageError) as error:
+        backbone.build_model(train_ssl._parse_args(['--model', 'resnet18', '--pretrained']), 10)
+    message = str(error.value)
+    assert message.startswith(f'--pretrained: the pretrained weights of resnet18 are not in the cache of this machine '
+                              f'({tmp_path}), and http://127.0.0.1:9 cannot be reached')
+    assert told in message and '\n' not in message and '--pretrained-path' in message
+    with pytest.raises(UsageError, match='^--pretrained: the pretrained weights of resnet18 are not in the cache'):
+        args = validate._parse_args(['--model', 'resnet18', '--pretrained', '--dataset', 'digits'])
+        backbone.load_model(args, None, {})
+    assert time.monotonic() - started < 20
