@@ -13,6 +13,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.data import create_transform, resolve_data_config, resolve_input_data_config
 from timm.layers import ClassifierHead
 from timm.models import (
@@ -257,6 +259,29 @@ def wanted_size(name: str) -> str:
     return f'it was made for {config.input_size[1]} px{least}{only}'
 
 
+def hub_away() -> str:
+    """Why the hub of timm's weights cannot be reached, in a few words; then its cache on this machine is taken alone.
+
+    Empty if the hub answers, whatever it says. One request of five seconds at the most finds out: the client itself
+    would try for more than a minute before it gives up.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url('timm/resnet18.a1_in1k', 'config.json'), timeout=5)
+    except HfHubHTTPError:
+        return ''
+    except OfflineModeIsEnabled:
+        return 'HF_HUB_OFFLINE is set'
+    except Exception as error:  # of the HTTP library, which is another one from version to version of the client
+        constants.HF_HUB_OFFLINE = True
+        return ' '.join(str(error).split()) or type(error).__name__
+    return ''
+
+
+def tell_away(name: str, away: str) -> str:
+    return (f'the pretrained weights of {name} are not in the cache of this machine ({constants.HF_HUB_CACHE}), and '
+            f'{constants.ENDPOINT} cannot be reached to fetch them ({away})')
+
+
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """timm model; one of a fixed image size is built for --img-size."""
     if ':' not in args.model and not timm.is_model(args.model):
@@ -280,6 +305,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             **args.model_kwargs,
         ))
 
+    away = hub_away() if args.pretrained and weights is None and not args.model.startswith('local-dir:') else ''
     try:
         model = create(weights)
         if weights is not None:
@@ -287,6 +313,9 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
                 nowhere = create({name: torch.full_like(v, torch.nan) if v.is_floating_point() else v
                                   for name, v in weights.items()})
             check_loaded(model, nowhere, args)
+    except LocalEntryNotFoundError as error:
+        raise UsageError(f'--pretrained: {tell_away(args.model, away or "it broke off")}; fetch them where it can, or '
+                         'give a file of them as --pretrained-path') from error
     except FileNotFoundError as error:
         raise UsageError(f'--model {args.model}: {error}') from error
     except MISFITS as error:
@@ -566,6 +595,7 @@ def load_model(args: argparse.Namespace, checkpoint: Path | None, run: dict) -> 
             raise UsageError(f'--checkpoint {checkpoint}: no args.yaml beside it says what model it is; give --model')
     asked.update((key, getattr(args, key)) for key in MODEL_KEYS if getattr(args, key) is not None)
     is_file = checkpoint is not None and checkpoint.is_file()
+    away = hub_away() if checkpoint is None and not name.startswith('local-dir:') else ''
     try:
         model = timm.create_model(**resolve_model_input_args(
             name,
@@ -578,6 +608,8 @@ def load_model(args: argparse.Namespace, checkpoint: Path | None, run: dict) -> 
         if is_file:
             load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
         config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)
+    except LocalEntryNotFoundError as error:
+        raise UsageError(f'--pretrained: {tell_away(name, away or "it broke off")}') from error
     except Exception as error:  # the hub, pickle, safetensors and each model have their own ways to complain
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UsageError(f'{source}: {reason[:500]}') from error

@@ -55,10 +55,10 @@ from checkpoint import read_run
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches
 from decisions import SET_SCORES, class_scores, kept_level, scaled_probs, set_sizes, threshold_from_confidence
 from figures import Cell, contact_sheet
-from inputs import PlainFolder, open_pictures
+from inputs import PlainFolder, limited, open_pictures
 from program import ArgumentParser, RunError, UsageError, once_a_machine, replace_file, run_program, setup_accelerator
 from scaling import read_temperature
-from sources import ImageError, JoinedSource, Source
+from sources import MAX_PIXELS, ImageError, JoinedSource, Source
 
 _logger = logging.getLogger('predict')
 
@@ -99,6 +99,8 @@ def create_predict_parser() -> argparse.ArgumentParser:
                        help='split of --dataset (default: the first of validation, val, valid, test that exists)')
     group.add_argument('--input-key', metavar='COLUMN', default=None, help='column of the pictures or of their paths')
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
+    group.add_argument('--max-pixels', type=int, metavar='N', default=MAX_PIXELS,
+                       help=f'pixels up to which a picture is decoded, a guard of the memory (default: {MAX_PIXELS})')
     add_image_arguments(parser)
 
     group = parser.add_argument_group(
@@ -188,16 +190,22 @@ def open_all(args: Namespace) -> Source:
     """
     if not args.pictures:
         if args.dataset is None and args.split is None:
-            return open_pictures(args.data_dir)
-        return open_pictures(args.dataset or '', args.data_dir, args.split, args.input_key, args.dataset_download)
+            return open_pictures(args.data_dir, max_pixels=args.max_pixels)
+        return open_pictures(
+            args.dataset or '', args.data_dir, args.split, args.input_key, args.dataset_download, args.max_pixels,
+        )
     for name in args.pictures:
         if not os.path.exists(name) and not name.endswith('.parquet'):
             raise UsageError(f'{name}: no such file or folder (data sets by name are given as --dataset)')
-    parts = [open_pictures(name, args.data_dir, None, args.input_key) for name in args.pictures]
+    parts = [
+        open_pictures(name, args.data_dir, None, args.input_key, max_pixels=args.max_pixels) for name in args.pictures
+    ]
     if all(isinstance(part, PlainFolder) for part in parts):
         paths, names = ([item for part in parts for item in getattr(part, key)] for key in ('paths', 'names'))
-        return PlainFolder(paths, names)
-    return JoinedSource(parts)
+        return limited(PlainFolder(paths, names), args.max_pixels)
+    joined = JoinedSource(parts)
+    joined.max_pixels = args.max_pixels
+    return joined
 
 
 def choose_names(model: nn.Module, checkpoint: Path | None, run: dict, label_type: str) -> list[str]:

@@ -360,6 +360,15 @@ def once_a_machine(accelerator: Accelerator):
     torch.distributed.destroy_process_group(group)
 
 
+def bfloat16_units(file: str = '/proc/cpuinfo') -> str:
+    """The processor's instructions for bfloat16, by the names that Linux gives; empty if it has none or is not told."""
+    try:
+        words = set(Path(file).read_text().split())
+    except OSError:  # another system
+        return ''
+    return ', '.join(name for name in ('avx512_bf16', 'amx_bf16') if name in words)
+
+
 def replace_file(path: Path, write) -> None:
     """Writes a file whole or not at all: under another name, synced, renamed."""
     part = path.with_name(path.name + '.part')

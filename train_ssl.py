@@ -95,6 +95,7 @@ from program import (
     Stopped,
     StopRequest,
     UsageError,
+    bfloat16_units,
     catch_signals,
     once_a_machine,
     parse_with_config,
@@ -105,7 +106,7 @@ from program import (
 from schedule import build_scheduler, step_scheduler
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
-from sources import MAX_PIXELS, known_facts
+from sources import MAX_PIXELS, known_facts, unlabeled_split
 from splits import (
     Sources,
     agree_on_classes,
@@ -1032,6 +1033,18 @@ def record_evaluation(
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
+def tell_batch(args: argparse.Namespace, processes: int, device: str) -> str:
+    """How many images an update takes, in all and per process and batch."""
+    kinds = [('labeled', args.batch_size)]
+    if args.algorithm != 'supervised':
+        kinds.append(('unlabeled', args.batch_size * args.mu))
+    joined = ' and '.join(f'{number * args.grad_accum_steps * processes} {kind}' for kind, number in kinds)
+    own = ' and '.join(str(number) for _, number in kinds)
+    steps = f' from each of {args.grad_accum_steps} batches' if args.grad_accum_steps > 1 else ''
+    return (f'an update takes {joined} images: {own}{steps} on '
+            + (f'each of {processes} processes' if processes > 1 else 'one process') + f', device {device}')
+
+
 def describe(
         run: Run,
         datasets: Datasets,
@@ -1039,18 +1052,26 @@ def describe(
         data_config: DataConfig,
         args: argparse.Namespace,
 ) -> None:
-    """The start-up lines: model, images, sets and batch."""
+    """The start-up lines: model, images, sets and splits, batch, who labels."""
     _logger.info(
         f'{args.model}, {sum(p.numel() for p in run.timm_model.parameters()):,} parameters, images '
         f'{"x".join(map(str, data_config.input_size))}, mean {data_config.mean}, std {data_config.std}'
     )
-    processes = run.accelerator.num_processes
-    _logger.info(
-        f'{len(datasets.labeled)} labeled, {len(datasets.unlabeled) if datasets.unlabeled else 0} unlabeled and '
-        f'{len(datasets.evaluation)} evaluation images of {run.num_classes} classes; joined batch '
-        f'{args.batch_size * args.grad_accum_steps * processes} labeled on {processes} process(es), device '
-        f'{run.accelerator.device}'
-    )
+    semi = datasets.unlabeled is not None
+    sets = [f'{len(datasets.labeled)} labeled images of {args.train_split}']
+    if semi:
+        sets.append(f'{len(datasets.unlabeled)} unlabeled of {unlabeled_split(args)}')
+    sets.append(f'{len(datasets.evaluation)} for evaluation of {split}')
+    if datasets.test is not None:
+        sets.append(f'{len(datasets.test)} of {args.test_split} at the end')
+    _logger.info(f'{run.num_classes} classes; {", ".join(sets)}')
+    _logger.info(tell_batch(args, run.accelerator.num_processes, str(run.accelerator.device)))
+    if semi:
+        averages = ', not the average that is evaluated' if run.ema is not None else ''
+        _logger.info(f'Pseudo-labels are those of the student, the network that is trained{averages}')
+    units = bfloat16_units() if run.accelerator.device.type == 'cpu' else ''
+    if units and not (args.amp and args.channels_last):
+        _logger.info(f'This processor has units for bfloat16 ({units}): --amp --channels-last would be faster')
     tell_choice(args, split)
     _logger.info(describe_averages(run.timm_model, args))
     if args.calibratemix:

@@ -6,10 +6,14 @@ import re
 import struct
 import sys
 import termios
+import time
 
 import pytest
 import torch
+from huggingface_hub import constants
+from PIL import Image
 
+import backbone
 import benchmark
 import mislabeled
 import predict
@@ -18,7 +22,8 @@ import train_ssl
 import validate
 from checkpoint import holds_results
 from labels import select_labeled
-from program import RunError, UsageError, takes_bar
+from program import RunError, UsageError, bfloat16_units, takes_bar
+from sources import ImageError
 from splits import open_sources
 
 PARSERS = dict(
@@ -149,3 +154,74 @@ def test_a_run_tells_once_when_mixing_starts_and_never_nan(train, monkeypatch, c
     assert all('pseudo-labels right' in text for text in shown)
     assert 'nan' not in ''.join(shown) + caplog.text
     assert any('update 8/8  loss' in line and 'right' not in line for line in caplog.messages)
+
+
+@pytest.mark.parametrize('offline, told', [(True, 'HF_HUB_OFFLINE is set'), (False, 'refused')])
+def test_pretrained_weights_that_cannot_be_fetched_are_told_at_once(monkeypatch, tmp_path, offline, told):
+    # Nothing listens at the discard port of this machine.
+    for name, value in (('HF_HUB_OFFLINE', offline), ('ENDPOINT', 'http://127.0.0.1:9'), ('HF_HUB_CACHE', tmp_path)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE',
+                        'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}')
+    started = time.monotonic()
+    with pytest.raises(UsageError) as error:
+        backbone.build_model(train_ssl._parse_args(['--model', 'resnet18', '--pretrained']), 10)
+    message = str(error.value)
+    assert message.startswith(f'--pretrained: the pretrained weights of resnet18 are not in the cache of this machine '
+                              f'({tmp_path}), and http://127.0.0.1:9 cannot be reached')
+    assert told in message and '\n' not in message and '--pretrained-path' in message
+    with pytest.raises(UsageError, match='^--pretrained: the pretrained weights of resnet18 are not in the cache'):
+        args = validate._parse_args(['--model', 'resnet18', '--pretrained', '--dataset', 'digits'])
+        backbone.load_model(args, None, {})
+    assert time.monotonic() - started < 20
+
+
+def test_the_start_of_a_run_tells_sets_splits_batch_and_who_labels(train, monkeypatch, caplog):
+    monkeypatch.setattr(train_ssl, 'bfloat16_units', lambda: 'amx_bf16')
+    with caplog.at_level('INFO', 'train'):
+        train('run', '--epochs', 1, '--grad-accum-steps', 2, '--train-steps-per-epoch', 1, '--val-fraction', 0.2,
+              '--test-split', 'test')
+    lines = caplog.messages
+    number, unlabeled, held_out, tested = map(int, re.search(
+        r'(\d+) labeled images of train, (\d+) unlabeled of train, (\d+) for evaluation of .+, (\d+) of test at the '
+        'end',
+        caplog.text,
+    ).groups())
+    assert number == 20 and unlabeled + held_out == 1297 and tested == 500
+    assert 'an update takes 8 labeled and 16 unlabeled images: 4 and 8 from each of 2 batches on one process, device ' \
+           'cpu' in lines
+    assert 'Pseudo-labels are those of the student, the network that is trained, not the average that is evaluated' in \
+           lines
+    assert caplog.text.count('units for bfloat16 (amx_bf16): --amp --channels-last would be faster') == 1
+
+
+def test_the_batch_is_told_of_all_processes():
+    args = train_ssl._parse_args(['-b', '4', '--algorithm', 'supervised'])
+    assert train_ssl.tell_batch(args, 3, 'cuda') == ('an update takes 12 labeled images: 4 on each of 3 processes, '
+                                                     'device cuda')
+
+
+def test_units_for_bfloat16_are_found_where_the_system_names_them(tmp_path):
+    for flags, units in (('avx2 avx512_bf16 amx_bf16', 'avx512_bf16, amx_bf16'), ('avx512f amx_tile', '')):
+        (tmp_path / 'cpuinfo').write_text(f'processor : 0\nflags : fpu {flags}\n')
+        assert bfloat16_units(str(tmp_path / 'cpuinfo')) == units
+    assert bfloat16_units(str(tmp_path / 'nowhere')) == ''
+
+
+def test_pictures_to_predict_are_limited_as_those_of_a_run_are(tmp_path):
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (20, 10)).save(tmp_path / name / 'x.png')
+    (tmp_path / 'list.txt').write_text('a/x.png\n')
+    given = [
+        [str(tmp_path / 'a'), str(tmp_path / 'b')], [str(tmp_path / 'a' / 'x.png')], [str(tmp_path / 'list.txt')],
+        ['--data-dir', str(tmp_path / 'a')],
+    ]
+    for pictures in given:
+        for limit, fits in ((199, False), (200, True)):
+            source = predict.open_all(predict._parse_args([*pictures, '--checkpoint', 'x', '--max-pixels', str(limit)]))
+            if fits:
+                assert source.image(0).size == (20, 10)
+            else:
+                with pytest.raises(ImageError, match='20 x 10 pixels are more than 199'):
+                    source.image(0)
