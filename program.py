@@ -130,9 +130,9 @@ def name_some(names: Iterable, most: int = 5) -> str:
 
 
 def takes_bar(stream: TextIO) -> bool:
-    """Whether a progress bar can be drawn there: on a terminal that says how wide it is. Elsewhere lines are read."""
+    """Whether a progress bar can be drawn there: on a terminal of a known width and height. Others get lines."""
     try:
-        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+        return stream.isatty() and all(os.get_terminal_size(stream.fileno()))
     except (OSError, ValueError):  # no file, or a closed one
         return False
 

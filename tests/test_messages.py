@@ -128,11 +128,11 @@ def test_lines_and_bar_tell_the_parts_of_the_loss_and_right_pseudo_labels_only_w
     assert train_ssl.progress_words(dict(MEANS, pseudo_label_accuracy=math.nan), 3) == told
 
 
-@pytest.mark.parametrize('columns, bar', [(0, False), (80, True)])
-def test_a_terminal_that_has_no_width_gets_lines(columns, bar):
+@pytest.mark.parametrize('columns, rows, bar', [(0, 24, False), (80, 0, False), (80, 24, True)])
+def test_a_terminal_that_has_no_width_or_height_gets_lines(columns, rows, bar):
     other, terminal = os.openpty()
     with os.fdopen(terminal, 'w') as stream:
-        fcntl.ioctl(stream, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+        fcntl.ioctl(stream, termios.TIOCSWINSZ, struct.pack('HHHH', rows, columns, 0, 0))
         assert stream.isatty() and takes_bar(stream) == bar
     os.close(other)
     assert not takes_bar(stream)
