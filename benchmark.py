@@ -152,6 +152,7 @@ def create_run(
     monitor = train_ssl.Monitor(accelerator)
     run = Run(
         model, trained, optimizer, scheduler, ema, method, calmix, monitor, accelerator, torch.arange(4), NUM_CLASSES,
+        identity=None,  # of no data
     )
     return run, args
 

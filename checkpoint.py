@@ -467,8 +467,8 @@ def finished_metrics(folder: Path, checkpoint: Path, args: argparse.Namespace) -
         raise UsageError(f'--resume {checkpoint}: it is at the end of its {args.epochs} epochs{patience}; raise '
                          f'--epochs{patience and " or --patience"}')
     _logger.info(f'{folder} is finished')
-    about = ('epoch', 'num_updates', 'bins', 'extra_val', 'out_of_patience')
-    return {key: value for key, value in json.loads(written.read_text()).items() if key not in about}
+    found = json.loads(written.read_text())
+    return {key: value for key, value in found.items() if isinstance(value, float) or key == 'count'}
 
 
 # --- What a run leaves ------------------------------------------------------------------------------------------------

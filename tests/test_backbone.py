@@ -84,7 +84,7 @@ def test_a_head_that_is_a_convolution_takes_an_extra_class_and_leaves_without_it
     model, x = create('dla46x_c', num_classes=11).eval(), torch.rand(2, 3, 64, 64)
     extra = asked('--algorithm', 'marginmatch')
     backbone.check_head(model, extra, (3, 64, 64))
-    left = checkpoint.exportable(Namespace(eval_model=model, num_classes=10))
+    left = checkpoint.exportable(Namespace(eval_model=model, num_classes=10, identity=Namespace(class_names=None)))
     assert torch.equal(left(x), model(x)[:, :10])
     with pytest.raises(UsageError, match='an extra class .* one linear layer, and this one\'s is tuple'):
         backbone.check_head(create('levit_128s'), extra, (3, 64, 64))
@@ -120,7 +120,7 @@ def test_tied_weights_are_saved_and_load_into_timm(tmp_path):
     model = timm.create_model('coat_tiny', **small).eval()
     assert len(model.state_dict()) > len({*map(id, [*model.parameters(), *model.buffers()])})
     config = data.DataConfig((3, 64, 64), (0.5,) * 3, (0.5,) * 3, 'bicubic', 1.)
-    checkpoint.write_weights(Namespace(eval_model=model, num_classes=10), tmp_path / 'last', config, {})
+    checkpoint.write_weights(Namespace(eval_model=model, num_classes=10, identity=Namespace(class_names=None)), tmp_path / 'last', config, {})
     state = load_file(tmp_path / 'last/model.safetensors')
     assert state.keys() == model.state_dict().keys()
     reloaded = timm.create_model(f'local-dir:{tmp_path / "last"}', pretrained=True, **small).eval()
@@ -260,7 +260,7 @@ def test_a_folder_of_photographs_trains_without_a_model_at_imagenets_mean(tmp_pa
         for number, name in enumerate(('ants', 'bees')):
             (tmp_path / 'photos' / split / name).mkdir(parents=True)
             for i in range(2):
-                color = (100 * number, 50 * i, 0)
+                color = (100 * number, 50 * i, len(split))
                 Image.new('RGB', (160, 120), color).save(tmp_path / 'photos' / split / name / f'{i}.png')
     with caplog.at_level(logging.INFO, 'train'):
         folder = train_in_process(

@@ -19,6 +19,7 @@ from torchvision import transforms
 
 import data
 import folders
+import inputs
 import mislabeled
 import sources
 import splits
@@ -439,8 +440,7 @@ def test_an_ood_folder_is_listed_as_a_split_is(tmp_path, caplog):
     make(tmp_path, '1.png', 'b/2.webp', 'b/c/3.JPG', '.ipynb_checkpoints/4.png', '@eaDir/1.png', 'b/._2.jpg')
     (tmp_path / 'b' / 'about.txt').write_text('')
     (tmp_path / 'b' / 'loop').symlink_to(tmp_path)
-    args = validate._parse_args(['--model', 'resnet18', '--pretrained', '--ood-dataset', str(tmp_path)])
-    source = validate.open_ood_source(args, str(tmp_path), 10 ** 6)
+    source = inputs.open_pictures(str(tmp_path))
     assert files(source, tmp_path) == ['1.png', 'b/2.webp', 'b/c/3.JPG'] and source.targets.tolist() == [-1] * 3
     assert len(caplog.messages) == 1 and '1 no pictures (.txt)' in caplog.text
 

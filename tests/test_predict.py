@@ -136,7 +136,7 @@ def test_rows_are_the_predictions_of_validate_and_what_it_stored_decides(validat
         assert float(row['raw_confidence']) == pytest.approx(raw[i], abs=1e-6)
         assert float(row['confidence']) == pytest.approx(float(probs[i].max()), abs=1e-6)
         assert row['decision'] == ('accepted' if float(probs[i].max()) >= threshold else 'unsure')
-        assert json.loads(row['prediction_set']) == [ODD[c] for c in order[i, :sizes[i]].tolist()]
+        assert json.loads(row['prediction_set']) == ['abc'[c] for c in order[i, :sizes[i]].tolist()]
         assert int(row['set_size']) == sizes[i]
         first, second, _ = logits[i].sort(descending=True).values
         assert float(row['margin']) == pytest.approx(float(first - second), rel=1e-4, abs=1e-5)
@@ -272,7 +272,7 @@ def test_weights_without_names_give_numbers_and_say_so_but_a_run_knows_them(phot
     (tmp_path / 'run' / 'args.yaml').write_text('model: wide_resnet10_1\n')
     (tmp_path / 'run' / 'labels.json').write_text(json.dumps(dict(class_names=ODD)))
     named = run(photos / 'a', '--checkpoint', plain)
-    assert [row['label'] for row in named] == ['abc'[int(row['label'])] for row in rows]
+    assert [row['label'] for row in named] == [ODD[int(row['label'])] for row in rows]
     numbers = run(photos / 'a', '--checkpoint', plain, '--label-type', 'none', '--exclude-output')
     assert [row['index'] for row in numbers] == [row['label'] for row in rows]
     assert set(numbers[0]) == {'filename', 'index', 'error'}

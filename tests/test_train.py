@@ -384,7 +384,7 @@ COUNTING = '''
 import sys
 import timm, torch
 sys.path.insert(0, {root!r})
-import data, program, train_ssl, views
+import data, program, sources, train_ssl, views
 args = train_ssl._parse_args(['--device', 'cpu'])
 accelerator = program.setup_accelerator(args.device)
 torch.manual_seed(0)

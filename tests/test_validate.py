@@ -219,8 +219,9 @@ def test_temperature_scaling_takes_back_a_factor_of_the_logits(comparison):
     for key in ('ece', 'nll', 'brier', 'error'):
         assert float(sharp_scaled[key]) == pytest.approx(float(scaled[key]), abs=1e-3)
     left = printed[printed.index('ECE of sharp minus ECE of run, in percentage points, with its 95 %'):].splitlines()
-    assert left[1].startswith('  unscaled: ') and 'after temperature scaling: ' in left[2] and '0.00 [' in left[2]
-    assert '; the gap is 0 % of the unscaled one' in left[2]
+    scaled_line, = [line for line in left if 'after temperature scaling: ' in line]
+    assert left[1].startswith('  unscaled: ') and '0.00 [' in scaled_line
+    assert '; the gap is 0 % of the unscaled one' in scaled_line
 
 
 @pytest.mark.parametrize('scaled, told', [
@@ -230,7 +231,7 @@ def test_temperature_scaling_takes_back_a_factor_of_the_logits(comparison):
 ])
 def test_what_scaling_leaves_of_a_gap_is_told_in_words(scaled, told):
     results = [validate.Result(
-        name, None, None, None, None, None, {}, scaled=dict(none=None, temperature=None),
+        name, None, None, None, None, None, None, {}, scaled=dict(none=None, temperature=None),
         reports=dict(none=dict(ece=raw), temperature=dict(ece=after)),
     ) for name, raw, after in zip(('first', 'other'), (3., 7.), scaled)]
     assert validate.what_is_left(results, Namespace(bootstrap=0, seed=0)) == [
