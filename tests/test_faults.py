@@ -131,7 +131,7 @@ def straight(tmp_path_factory) -> dict[int, Path]:
     jobs = [Job(output, f'on{processes}', processes=processes) for processes in (1, 2)]
     for job in jobs:
         assert set(job.join()) == {0}, job.log()
-    assert 'on 2 process(es)' in jobs[1].log()
+    assert 'on each of 2 processes' in jobs[1].log()
     return {1: jobs[0].folder, 2: jobs[1].folder}
 
 
@@ -598,7 +598,7 @@ def test_two_machines_on_loopback_end_bit_identical_to_one_with_two_processes(st
     finally:
         for host in hosts:
             host.terminate()  # which ends its processes too
-    assert 'on 2 process(es)' in logs[0]() and '--result' in logs[0]() and '--result' not in logs[1]()
+    assert 'on each of 2 processes' in logs[0]() and '--result' in logs[0]() and '--result' not in logs[1]()
     assert_same_run(straight[2], tmp_path / 'run')
 
 

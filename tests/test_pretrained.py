@@ -163,7 +163,7 @@ def test_on_two_processes_frozen_parts_stay_and_both_end_together_when_out_of_pa
     flags = ('--pretrained-path', pretrained / 'w.pth', '--freeze', 2, '--epochs', 6, '--train-steps-per-epoch', 1,
              '--patience', 1, '--dist-timeout', 60, '--output', tmp_path, '--experiment', 'run')
     result = run_script('train_ssl.py', *TINY, *flags, processes=2)
-    assert result.returncode == 0 and 'on 2 process(es)' in result.stderr, result.stderr
+    assert result.returncode == 0 and 'on each of 2 processes' in result.stderr, result.stderr
     before, after = load_file(pretrained / 'w.safetensors'), weights(tmp_path / 'run')
     for name, value in after.items():
         if not name.startswith('fc.'):

@@ -442,4 +442,4 @@ def test_the_launchers_line_for_one_machine_works_on_cpus_as_it_stands(tmp_path)
          '--output', str(tmp_path), '--experiment', 'run'],
         env=environment, capture_output=True, text=True, timeout=300,
     )
-    assert done.returncode == 0 and 'on 2 process(es), device cpu' in done.stderr, done.stderr
+    assert done.returncode == 0 and 'on each of 2 processes, device cpu' in done.stderr, done.stderr

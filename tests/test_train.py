@@ -49,7 +49,7 @@ def run_on(processes: int, train, output: Path, experiment: str, *flags) -> Path
         return train(experiment, *flags, output=output)
     flags = (*TINY, *flags, '--output', output, '--experiment', experiment)
     result = run_script('train_ssl.py', *flags, processes=processes)
-    assert result.returncode == 0 and f'on {processes} process(es)' in result.stderr, result.stderr
+    assert result.returncode == 0 and f'on each of {processes} processes' in result.stderr, result.stderr
     return output / experiment
 
 
@@ -557,7 +557,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical(train, uninterrupted, tmp_p
 def test_a_run_resumed_on_two_processes_ends_bit_identical_to_one_on_two(tmp_path):
     flags = (*TINY, *CALMIX, *EVERY_UPDATE, '--output', tmp_path, '--experiment')
     result = run_script('train_ssl.py', *flags, 'straight', processes=2)
-    assert result.returncode == 0 and 'on 2 process(es)' in result.stderr, result.stderr
+    assert result.returncode == 0 and 'on each of 2 processes' in result.stderr, result.stderr
     rewind(tmp_path / 'straight', tmp_path / 'resumed', 6)
     result = run_script('train_ssl.py', *flags, 'resumed', '--resume', 'auto', processes=2)
     assert result.returncode == 0 and 'at update 6' in result.stderr, result.stderr
@@ -824,7 +824,7 @@ def test_skipped_images_are_those_of_all_processes_and_of_before_a_resume(tmp_pa
     flags = (*TINY, '--dataset', folder, '--img-size', 8, '--num-labels', 4, '--skip-bad-images', '--output', tmp_path,
              '--experiment', 'run')
     result = run_script('train_ssl.py', *flags, '-vb', 4, processes=2)
-    assert result.returncode == 0 and 'on 2 process(es)' in result.stderr, result.stderr
+    assert result.returncode == 0 and 'on each of 2 processes' in result.stderr, result.stderr
     assert [row['train_skipped_images'] for row in summary(tmp_path / 'run')] == [str(broken + 1)] * 2
     state = checkpoint.read_checkpoint(checkpoint.list_checkpoints(tmp_path / 'run')[0])
     assert [len(skipped) for skipped in state['skipped_images']] in ([0, 1], [1, 1])
