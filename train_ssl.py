@@ -435,9 +435,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     """Ranges that argparse does not check; exits with status 2."""
     if args.batch_size is None and args.global_batch_size is None:
         args.batch_size = 64
-    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size',
-                 'grad_accum_steps', 'mu', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout',
-                 'patience'):
+    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size', 'mu',
+                 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
@@ -480,11 +479,12 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.label_noise and args.labels_file:
         parser.error(f'--label-noise {args.label_noise} would flip the labels of --labels-file, which may be flipped '
                      'already: give --label-noise 0')
-    if args.aum_threshold_samples is not None and not args.save_margins:
-        parser.error('--aum-threshold-samples: their margins go to margins.parquet; add --save-margins')
-    if args.aum_threshold_samples is not None and getattr(ALGORITHMS[args.algorithm], 'virtual_class', False):
-        parser.error(f'--aum-threshold-samples: {args.algorithm} has an extra class of its own; choose another '
-                     '--algorithm')
+    if args.aum_threshold_samples is not None:
+        if not args.save_margins:
+            parser.error('--aum-threshold-samples: their margins go to margins.parquet; add --save-margins')
+        if getattr(ALGORITHMS[args.algorithm], 'virtual_class', False):
+            parser.error(f'--aum-threshold-samples: {args.algorithm} has its own extra class; choose another '
+                         '--algorithm')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto: the default run folder is named by the time and always new; add --experiment')
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
@@ -733,9 +733,7 @@ def semi_supervised_step(
     known = unlabeled['target'] >= 0
     return dict(
         loss=loss,
-        loss_labeled=loss_labeled.detach(),
-        loss_unlabeled=loss_unlabeled.detach(),
-        loss_mixup=loss_mixup.detach(),
+        loss_labeled=loss_labeled.detach(), loss_unlabeled=loss_unlabeled.detach(), loss_mixup=loss_mixup.detach(),
         mask_rate=weight.mean(),
         pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
         pseudo_label_known=known.float().mean(),
