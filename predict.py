@@ -52,7 +52,7 @@ from backbone import (
     load_model,
 )
 from checkpoint import read_run
-from data import DataConfig, ViewDataset, create_loader, evaluation_batches
+from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import SET_SCORES, class_scores, kept_level, scaled_probs, set_sizes, threshold_from_confidence
 from figures import Cell, contact_sheet
 from inputs import PlainFolder, limited, open_pictures
@@ -798,6 +798,7 @@ def main(args: Namespace) -> None:
     agree_on_precision(args, [args.checkpoint or args.model], [run])
     accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
     _logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    args.workers = limit_workers(args.workers)
     with once_a_machine(accelerator):  # downloads and caches are written once
         source = open_all(args)
         model, config, view = load_model(args, checkpoint, run)

@@ -50,7 +50,7 @@ from backbone import (
     load_model,
 )
 from checkpoint import read_run
-from data import DataConfig, ViewDataset, create_loader, evaluation_batches
+from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import LEVELS, measure_decisions
 from figures import (
     Panel,
@@ -1016,6 +1016,7 @@ def main(args: Namespace) -> None:
     data = agree_on_data(names, chosen)
     inherited = data.own and args.dataset is None and args.data_dir is None
     run = checkpoints[0].parent if inherited else None
+    args.workers = limit_workers(args.workers)
     with once_a_machine(accelerator):  # downloads and caches are written once
         images = Images(
             data,
