@@ -5,7 +5,7 @@ ImageNet-sized `wide_resnet50_2` and `wide_resnet101_2`, which are bottleneck Re
 
 Pre-activation networks (Zagoruyko & Komodakis 2016, arXiv 1605.07146) with the details that the published
 semi-supervised tables rest on: leaky ReLU with slope 0.1, a 3x3 stem with 16 channels and a bias, batch-norm momentum
-0.001 (the new batch counts 0.001: short runs want `--bn-momentum 0.01` or more), Kaiming-normal (fan-out)
+0.001 (the new batch counts 0.001; train_ssl.py raises it in shorter runs), Kaiming-normal (fan-out)
 convolutions and a Xavier-normal classifier.
 """
 
