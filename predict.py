@@ -152,9 +152,7 @@ def create_predict_parser() -> argparse.ArgumentParser:
 def _parse_args(argv: list[str] | None = None) -> Namespace:
     parser = create_predict_parser()
     args = parser.parse_intermixed_args(argv)
-    for name, least in (('batch_size', 1), ('workers', 0), ('topk', 1)):
-        if getattr(args, name) < least:
-            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {least} or more')
+    parser.at_least(args, batch_size=1, workers=0, topk=1)
     for name in ('min_confidence', 'target_accuracy', 'coverage'):
         value = getattr(args, name)
         if value is not None and not (0 < value < 1 or (name == 'min_confidence' and 0 <= value <= 1)):

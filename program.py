@@ -149,6 +149,12 @@ class ArgumentParser(argparse.ArgumentParser):
         own = os.environ.get('LOCAL_RANK', '0') == '0'
         self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n' if own else None)
 
+    def at_least(self, args: argparse.Namespace, **least: int) -> None:
+        """Exits at the first of these arguments that is smaller than allowed."""
+        for name, value in least.items():
+            if getattr(args, name) < value:
+                self.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {value} or more')
+
     def check_flags(self, argv: Sequence[str]) -> None:
         """Exits at the first flag that is none, naming the one that is spelt most alike."""
         flags = self._option_string_actions

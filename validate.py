@@ -212,9 +212,7 @@ def create_validate_parser() -> argparse.ArgumentParser:
 def _parse_args(argv: list[str] | None = None) -> Namespace:
     parser = create_validate_parser()
     args = parser.parse_args(argv)
-    for name, least in (('batch_size', 1), ('workers', 0), ('bootstrap', 0)):
-        if getattr(args, name) < least:
-            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {least} or more')
+    parser.at_least(args, batch_size=1, workers=0, bootstrap=0)
     for flag, levels in (('--target-accuracy', args.target_accuracy), ('--coverage', args.coverage)):
         if levels and not (args.save_temperature and args.calibration_split):
             parser.error(f'{flag}: what it asks for is stored by --save-temperature with --calibration-split')
