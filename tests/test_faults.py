@@ -3,6 +3,7 @@
 Real processes throughout. They are forked from one that has imported the script already, each then runs it as `python
 train_ssl.py` does: an import of torch and timm for each would take longer than all of these runs together.
 """
+import contextlib
 import errno
 import fcntl
 import json
