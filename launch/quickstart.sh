@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # FixMatch alone and with CalibrateMix on 200 of the bundled digits, 20 of them labeled, and 500 to test.
-# Two runs of 800 updates, then a table, pictures and CSV files in output/quickstart. So few images let FixMatch learn its
-# own mistakes by heart. The setting was chosen on images of the training set that no run sees (results/README.md).
-# CalibrateMix joins after a fifth of the updates. Flags go to both runs:
+# Two runs of 800 updates, then a table, pictures and CSV files in output/quickstart. So few images leave FixMatch surer
+# than it is right. CalibrateMix joins after a fifth of the updates. The setting was chosen on training images that the
+# runs leave out (results/README.md). Flags go to both runs:
 #   OUTPUT=output/seed1 bash launch/quickstart.sh --seed 1
 # OUTPUT=DIR puts the runs elsewhere, which other flags need. A finished run is not repeated, a stopped one goes on.
 # It has one scale, and one seed. Time: TIME on two idle cores of a shared AMD EPYC server.
