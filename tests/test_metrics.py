@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import metrics
 from metrics import EvalMeter
 
-STATE = ('totals', 'bins_15', 'bins_10')
+STATE = ('totals', 'class_bins', 'class_images', 'bins_10')
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 # Few distinct values, so that ties and edges are common.
 pairs = st.lists(
