@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -761,7 +762,10 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):
 
 
 def test_a_mistake_on_two_processes_is_told_once_and_both_exit_with_2(tmp_path):
-    result = run_script('train_ssl.py', *TINY, '--val-split', 'dev', '--output', tmp_path, processes=2)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+               str(ROOT / 'train_ssl.py'), *TINY, '--val-split', 'dev', '--output', str(tmp_path)]
+    environment = dict(os.environ, ACCELERATE_USE_CPU='true')
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     assert result.stderr.count('train_ssl.py: error: digits: no split dev') == 1
     assert 'exitcode  : 2 ' in result.stderr and 'SIGABRT' not in result.stderr
