@@ -49,6 +49,7 @@ EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10'
 LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
 SUMMARY_COLUMNS = (
     'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS), 'lr',
+    'calmix_weight',
 )
 
 

@@ -341,10 +341,11 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
     group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
                        help='paper: arXiv 2511.12964; authors-code: their public code, which differs; ours: the '
-                            'paper\'s with equal weights and without ranking (default: paper)')
+                            'paper\'s with equal weights and without ranking; steered: random pairs with equal '
+                            'weights, and a factor of the loss that finds itself (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
-                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours: 0.5, '
-                            'the others: 0.4)')
+                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours, '
+                            'steered: 0.5, the others: 0.4)')
     group.add_argument('--calmix-gamma-dist', default=None, choices=CHOICES['gamma_dist'],
                        help='a fixed weight, one draw per group and step, or one per pair (paper, ours: fixed, '
                             'authors-code: beta-batch). A fixed weight calibrates best in short runs')
@@ -360,6 +361,10 @@ def create_parser() -> argparse.ArgumentParser:
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
                        help='factor of the mixup loss (presets: 1)')
+    group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
+                       help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
+                            'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
+                            'each update (steered: 0.1, the others: 0, a fixed factor)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
                        help='easy and hard by the median of the batch of a process, of the joined batch of all '
                             'processes, or of the whole bank (presets: batch)')
@@ -559,6 +564,7 @@ def build_calmix(
             space=args.calmix_space,
             loss=args.calmix_loss,
             weight=args.calmix_weight,
+            weight_rate=args.calmix_weight_rate,
             split=args.calmix_split,
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
@@ -925,6 +931,8 @@ def train_one_epoch(
             rate = (run.num_updates - first) / (time.perf_counter() - started)
             left = round((total - run.num_updates) / rate)
             skipped = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
+            if args.calibratemix and run.calmix.weight_rate > 0:
+                skipped = f'  mixup weight {float(run.calmix.weight):.3f}{skipped}'
             if bar.disable:
                 _logger.info(
                     f'epoch {epoch} update {run.num_updates}/{total}  {progress_words(means)}  '
@@ -1007,6 +1015,8 @@ def record_evaluation(
     row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
     row.update((f'train_{name}', train_metrics[name]) for name in TRAIN_COLUMNS)
     row.update((f'eval_{name}', metrics[name]) for name in EVAL_COLUMNS)
+    if args.calibratemix:
+        row['calmix_weight'] = float(run.calmix.weight)
     write_summary(folder / 'summary.csv', row)
     run.accelerator.log(row, step=run.num_updates)
     bins = {key: value.tolist() for key, value in meters['evaluation'].bins()._asdict().items()}
