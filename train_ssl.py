@@ -340,7 +340,8 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
     group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
-                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs; ours: the '
+                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs, and minimises '
+                            '2 base + mix: base + mix/2 at twice the --lr and half the --weight-decay; ours: the '
                             'paper\'s with equal weights and without ranking (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
                        help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours: 0.5, '
@@ -359,7 +360,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
-                       help='factor of the mixup loss (presets: 1)')
+                       help='factor of the mixup loss (paper, ours: 1, authors-code: 0.5)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
                        help='easy and hard by the median of the batch of a process, of the joined batch of all '
                             'processes, or of the whole bank (presets: batch)')
