@@ -99,6 +99,8 @@ def describe_averages(model: nn.Module, args: argparse.Namespace) -> str:
     statistics = ''
     if args.algorithm in ('softmatch', 'freematch'):
         statistics = f'; --stat-momentum {args.stat_momentum:.4g}'
+    if args.algorithm == 'freematch' and args.freematch_max_threshold < 1:
+        statistics += f', thresholds of at most {args.freematch_max_threshold:g} (--freematch-max-threshold)'
     return f'{args.epochs * args.train_steps_per_epoch:,} updates; evaluated: {weights}{norm}{statistics}'
 
 
@@ -121,6 +123,7 @@ class Average(ModelEmaV3):
 
 
 def build_ema(model: nn.Module, args: argparse.Namespace) -> Average:
+    """The average. As timm's it starts from the weights after the first update; USB's starts from the initial ones."""
     return Average(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 

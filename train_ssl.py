@@ -96,7 +96,7 @@ from imbalance import (
     tell_tail,
 )
 from labels import choose_labels
-from methods import ALGORITHMS, Method, has_extra_class, lambda_u, warmup_updates
+from methods import ALGORITHMS, Method, has_extra_class, lambda_u, logit_margin_penalty, warmup_updates
 from metrics import EvalMeter
 from program import (
     STOPPED,
@@ -331,11 +331,16 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--softmatch-usb-stats', action=flag, default=False,
                        help='mean and variance of the aligned confidence, as the published code takes them, instead of '
                             'the plain one')
-    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.01,
-                       help='factor of the fairness term (default: 0.01)')
+    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.001,
+                       help='factor of the fairness term (default: 0.001, as in the published configurations)')
+    group.add_argument('--freematch-max-threshold', type=float, metavar='P', default=None,
+                       help='bound of the global threshold (default: 1, for svhn 0.95, as published)')
     group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
                        help='factor of a penalty on unlabeled logits that lie further below the top one than '
-                            '--logit-margin, a calibration baseline (arXiv 2403.15567; default: 0)')
+                            '--logit-margin, a calibration baseline (arXiv 2403.15567, which has 0.1; default: 0, off)')
+    group.add_argument('--logit-margin-rows', default='all', choices=['all', 'agreeing'],
+                       help='whose logits: of all unlabeled images, or as in the authors\' code of those with weight 1 '
+                            'whose strong view is predicted as the pseudo-label (default: all)')
     group.add_argument('--logit-margin', type=float, metavar='X', default=10., help='see there (default: 10)')
     group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
                        help='of the labeled loss, a calibration baseline (default: 0)')
@@ -351,8 +356,9 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
     group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
-                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs; ours: the '
-                            'paper\'s with equal weights and without ranking; steered: random pairs with equal '
+                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs (after warmup '
+                            'it minimises 2 base + mix: this at twice the --lr and half the --weight-decay); ours: '
+                            'the paper\'s with equal weights and without ranking; steered: random pairs with equal '
                             'weights, and a factor of the loss that finds itself (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
                        help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours, '
@@ -371,7 +377,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
-                       help='factor of the mixup loss (presets: 1)')
+                       help='factor of the mixup loss (authors-code: 0.5, the others: 1)')
     group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
                        help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
                             'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
@@ -459,7 +465,9 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
         if not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
-    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
+    if args.freematch_max_threshold is None:
+        args.freematch_max_threshold = 0.95 if 'svhn' in args.dataset.lower() else 1.
+    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
     if args.input_size is not None:
@@ -639,11 +647,6 @@ def build_datasets(
 
 # --- Step -------------------------------------------------------------------------------------------------------------
 
-def logit_margin_penalty(logits: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean over `[U, K]` of what the top logit exceeds the others by beyond the margin (arXiv 2403.15567)."""
-    return F.relu(logits.amax(1, keepdim=True) - logits - margin).mean()
-
-
 def supervised_step(
         model: nn.Module,
         labeled: dict,
@@ -741,7 +744,8 @@ def semi_supervised_step(
     loss = loss_labeled + lambda_u(method, num_updates, args) * loss_unlabeled
     loss = loss + method.further_loss(out.strong_logits, weight, accelerator)
     if args.logit_margin_penalty:
-        loss = loss + args.logit_margin_penalty * logit_margin_penalty(out.strong_logits, args.logit_margin)
+        penalty = logit_margin_penalty(out.strong_logits, pseudo_label, weight, accelerator, args)
+        loss = loss + args.logit_margin_penalty * penalty
 
     loss_mixup = torch.zeros_like(loss)
     if calmix is not None:
