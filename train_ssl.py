@@ -120,6 +120,7 @@ from sources import MAX_PIXELS, known_facts, unlabeled_split
 from splits import (
     Sources,
     agree_on_classes,
+    check_overlap,
     evaluation_name,
     identify,
     match_extra,
@@ -161,7 +162,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
-                       help='evaluation split (default: the first of validation, val, valid, test that exists)')
+                       help='evaluation split (default: the first of validation, val, valid, test that exists). A '
+                            'picture that is a labeled one too, by place or content, is refused; of published data '
+                            'sets up to a tenth are told')
     group.add_argument('--val-fraction', type=float, metavar='SHARE', default=None,
                        help='evaluate on, and choose best/ by, this share of every class of the training split, which '
                             'is then in neither the labeled nor the unlabeled set')
@@ -610,7 +613,9 @@ def build_datasets(
     labels, unlabeled_index, position = choose_labels(args, train, num_classes), None, None
     if args.algorithm != 'supervised':
         unlabeled_index, position = place_labeled(args, sources, labels, num_classes)
-    identity = identify(args, sources, labels, unlabeled_index)
+    identity = identify(sources, labels, unlabeled_index)
+    extra = match_extra(args, train.class_names, num_classes) if args.extra_val else None
+    check_overlap(args, sources, labels, unlabeled_index, extra and extra[:2])
     recipe = dict(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
@@ -635,8 +640,8 @@ def build_datasets(
     labeled_set = with_views({'image': 'weak'}, train, labels.index, labels.trained, 'labeled')
     evaluation_set = with_views({'image': 'eval'}, sources.evaluation)
     extra_set = test_set = unlabeled_set = None
-    if args.extra_val:
-        extra_set = with_views({'image': 'eval'}, *match_extra(args, train.class_names, num_classes))
+    if extra is not None:
+        extra_set = with_views({'image': 'eval'}, *extra)
     if sources.test is not None:
         test_set = with_views({'image': 'eval'}, sources.test)
     if unlabeled_index is not None:
