@@ -6,7 +6,7 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import timm
@@ -99,6 +99,8 @@ def describe_averages(model: nn.Module, args: argparse.Namespace) -> str:
     statistics = ''
     if args.algorithm in ('softmatch', 'freematch'):
         statistics = f'; --stat-momentum {args.stat_momentum:.4g}'
+    if args.algorithm == 'freematch' and args.freematch_max_threshold < 1:
+        statistics += f', thresholds of at most {args.freematch_max_threshold:g} (--freematch-max-threshold)'
     return f'{args.epochs * args.train_steps_per_epoch:,} updates; evaluated: {weights}{norm}{statistics}'
 
 
@@ -121,6 +123,7 @@ class Average(ModelEmaV3):
 
 
 def build_ema(model: nn.Module, args: argparse.Namespace) -> Average:
+    """The average. As timm's it starts from the weights after the first update; USB's starts from the initial ones."""
     return Average(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 
@@ -325,7 +328,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
     away = hub_away() if args.pretrained and weights is None and not args.model.startswith('local-dir:') else ''
     try:
-        model = create(weights)
+        with quiet_timm(logging.WARNING) if weights is not None else nullcontext():  # check_loaded tells the rest
+            model = create(weights)
         if weights is not None:
             with torch.random.fork_rng(devices=[]), quiet_timm():
                 nowhere = create({name: torch.full_like(v, torch.nan) if v.is_floating_point() else v
@@ -381,7 +385,8 @@ def read_pretrained(path: str) -> tuple[dict[str, torch.Tensor], dict]:
             known = json.loads(config.read_text()).get('pretrained_cfg', {})
             keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
             overlay.update((key, known[key]) for key in keys if key in known)
-        weights = load_state_dict(str(file), weights_only=True)
+        with quiet_timm(logging.WARNING):
+            weights = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and json have their own ways to complain
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UsageError(f'--pretrained-path {path}: no weights can be read from it safely ({reason[:300]})') from error
@@ -392,11 +397,11 @@ def read_pretrained(path: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 @contextmanager
-def quiet_timm():
-    """timm says a second time what it found in the weights that are loaded twice; once is enough."""
+def quiet_timm(least: int = logging.ERROR):
+    """Keeps timm from saying what is told here, or a second time what it found in weights that are loaded twice."""
     logger = logging.getLogger('timm')
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(least)
     try:
         yield
     finally:
@@ -615,14 +620,15 @@ def load_model(args: argparse.Namespace, checkpoint: Path | None, run: dict) -> 
     is_file = checkpoint is not None and checkpoint.is_file()
     away = hub_away() if checkpoint is None and not name.startswith('local-dir:') else ''
     try:
-        model = timm.create_model(**resolve_model_input_args(
-            name,
-            asked,
-            pretrained=not is_file,
-            # Elsewhere another number than the weights' would give a random head without a word.
-            num_classes=asked.get('num_classes') if is_file else None,
-            **asked.get('model_kwargs', {}),
-        ))
+        with nullcontext() if checkpoint is None else quiet_timm(logging.WARNING):
+            model = timm.create_model(**resolve_model_input_args(
+                name,
+                asked,
+                pretrained=not is_file,
+                # Elsewhere another number than the weights' would give a random head without a word.
+                num_classes=asked.get('num_classes') if is_file else None,
+                **asked.get('model_kwargs', {}),
+            ))
         if is_file:
             load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
         config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)

@@ -52,7 +52,7 @@ LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'ove
                    'ece_balanced'}
 SUMMARY_COLUMNS = (
     'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS),
-    'eval_tail_error', 'lr',  # tail_error is empty where the labels are balanced
+    'eval_tail_error', 'lr', 'calmix_weight',  # tail_error is empty where the labels are balanced
 )
 
 

@@ -96,7 +96,7 @@ from imbalance import (
     tell_tail,
 )
 from labels import choose_labels
-from methods import ALGORITHMS, Method, has_extra_class, lambda_u, warmup_updates
+from methods import ALGORITHMS, Method, has_extra_class, lambda_u, logit_margin_penalty, warmup_updates
 from metrics import EvalMeter
 from program import (
     STOPPED,
@@ -120,6 +120,7 @@ from sources import MAX_PIXELS, known_facts, unlabeled_split
 from splits import (
     Sources,
     agree_on_classes,
+    check_overlap,
     evaluation_name,
     identify,
     match_extra,
@@ -161,7 +162,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
-                       help='evaluation split (default: the first of validation, val, valid, test that exists)')
+                       help='evaluation split (default: the first of validation, val, valid, test that exists). A '
+                            'picture that is a labeled one too, by place or content, is refused; of published data '
+                            'sets up to a tenth are told')
     group.add_argument('--val-fraction', type=float, metavar='SHARE', default=None,
                        help='evaluate on, and choose best/ by, this share of every class of the training split, which '
                             'is then in neither the labeled nor the unlabeled set')
@@ -331,11 +334,16 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--softmatch-usb-stats', action=flag, default=False,
                        help='mean and variance of the aligned confidence, as the published code takes them, instead of '
                             'the plain one')
-    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.01,
-                       help='factor of the fairness term (default: 0.01)')
+    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.001,
+                       help='factor of the fairness term (default: 0.001, as in the published configurations)')
+    group.add_argument('--freematch-max-threshold', type=float, metavar='P', default=None,
+                       help='bound of the global threshold (default: 1, for svhn 0.95, as published)')
     group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
                        help='factor of a penalty on unlabeled logits that lie further below the top one than '
-                            '--logit-margin, a calibration baseline (arXiv 2403.15567; default: 0)')
+                            '--logit-margin, a calibration baseline (arXiv 2403.15567, which has 0.1; default: 0, off)')
+    group.add_argument('--logit-margin-rows', default='all', choices=['all', 'agreeing'],
+                       help='whose logits: of all unlabeled images, or as in the authors\' code of those with weight 1 '
+                            'whose strong view is predicted as the pseudo-label (default: all)')
     group.add_argument('--logit-margin', type=float, metavar='X', default=10., help='see there (default: 10)')
     group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
                        help='of the labeled loss, a calibration baseline (default: 0)')
@@ -351,11 +359,13 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
     group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
-                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs; ours: the '
-                            'paper\'s with equal weights and without ranking (default: paper)')
+                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs (after warmup '
+                            'it minimises 2 base + mix: this at twice the --lr and half the --weight-decay); ours: '
+                            'the paper\'s with equal weights and without ranking; steered: random pairs with equal '
+                            'weights, and a factor of the loss that finds itself (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
-                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours: 0.5, '
-                            'the others: 0.4)')
+                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours, '
+                            'steered: 0.5, the others: 0.4)')
     group.add_argument('--calmix-gamma-dist', default=None, choices=CHOICES['gamma_dist'],
                        help='a fixed weight, one draw per group and step, or one per pair (paper, ours: fixed, '
                             'authors-code: beta-batch). A fixed weight calibrates best in short runs')
@@ -370,7 +380,11 @@ def create_parser() -> argparse.ArgumentParser:
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
-                       help='factor of the mixup loss (presets: 1)')
+                       help='factor of the mixup loss (authors-code: 0.5, the others: 1)')
+    group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
+                       help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
+                            'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
+                            'each update (steered: 0.1, the others: 0, a fixed factor)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
                        help='easy and hard by the median of the batch of a process, of the joined batch of all '
                             'processes, or of the whole bank (presets: batch)')
@@ -454,7 +468,9 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
         if not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
-    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
+    if args.freematch_max_threshold is None:
+        args.freematch_max_threshold = 0.95 if 'svhn' in args.dataset.lower() else 1.
+    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
     if args.input_size is not None:
@@ -571,6 +587,7 @@ def build_calmix(
             space=args.calmix_space,
             loss=args.calmix_loss,
             weight=args.calmix_weight,
+            weight_rate=args.calmix_weight_rate,
             split=args.calmix_split,
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
@@ -596,7 +613,9 @@ def build_datasets(
     labels, unlabeled_index, position = choose_labels(args, train, num_classes), None, None
     if args.algorithm != 'supervised':
         unlabeled_index, position = place_labeled(args, sources, labels, num_classes)
-    identity = identify(args, sources, labels, unlabeled_index)
+    identity = identify(sources, labels, unlabeled_index)
+    extra = match_extra(args, train.class_names, num_classes) if args.extra_val else None
+    check_overlap(args, sources, labels, unlabeled_index, extra and extra[:2])
     recipe = dict(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
@@ -621,8 +640,8 @@ def build_datasets(
     labeled_set = with_views({'image': 'weak'}, train, labels.index, labels.trained, 'labeled')
     evaluation_set = with_views({'image': 'eval'}, sources.evaluation)
     extra_set = test_set = unlabeled_set = None
-    if args.extra_val:
-        extra_set = with_views({'image': 'eval'}, *match_extra(args, train.class_names, num_classes))
+    if extra is not None:
+        extra_set = with_views({'image': 'eval'}, *extra)
     if sources.test is not None:
         test_set = with_views({'image': 'eval'}, sources.test)
     if unlabeled_index is not None:
@@ -632,11 +651,6 @@ def build_datasets(
 
 
 # --- Step -------------------------------------------------------------------------------------------------------------
-
-def logit_margin_penalty(logits: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean over `[U, K]` of what the top logit exceeds the others by beyond the margin (arXiv 2403.15567)."""
-    return F.relu(logits.amax(1, keepdim=True) - logits - margin).mean()
-
 
 def supervised_step(
         model: nn.Module,
@@ -735,7 +749,8 @@ def semi_supervised_step(
     loss = loss_labeled + lambda_u(method, num_updates, args) * loss_unlabeled
     loss = loss + method.further_loss(out.strong_logits, weight, accelerator)
     if args.logit_margin_penalty:
-        loss = loss + args.logit_margin_penalty * logit_margin_penalty(out.strong_logits, args.logit_margin)
+        penalty = logit_margin_penalty(out.strong_logits, pseudo_label, weight, accelerator, args)
+        loss = loss + args.logit_margin_penalty * penalty
 
     loss_mixup = torch.zeros_like(loss)
     if calmix is not None:
@@ -926,6 +941,8 @@ def train_one_epoch(
             rate = (run.num_updates - first) / (time.perf_counter() - started)
             left = round((total - run.num_updates) / rate)
             skipped = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
+            if args.calibratemix and run.calmix.weight_rate > 0:
+                skipped = f'  mixup weight {float(run.calmix.weight):.3f}{skipped}'
             if bar.disable:
                 _logger.info(
                     f'epoch {epoch} update {run.num_updates}/{total}  {progress_words(means)}  '
@@ -1007,6 +1024,8 @@ def record_evaluation(
     row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
     row.update((f'train_{name}', train_metrics[name]) for name in TRAIN_COLUMNS)
     row.update((f'eval_{name}', metrics[name]) for name in (*EVAL_COLUMNS, 'tail_error') if name in metrics)
+    if args.calibratemix:
+        row['calmix_weight'] = float(run.calmix.weight)
     write_summary(folder / 'summary.csv', row)
     run.accelerator.log(row, step=run.num_updates)
     bins = {key: value.tolist() for key, value in meters['evaluation'].bins()._asdict().items()}

@@ -872,6 +872,13 @@ def find_labels(
     return None, own
 
 
+def check_unlabeled(own_index: torch.Tensor, train: Source, data: Namespace) -> None:
+    """Raises UsageError, before anything is evaluated, where pseudo-calibration has no image that was not labeled."""
+    if unlabeled_split(data) == data.train_split and len(train) - len(own_index.unique()) < 2:
+        raise UsageError(f'--calibration pseudo: all {len(train)} images of {data.train_split} were labeled in '
+                         'training; leave it out, or give other pictures as --unlabeled-split (a folder will do)')
+
+
 def mix_unlabeled(
         evaluate: Callable[..., Outputs],
         source: Source,
@@ -950,11 +957,15 @@ def evaluate_checkpoint(
                 _logger.warning(f'{name}: {known} of {len(index)} calibration images are labeled images of its '
                                 'training, where it is right more often than elsewhere: expect too low a temperature')
         labeled = evaluate(train, index, targets)
+    own_index = None
+    if own_file is not None and images.unlabeled is not None:
+        own_index = read_labels(own_file, train, model.num_classes, names)[0]
+        check_unlabeled(own_index, train, images.data)
     tested = evaluate(images.test, targets=test_targets)
     if images.unlabeled is not None:
         known = [tested]
-        if own_file is not None:
-            known.append(evaluate(train, read_labels(own_file, train, model.num_classes, names)[0]))
+        if own_index is not None:
+            known.append(evaluate(train, own_index))
         mixed = mix_unlabeled(evaluate, images.unlabeled, torch.cat([part.digest for part in known]), name, args)
         if run.get('calibratemix'):
             _logger.warning(f'{name}: it was trained with --calibratemix. On mixtures it is then as right and as '

@@ -25,6 +25,7 @@ import scaling
 import sources
 import validate
 from data import ViewDataset
+from labels import write_labels
 from program import RunError, UsageError
 from seeds import item_seed
 from sources import create_source
@@ -589,6 +590,16 @@ def test_mistakes_are_told_in_one_line(arguments, told, run_folder, evaluate, tm
     with pytest.raises(UsageError, match=told) as raised:
         evaluate(*arguments)
     assert '\n' not in str(raised.value)
+
+
+def test_pseudo_calibration_of_a_run_that_had_all_labels_is_refused_before_anything_is_evaluated(
+        run_copy, evaluate, monkeypatch,
+):
+    train = create_source('digits', None, 'train')
+    write_labels(run_copy / 'labels.json', torch.arange(len(train)), train.targets)
+    monkeypatch.setattr(validate, 'collect', lambda *args: pytest.fail('images were evaluated'))
+    with pytest.raises(UsageError, match=f'all {len(train)} images of train were labeled in training; leave it out'):
+        evaluate('--checkpoint', run_copy / 'best', '--calibration', 'pseudo')
 
 
 def test_other_classes_than_the_models_are_refused(run_folder, broken_folder, evaluate):
