@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
 from tqdm import tqdm
@@ -113,7 +113,7 @@ from program import (
     setup_accelerator,
     takes_bar,
 )
-from schedule import build_scheduler, step_scheduler
+from schedule import build_optimizer, build_scheduler, step_scheduler
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import MAX_PIXELS, known_facts, unlabeled_split
@@ -532,24 +532,6 @@ def share_batch(args: argparse.Namespace, num_processes: int) -> None:
             raise UsageError(f'--global-batch-size {args.global_batch_size}: not divisible by {num_processes} '
                              f'process(es) x --grad-accum-steps {args.grad_accum_steps}')
         args.batch_size = args.global_batch_size // parts
-
-
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    asked = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            **asked,
-        )
-    except (ValueError, IndexError, TypeError, ImportError) as error:
-        raise UsageError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
-    for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
-        raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
-    return optimizer
 
 
 def build_calmix(
