@@ -468,8 +468,6 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
         if not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
-    if args.freematch_max_threshold is None:
-        args.freematch_max_threshold = 0.95 if 'svhn' in args.dataset.lower() else 1.
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
