@@ -169,9 +169,6 @@ class Source:
         seldom for others. There PNG has its checksum, and compressed data its most random part."""
         return np.array([_tail(data) for data in self.data_of(index.tolist())], np.int64)
 
-    def bits_at(self, index: int) -> int:
-        return self.bits
-
     def image(self, index: int, least: int | None = None) -> Image.Image:
         """RGB picture of an index; `least` as of `decode_image`.
 
@@ -179,7 +176,7 @@ class Source:
             ImageError: If it cannot be decoded.
         """
         try:
-            return decode_image(self.data(index), least, self.bits_at(index), self.max_pixels)
+            return decode_image(self.data(index), least, self.bits, self.max_pixels)
         except DECODE_ERRORS as error:
             reason = 'a pointer of Git LFS, without the data (git lfs pull)' if self._is_pointer(index) else error
             raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {reason}') from error
@@ -352,7 +349,7 @@ class JoinedSource(Source):
     name; images of classes that it lacks count as unlabeled."""
 
     def __init__(self, parts: Sequence[Source]):
-        self.parts = parts
+        self.parts, self.bits = parts, max(part.bits for part in parts)
         self.targets = torch.cat([part.targets for part in parts])
         self.starts = np.cumsum([0, *map(len, parts)]).tolist()
         labeled = [(start, part) for start, part in zip(self.starts, parts) if (part.targets >= 0).any()]
@@ -398,10 +395,6 @@ class JoinedSource(Source):
         part, index = self._find(index)
         return part.where(index)
 
-    def bits_at(self, index: int) -> int:
-        part, index = self._find(index)
-        return part.bits_at(index)
-
     def file_paths(self) -> list[str] | None:
         paths = [part.file_paths() for part in self.parts]
         return None if None in paths else [path for part in paths for path in part]
@@ -413,7 +406,7 @@ class PartSource(Source):
     def __init__(self, source: Source, index: torch.Tensor):
         self.source, self.index = source, index
         self.targets, self.class_names = source.targets[index], source.class_names
-        self.max_pixels = source.max_pixels
+        self.bits, self.max_pixels = source.bits, source.max_pixels
 
     def data(self, index: int) -> bytes | str | np.ndarray:
         return self.source.data(int(self.index[index]))
@@ -426,9 +419,6 @@ class PartSource(Source):
 
     def tails(self, index: np.ndarray) -> np.ndarray:
         return self.source.tails(self.index.numpy()[index])
-
-    def bits_at(self, index: int) -> int:
-        return self.source.bits_at(int(self.index[index]))
 
     def file_paths(self) -> list[str] | None:
         paths = self.source.file_paths()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from digests import MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
+from folders import tell
 from labels import Labels, match_classes
 from program import UsageError, name_some
 from seeds import item_seed
@@ -78,7 +79,19 @@ def open_sources(args: argparse.Namespace) -> Sources:
         raise UsageError(f'--test-split {name}: best/ is chosen on it; choose by another one: --val-fraction holds out '
                          'a part of the training split')
     test = open_source(args, args.test_split) if args.test_split else None
+    bits = max(train.bits, unlabeled.bits)
+    for source in (train, unlabeled, evaluation, test):
+        if source is not None:
+            use_bits(source, bits)
     return Sources(train, unlabeled, evaluation, test, held_out)
+
+
+def use_bits(source: Source, bits: int) -> None:
+    """Takes a source's deep greyscale as of the bits that training found in its pictures; 8: it found none."""
+    if bits > 8 and source.bits != bits:
+        rest = ' and the others of its set' if len(source) > 1 else ''
+        tell(f'{source.where(0)}{rest}: greyscale of more than 8 bits is taken as {bits} bits, as in training')
+        source.bits = bits
 
 
 def evaluation_name(args: argparse.Namespace, evaluation: Source) -> str:
@@ -145,7 +158,7 @@ def tell_missing(what: str, source: Source, other: str, classes: torch.Tensor, n
                                                    'out a part of every class' if '[' in what else ''))
 
 
-def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_classes: int):
+def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_classes: int, bits: int):
     """The second evaluation set, the images of it that show a class of the run `[n]`, and their labels `[n]`, int64.
 
     Copies of ImageNet and WebVision number their classes alike, and the mini variant has the first 50.
@@ -154,6 +167,7 @@ def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_cla
         UsageError: If no class is shared.
     """
     extra = create_source(args.extra_val, args.extra_val_dir, None, max_pixels=args.max_pixels)
+    use_bits(extra, bits)
     numbering = known_facts(args.dataset).get('numbering')
     alike = numbering is not None and numbering == known_facts(args.extra_val).get('numbering')
     alike = alike and len(extra.class_names or ()) == 1000 and len(class_names or ()) in (50, 1000)
@@ -206,6 +220,7 @@ class Identity:
     Attributes:
         class_names: In the run's order, or None.
         sizes: Images of the training split, the unlabeled set and the evaluation set.
+        bits: Of the training images' deep greyscale, see `pictures.find_bits`.
         rows: Labeled images that are digested, `[d]` int64 rows of the labeled set.
         digests: Theirs, `[d]` int64.
         sample: Digests of images spread over the unlabeled set, `[s]` int64.
@@ -213,13 +228,14 @@ class Identity:
     """
     class_names: list[str] | None
     sizes: list[int]
+    bits: int
     rows: torch.Tensor
     digests: torch.Tensor
     sample: torch.Tensor
     place: Callable[[int], str]
 
     def state(self) -> dict:
-        return {key: getattr(self, key) for key in ('class_names', 'sizes', 'digests', 'sample')}
+        return {key: getattr(self, key) for key in ('class_names', 'sizes', 'bits', 'digests', 'sample')}
 
     def check(self, old: dict, what: str, same_places: bool) -> None:
         """Raises UsageError unless a checkpoint's data are these; tells of an evaluation set of another size.
@@ -236,6 +252,9 @@ class Identity:
         for name, then, now in zip(('training split', 'unlabeled set'), old['sizes'], self.sizes):
             if then != now:
                 raise UsageError(f'{what}: the data has changed: the {name} had {then} images and has {now}')
+        if old.get('bits', self.bits) != self.bits:  # not in older checkpoints
+            raise UsageError(f'{what}: the data has changed: greyscale was taken as {old["bits"]} bits, and is now '
+                             f'taken as {self.bits}')
         if old['sizes'][2] != self.sizes[2]:
             _logger.warning(f'{what}: the evaluation set had {old["sizes"][2]} images and has {self.sizes[2]}')
         order = torch.equal(old['digests'].sort().values, self.digests.sort().values)
@@ -268,6 +287,7 @@ def identify(
     return Identity(
         sources.train.class_names,
         [len(sources.train), 0 if unlabeled_index is None else len(unlabeled_index), len(sources.evaluation)],
+        sources.train.bits,
         rows,
         digests,
         sample,

@@ -588,7 +588,7 @@ def build_datasets(
     if args.algorithm != 'supervised':
         unlabeled_index, position = place_labeled(args, sources, labels)
     identity = identify(sources, labels, unlabeled_index)
-    extra = match_extra(args, train.class_names, num_classes) if args.extra_val else None
+    extra = match_extra(args, train.class_names, num_classes, train.bits) if args.extra_val else None
     check_overlap(args, sources, labels, unlabeled_index, extra and extra[:2])
     recipe = dict(
         img_size=data_config.input_size[1],

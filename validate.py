@@ -49,7 +49,7 @@ from backbone import (
     evaluate_batches,
     load_model,
 )
-from checkpoint import read_run
+from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import LEVELS, measure_decisions
 from figures import (
@@ -904,6 +904,7 @@ def evaluate_checkpoint(
 ) -> Result:
     """A model's outputs on all sets of images, on every process."""
     model, config, view = load_model(args, checkpoint, run)
+    use_kept_bits(checkpoint, [images.test, images.calibration, images.unlabeled, *images.ood.values()])
     given = run.get('num_classes') if args.num_classes is None else args.num_classes
     names, by_number = class_names_of(model), args.num_classes is not None and not run
     test_targets = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
@@ -932,6 +933,7 @@ def evaluate_checkpoint(
     if labels_file is not None or (own_file is not None and images.unlabeled is not None):
         with once_a_machine(accelerator):
             train = open_source(data, data.train_split)
+        use_kept_bits(checkpoint, [train])
     if labels_file is not None:
         index, targets, _ = read_labels(labels_file, train, model.num_classes, names)
         if args.calibration_from_labeled is not None and own_file is not None:

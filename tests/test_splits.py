@@ -21,6 +21,7 @@ from PIL import Image
 import checkpoint
 import digests
 import mislabeled
+import predict
 import program
 import splits
 import train_ssl
@@ -219,6 +220,40 @@ def test_of_a_published_set_a_few_are_told_and_many_refused(own, monkeypatch, ca
     args.dataset = f'{own}'
     with pytest.raises(UsageError, match='3 pictures of test'):
         splits.check_overlap(args, splits.Sources(train, train, test), labels, None)
+
+
+@pytest.mark.parametrize('form', ['png', 'tiff'])
+def test_deep_greyscale_is_scaled_as_in_training_wherever_it_is_evaluated(tmp_path, train_own, evaluate, form, caplog):
+    """Training holds values up to 4095, so 12 bits; each other picture alone would point to 10 bits or 8."""
+    generator = np.random.default_rng(0)
+
+    def save(path, pixels):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+    for split, largest in (('train', 4096), ('val', 600), ('dark', 200), ('ood', 900)):
+        for i in range(6):
+            pixels = generator.integers(0, largest, (8, 8), dtype=np.uint16)
+            save(tmp_path / 'deep' / split / 'ab'[i % 2] / f'{i}.{form}', pixels)
+            save(tmp_path / 'flat' / split / 'ab'[i % 2] / f'{i}.png', (pixels >> 4).astype(np.uint8))
+    run = train_own(form, '--data-dir', tmp_path / 'deep', '--in-chans', '1')
+    assert 'val/a/0' in caplog.text and 'taken as 12 bits, as in training' in caplog.text
+    assert json.loads((run / 'last' / 'config.json').read_text())['grey_bits'] == 12
+    logged = json.loads((run / 'last' / 'metrics.json').read_text())
+    found = {}
+    for kind in ('deep', 'flat'):
+        flags = ('--checkpoint', run / 'last', '--data-dir', tmp_path / kind)
+        found[kind] = [evaluate(*flags, '--split', split)['nll'] for split in ('val', 'dark')]
+        ending = form if kind == 'deep' else 'png'
+        run_in_process(predict, tmp_path / kind / 'ood' / 'a' / f'0.{ending}', '--checkpoint', run / 'last', '-j', 0,
+                       '--results-dir', tmp_path / 'table', '--device', 'cpu', '--no-console-results')
+        found[kind] += (tmp_path / 'table' / 'predictions.csv').read_text().splitlines()[1].split(',')[1:]
+    assert found['deep'] == found['flat'] and found['deep'][0] == pytest.approx(logged['nll'], abs=1e-6)
+    state = checkpoint.read_checkpoint(next(run.glob('checkpoint-*.safetensors')))
+    assert state['identity']['bits'] == 12
+    (run / 'last' / 'config.json').write_text('{"grey_bits": "twelve"}')
+    with pytest.raises(UsageError, match='grey_bits is twelve; expected a whole number'):
+        checkpoint.use_kept_bits(run / 'last', [])
 
 
 def test_copies_of_imagenet_are_matched_by_number_where_they_share_no_name(monkeypatch, caplog):
