@@ -27,7 +27,17 @@ from torchvision import datasets as tv_datasets
 
 import filelists
 from folders import from_stored, image_folder, index_table, is_hidden, tell, webvision_splits
-from pictures import DECODE_ERRORS, MAX_PIXELS, decode_image, find_bits
+from pictures import (
+    DECODE_ERRORS,
+    FRAME_ENDINGS,
+    FRAMES_LOOKED_AT,
+    LOOKED_AT,
+    MAX_PIXELS,
+    count_frames,
+    decode_image,
+    find_bits,
+    spread_indices,
+)
 from program import RunError, UsageError, readable
 from tables import (
     LFS_POINTER,
@@ -164,6 +174,10 @@ class Source:
         """Bytes of undecoded images, as `[n]` int64; 0 for what is not there. A subclass need not read them for it."""
         return np.array([_size(data) for data in self.data_of(index.tolist())], np.int64)
 
+    def in_files(self) -> bool:
+        """Whether images have to be opened to be looked into; those of tables and arrays lie in memory, or as if."""
+        return False
+
     def tails(self, index: np.ndarray) -> np.ndarray:
         """A number for each undecoded image by a few bytes near its end, as `[n]` int64: equal for equal images, and
         seldom for others. There PNG has its checksum, and compressed data its most random part."""
@@ -190,6 +204,10 @@ class Source:
         except (OSError, ValueError):
             return False
         return isinstance(data, bytes) and data.startswith(LFS_POINTER)
+
+    def ending_with(self, endings: Sequence[str]) -> Sequence[int]:
+        """Positions of the images whose files' names end so, in lower case, as far as they have names."""
+        return []
 
     def file_paths(self) -> list[str] | None:
         """The file behind every image, or its name where the set holds the bytes; None if it has no such names."""
@@ -269,6 +287,14 @@ class HFSource(Source):
         paths = pc.struct_field(column, 'path')
         return None if paths.null_count else [*map(from_stored, paths.to_pylist())]
 
+    def ending_with(self, endings: Sequence[str]) -> Sequence[int]:
+        column = self.dataset.with_format('arrow')[:].column(self.input_key)
+        if not pa.types.is_struct(column.type):
+            return []
+        ends = pc.ascii_lower(pc.utf8_slice_codeunits(pc.struct_field(column, 'path'), -max(map(len, endings)), None))
+        found = [pc.ends_with(ends, ending) for ending in endings]
+        return np.logical_or.reduce([mask.fill_null(False).to_numpy() for mask in found]).nonzero()[0]
+
     def data(self, index: int) -> bytes | str:
         cell = self.dataset[index][self.input_key]
         if isinstance(cell, dict):
@@ -291,6 +317,9 @@ class HFSource(Source):
         for cells in self.dataset.with_format('arrow')[:].column(self.input_key).chunks:  # joined, they would be copied
             yield start, cells.field('bytes') if pa.types.is_struct(cells.type) else cells
             start += len(cells)
+
+    def in_files(self) -> bool:
+        return any(cells.null_count for _, cells in self._cells())
 
     def sizes(self, index: np.ndarray) -> np.ndarray:
         sizes = [pc.binary_length(cells).fill_null(-1).to_numpy(zero_copy_only=False) for _, cells in self._cells()]
@@ -385,6 +414,9 @@ class JoinedSource(Source):
             found[rows] = getattr(part, what)(index[rows] - start)
         return found
 
+    def in_files(self) -> bool:
+        return any(part.in_files() for part in self.parts)
+
     def sizes(self, index: np.ndarray) -> np.ndarray:
         return self._of_parts('sizes', index)
 
@@ -413,6 +445,9 @@ class PartSource(Source):
 
     def data_of(self, index: Sequence[int]) -> Iterable[bytes | str | np.ndarray]:
         return self.source.data_of(self.index[torch.as_tensor(index)].tolist())
+
+    def in_files(self) -> bool:
+        return self.source.in_files()
 
     def sizes(self, index: np.ndarray) -> np.ndarray:
         return self.source.sizes(self.index.numpy()[index])
@@ -770,7 +805,7 @@ def create_source(
             raise UsageError(f'{shown}: no slices such as {split} of torchvision\'s arrays')
         opened.split = split
         return opened
-    bits = tell_bits(HFSource(opened, f'{shown} {base}', input_key, labeled=False))  # its slices are scaled alike
+    bits = look_at(HFSource(opened, f'{shown} {base}', input_key, labeled=False))  # its slices are scaled alike
     start = 0
     if bracket:
         try:
@@ -795,17 +830,26 @@ def create_source(
     return source
 
 
-def tell_bits(source: Source) -> int:
-    """Bits of the source's greyscale pictures; see `find_bits`."""
+def look_at(source: Source) -> int:
+    """Looks at pictures of a source: returns the bits of deep greyscale (see `find_bits`), and tells of these, and of
+    files that hold several pictures."""
     bits, note = find_bits(source.data, len(source))
-    tell(note and f'{getattr(source, "name", "") or source.where(0)}: {note}')
+    name = getattr(source, 'name', '')
+    tell(note and f'{name or source.where(0)}: {note}')
+    likely = source.ending_with(FRAME_ENDINGS)
+    looked_at = {*spread_indices(len(source), LOOKED_AT)}
+    looked_at |= {int(likely[i]) for i in spread_indices(len(likely), FRAMES_LOOKED_AT)} if len(likely) else set()
+    several = count_frames(source.data, sorted(looked_at))
+    if several:
+        tell(f'{name and f"{name}: "}{len(several)} of {len(looked_at)} files looked at hold several frames or pages, '
+             f'such as {source.where(several[0])}; the first of each is taken')
     return bits
 
 
 def plain_folder(folder: str, max_pixels: int = MAX_PIXELS) -> Source:
     """All images below a folder, without labels."""
     source = HFSource(image_folder(Path(folder), flat=True), folder, labeled=False)
-    source.bits, source.max_pixels = tell_bits(source), max_pixels
+    source.bits, source.max_pixels = look_at(source), max_pixels
     return source
 
 

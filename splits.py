@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from digests import MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
+from digests import COMPARED_FILES, MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
 from folders import tell
 from labels import Labels, match_classes
 from program import UsageError, name_some
@@ -347,28 +347,29 @@ def check_overlap(
     if unlabeled_index is not None:
         unlabeled = Contents(sources.unlabeled, unlabeled_index)
         for images in evaluated:
-            found = find_shared(images, unlabeled)
+            found, least = find_shared(images, unlabeled)
             if len(found):
-                _logger.warning(f'{len(found)} of the {len(images.contents.whole)} images to evaluate ({images.name}'
-                                f'{images.contents.told}) are in the unlabeled set{unlabeled.told} too: the network '
-                                'sees them in training, without their labels')
+                _logger.warning(f'{least}{len(found)} of the {len(images.contents.whole)} images to evaluate '
+                                f'({images.name}) are in the unlabeled set too: the network sees them in training, '
+                                'without their labels')
     for images in evaluated if sources.test is not None else []:
         tested = evaluated[1]
-        found = [] if images is tested else find_shared(tested, images.contents, images.same_set)
+        if images is tested:
+            continue
+        found, least = find_shared(tested, images.contents, images.same_set)
         if len(found):
             used = f', and best/ is chosen on them by {args.eval_metric}' if images is evaluated[0] else ''
-            _logger.warning(f'{len(found)} of the {len(tested.contents.whole)} images of {tested.name}'
-                            f'{tested.contents.told} are in {images.name}{images.contents.told} too: they are '
-                            f'evaluated before the end{used}')
+            _logger.warning(f'{least}{len(found)} of the {len(tested.contents.whole)} images of {tested.name} are in '
+                            f'{images.name} too: they are evaluated before the end{used}')
 
 
-def find_shared(images: Evaluated, others: Contents, same_set: bool = True) -> torch.Tensor:
-    """Which evaluated images are among others, by position or content, `[n]` int64."""
-    found = shared_pictures(images.contents, others)[0]
+def find_shared(images: Evaluated, others: Contents, same_set: bool = True) -> tuple[torch.Tensor, str]:
+    """Which evaluated images are among others, by position or content, `[n]` int64, and 'at least ' or ''."""
+    found, _, least = shared_pictures(images.contents, others, COMPARED_FILES)
     if images.same_set and same_set:
         place = locate(others.source, images.contents.source)[others.whole]
         found = torch.cat([found, place[place >= 0]])
-    return found.unique()
+    return found.unique(), least
 
 
 def refuse_labeled(images: Evaluated, labeled: Contents) -> None:
@@ -382,13 +383,13 @@ def refuse_labeled(images: Evaluated, labeled: Contents) -> None:
             raise UsageError(f'{len(both)} of the {len(labeled.whole)} labeled training images are among the images to '
                              f'evaluate ({images.name}), such as {where(labeled, both[0])}: give slices that do not '
                              'overlap, or --val-fraction to hold out a part of the training split')
-    found, same = shared_pictures(images.contents, labeled)
+    found, same, least = shared_pictures(images.contents, labeled)
     if not len(found):
         return
     pairs = [f'{where(images.contents, i)} (as {where(labeled, j)})' for i, j in zip(found[:3], same)]
     more = f' and {len(found) - 3} more' if len(found) > 3 else ''
-    told = (f'{len(found)} pictures of {images.name}{images.contents.told} are the same as labeled ones{labeled.told} '
-            f'of training: {", ".join(pairs)}{more}')
+    told = (f'{least}{len(found)} pictures of {images.name} are the same as labeled ones of training: '
+            f'{", ".join(pairs)}{more}')
     if not images.published or len(found) > PUBLISHED_MOST * len(images.contents.index):
         raise UsageError(f'{told}; take them out of one of the two')
     _logger.warning(f'{told}; the set is published so, and they count')
