@@ -9,7 +9,8 @@ import torch
 
 from digests import COMPARED_FILES, MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
 from folders import tell
-from labels import Labels, match_classes
+from imbalance import draw_unlabeled, draws_unlabeled
+from labels import Labels, label_seed, match_classes
 from program import UsageError, name_some
 from seeds import item_seed
 from sources import (
@@ -187,9 +188,11 @@ def place_labeled(
         args: argparse.Namespace,
         sources: Sources,
         labels: Labels,
+        num_classes: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which images of the unlabeled split are used, `[U]` int64, and where among them the labeled ones stand, `[L]`
-    int64 (-1: nowhere; None where --exclude-labeled leaves them out). Held-out images are not used.
+    int64 (-1: nowhere; None where --exclude-labeled leaves them out). Held-out images are not used, nor those that a
+    draw with --unlabeled-imbalance-factor leaves out.
     """
     index = torch.arange(len(sources.unlabeled))
     everywhere = locate(sources.train, sources.unlabeled)
@@ -201,6 +204,10 @@ def place_labeled(
             _logger.warning(f'--exclude-labeled: no labeled image is known to be in split {unlabeled_split(args)}, and '
                             'none is left out')
         index = index[~torch.isin(index, position)]
+    if draws_unlabeled(args):
+        index = draw_unlabeled(args, sources.unlabeled.targets, index, num_classes, label_seed(args),
+                               sources.train.class_names)
+    if args.exclude_labeled:
         position = None
     elif len(index) < len(sources.unlabeled):
         place = torch.full((len(sources.unlabeled) + 1,), -1)
