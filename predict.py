@@ -53,7 +53,7 @@ from backbone import (
     evaluate_batches,
     load_model,
 )
-from checkpoint import read_run
+from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import SET_SCORES, class_scores, kept_level, scaled_probs, set_sizes, threshold_from_confidence
 from figures import Cell, contact_sheet
@@ -791,6 +791,7 @@ def main(args: Namespace) -> None:
     with once_a_machine(accelerator):  # downloads and caches are written once
         source = open_all(args)
         model, config, view = load_model(args, checkpoint, run)
+    use_kept_bits(checkpoint, [source])
     model.eval().to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)

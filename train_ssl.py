@@ -162,9 +162,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
-                       help='evaluation split (default: the first of validation, val, valid, test that exists). A '
-                            'picture that is a labeled one too, by place or content, is refused; of published data '
-                            'sets up to a tenth are told')
+                       help='evaluation split (default: the first of validation, val, valid, test that exists)')
     group.add_argument('--val-fraction', type=float, metavar='SHARE', default=None,
                        help='evaluate on, and choose best/ by, this share of every class of the training split, which '
                             'is then in neither the labeled nor the unlabeled set')
@@ -594,7 +592,7 @@ def build_datasets(
     if args.algorithm != 'supervised':
         unlabeled_index, position = place_labeled(args, sources, labels, num_classes)
     identity = identify(sources, labels, unlabeled_index)
-    extra = match_extra(args, train.class_names, num_classes) if args.extra_val else None
+    extra = match_extra(args, train.class_names, num_classes, train.bits) if args.extra_val else None
     check_overlap(args, sources, labels, unlabeled_index, extra and extra[:2])
     recipe = dict(
         img_size=data_config.input_size[1],

@@ -51,7 +51,7 @@ from backbone import (
     evaluate_batches,
     load_model,
 )
-from checkpoint import read_run
+from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import LEVELS, measure_decisions
 from figures import (
@@ -947,6 +947,7 @@ def evaluate_checkpoint(
 ) -> Result:
     """A model's outputs on all sets of images, on every process."""
     model, config, view = load_model(args, checkpoint, run)
+    use_kept_bits(checkpoint, [images.test, images.calibration, images.unlabeled, *images.ood.values()])
     names = class_names_of(model)
     test_targets, fit_targets = labels_to_use(images, model, run, args)
     model.eval().to(accelerator.device)
@@ -969,6 +970,7 @@ def evaluate_checkpoint(
     if labels_file is not None or (own_file is not None and images.unlabeled is not None):
         with once_a_machine(accelerator):
             train = open_source(data, data.train_split)
+        use_kept_bits(checkpoint, [train])
         own = own_file and read_labels(own_file, train, model.num_classes, names)
     if labels_file is not None:
         found = own if labels_file == own_file else read_labels(labels_file, train, model.num_classes, names)
