@@ -88,6 +88,7 @@ from seeds import item_seed
 from sources import (
     SOURCE_FLAGS,
     ImageError,
+    NoEvaluationSplit,
     PartSource,
     Source,
     locate,
@@ -113,7 +114,8 @@ OOD_SCORES = ('msp', 'energy', 'margin')
 
 def create_validate_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = ArgumentParser(description='Calibration report of trained classifiers.')
+    parser = ArgumentParser(description='Calibration report of trained classifiers.',
+                            stray='; weights are given as --checkpoint RUN/last')
     group = parser.add_argument_group('Checkpoints')
     group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
                        help='folders of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '
@@ -307,7 +309,14 @@ def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None
     """A split of the data, or what --val-fraction held out; `run` is the folder whose args.yaml names the data."""
     if split == HELD_OUT:
         return open_held_out(data, checkpoints)
-    return open_source(data, split) if run is None else open_run_source(data, split, run)
+    try:
+        return open_source(data, split) if run is None else open_run_source(data, split, run)
+    except NoEvaluationSplit:
+        if split is not None or getattr(data, 'val_fraction', None) is None:
+            raise
+        _logger.info(f'There is no evaluation split, so that --split {HELD_OUT} is taken: what --val-fraction held out')
+        data.val_split = HELD_OUT
+        return open_held_out(data, checkpoints)
 
 
 def split_names(split: str) -> set[str]:

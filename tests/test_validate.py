@@ -602,6 +602,19 @@ def test_pseudo_calibration_of_a_run_that_had_all_labels_is_refused_before_anyth
         evaluate('--checkpoint', run_copy / 'best', '--calibration', 'pseudo')
 
 
+def test_where_no_split_is_one_for_evaluation_what_the_run_held_out_is_evaluated(tmp_path, monkeypatch):
+    for name in 'ab':
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'train' / name / '0.png')
+    run = Namespace(**dict(sources.SOURCE_FLAGS, data_dir=str(tmp_path), val_fraction=None))
+    with pytest.raises(UsageError, match=r'splits train is named .* \(train_ssl.py --val-fraction 0.2\)'):
+        validate.open_split(run, None, [None], None)
+    run.val_fraction = 0.5
+    monkeypatch.setattr(validate, 'open_held_out', lambda *args: 'what was held out')
+    assert validate.open_split(run, None, [None], None) == 'what was held out'
+    assert run.val_split == 'held-out'
+
+
 def test_other_classes_than_the_models_are_refused(run_folder, broken_folder, evaluate):
     with pytest.raises(UsageError, match='images are of classes that the model does not have'):
         evaluate('--checkpoint', run_folder / 'best', '--dataset', broken_folder)
