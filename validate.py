@@ -523,6 +523,10 @@ def scale(result: Result, data: Namespace) -> None:
         if at_bound:
             _logger.warning(f'{result.name}: the temperature without labels is at its bound of {value:g}, since the '
                             f'likelihood of {len(result.mixed.index)} mixtures has no maximum')
+        elif value < 1:  # seen on solar cells, alike as they are, and after training with mixing
+            _logger.warning(f'{result.name}: the temperature without labels is {value:.2f}, which makes it surer than '
+                            'it was. Where mixtures are too easy to tell, that is wrong: compare it with one from '
+                            'labels (--calibration-split)')
     elif fit_on is None:
         value = saved_temperature(result.checkpoint, data)
         if value is not None:

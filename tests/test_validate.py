@@ -290,6 +290,17 @@ def test_pseudo_calibration_equals_a_plain_loop_and_never_sees_labeled_or_evalua
     assert found['temperature'] == pytest.approx(temperature, rel=1e-4)
 
 
+def test_a_temperature_without_labels_that_makes_a_model_surer_is_told(caplog):
+    logits = torch.tensor([[1., 0.]] * 9 + [[0., 1.]])
+    for factor, told in ((1., True), (4., False)):
+        some = validate.Outputs(torch.arange(10), torch.zeros(10).long(), torch.arange(10), factor * logits)
+        result = validate.Result('run', None, None, some, None, None, some, {})
+        caplog.clear()
+        validate.scale(result, Namespace())
+        assert result.parameters['pseudo']['temperature'] == pytest.approx(factor / np.log(9), rel=1e-3)
+        assert ('0.46, which makes it surer than it was' in caplog.text) == told
+
+
 def test_classes_and_their_confusions_are_counted_by_name(comparison):
     table = pq.read_table(comparison[0] / 'run' / 'predictions.parquet')
     pairs = list(zip(table['target'].to_pylist(), table['predicted'].to_pylist()))
