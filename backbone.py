@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.data import create_transform, resolve_data_config, resolve_input_data_config
@@ -98,6 +99,8 @@ def describe_averages(model: nn.Module, args: argparse.Namespace) -> str:
     statistics = ''
     if args.algorithm in ('softmatch', 'freematch'):
         statistics = f'; --stat-momentum {args.stat_momentum:.4g}'
+    if args.algorithm == 'freematch' and args.freematch_max_threshold < 1:
+        statistics += f', thresholds of at most {args.freematch_max_threshold:g} (--freematch-max-threshold)'
     return f'{args.epochs * args.train_steps_per_epoch:,} updates; evaluated: {weights}{norm}{statistics}'
 
 
@@ -120,6 +123,7 @@ class Average(ModelEmaV3):
 
 
 def build_ema(model: nn.Module, args: argparse.Namespace) -> Average:
+    """The average. As timm's it starts from the weights after the first update; USB's starts from the initial ones."""
     return Average(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 
@@ -149,6 +153,23 @@ def average_lags(student: nn.Module, average: nn.Module, feed: Feed, accelerator
             f'{total_average / count:.2f}) than the network in training ({total / count:.2f}): the average or the '
             'batch-norm statistics are still those of long ago. --model-ema-warmup, a lower --model-ema-decay, a '
             'larger --bn-momentum or more updates help')
+
+
+@torch.no_grad()
+def share_batch_norm(model: nn.Module, accelerator: Accelerator, how: str) -> None:
+    """Makes the running batch-norm statistics the same on all processes, in one collective.
+
+    Done after every update, so that the averaged weights, an evaluation and a checkpoint are those of all processes.
+    """
+    # Frozen ones are in evaluation mode. A mean over processes could change their last digits.
+    buffers = [buffer for module in model.modules() if module.training
+               for name, buffer in module.named_buffers(recurse=False) if name in ('running_mean', 'running_var')]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = accelerator.reduce(flat, 'mean') if how == 'reduce' else broadcast(flat)
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(part.view_as(buffer))
 
 
 # --- The network ------------------------------------------------------------------------------------------------------
