@@ -417,7 +417,8 @@ def test_the_contact_sheet_shows_both_ends_of_each_class(model, photos, run, tmp
     for row in rows:
         files.setdefault(row['label'], set()).add(Path(row['filename']).name)
     for label, confidence in by_class.items():
-        cells = [cell for title, cells in parts for cell in cells if title.startswith(f'{" ".join(label.split())}: the ')]
+        title = f'{" ".join(label.split())}: the '
+        cells = [cell for heading, cells in parts for cell in cells if heading.startswith(title)]
         assert {cell.label for cell in cells} <= files[label]
         shown = [float(cell.note.split()[0]) for cell in cells]
         most = -(-len(confidence) // 2)
