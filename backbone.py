@@ -599,8 +599,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
                        help='of --amp (default: the run\'s, else bfloat16; timm\'s is float16)')
     group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
     group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
-    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
-                       help='loading processes, per process (default: 4)')
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=None,
+                       help='loading processes, per process, no more than there are processors (default: 4 at most)')
     group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
 
 

@@ -271,6 +271,10 @@ def read_decisions(args: Namespace, checkpoint: Path | None, config: DataConfig)
         try:
             saved = read_temperature(checkpoint) or {}
             found.temperature = saved.get('temperature', 1.)
+            if saved:
+                _logger.info(f'Confidences are those after temperature {found.temperature:.3f}, which was fitted '
+                             f'{saved.get("fitted", "with labels")} on {saved.get("images")} images of '
+                             f'{saved["split"]}')
             level = kept = None
             if args.target_accuracy is not None:
                 level = _find_kept(saved.get('thresholds'), args.target_accuracy, '--target-accuracy', where)
@@ -280,9 +284,9 @@ def read_decisions(args: Namespace, checkpoint: Path | None, config: DataConfig)
                     raise UsageError(f'--target-accuracy {args.target_accuracy:g}: no confidence reached {level} on '
                                      f'the {saved.get("images")} images of {saved["split"]}; give a lower one')
                 found.threshold = float(kept['threshold'])
-                told = f'{100 * kept["coverage"]:.0f} % of {saved.get("images")} images of {saved["split"]}'
-                _logger.info(f'Accepted from confidence {found.threshold:.4f} on: of {told} that were, '
-                             f'{100 * kept["accuracy"]:.1f} % were right (95 % interval '
+                _logger.info(f'Accepted from confidence {found.threshold:.4f} on: that were '
+                             f'{100 * kept["coverage"]:.0f} % of the {saved.get("images")} images of {saved["split"]}, '
+                             f'and {100 * kept["accuracy"]:.1f} % of them were right (95 % interval '
                              f'{100 * kept["accuracy_low"]:.1f} to {100 * kept["accuracy_high"]:.1f} %)')
             level = None
             if found.sets:
@@ -436,7 +440,7 @@ def predict(
     loader = create_loader(dataset, batches, args.workers if batches else 0, args.pin_mem)
     visible = accelerator.is_main_process
     with (
-        tqdm(total=len(source), unit='picture', dynamic_ncols=True, disable=not visible) as bar,
+        tqdm(total=len(source), unit='picture', dynamic_ncols=True, disable=None if visible else True) as bar,
         logging_redirect_tqdm() if visible else nullcontext(),
     ):
         for batch, logits in evaluate_batches(model, loader, size, config, accelerator, args.channels_last):
@@ -690,7 +694,9 @@ def split_folders(
 
 
 def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str], decisions: Decisions) -> None:
-    """Writes the most and the least sure pictures of each class, of the classes with the most pictures."""
+    """Writes the most and the least sure pictures of each class, with their files' names, of the classes with the most
+    pictures.
+    """
     confidence, first = found.probs[:, 0], np.where(found.good, found.classes[:, 0], -1)
     sure = accepted(found, decisions)
     classes = [k for k, _ in Counter(first[found.good].tolist()).most_common()]
@@ -701,7 +707,7 @@ def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str],
         image = source.image(int(row))
         image.thumbnail((192, 192))  # never enlarges
         note = f'{confidence[row]:.3f}' + ('' if sure[row] else f' {UNSURE}')
-        return Cell(image, names[first[row]], None, note)
+        return Cell(image, os.path.basename(printable(source.where(int(row)))), None, note)
 
     parts = []
     for k in classes[:SHEET_CLASSES]:

@@ -142,6 +142,7 @@ def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     parser = ArgumentParser(
         description='Semi-supervised training of any timm classifier, with CalibrateMix.',
+        stray='; pictures are given as --data-dir FOLDER',
         epilog=f'Exit status: 0 finished, 2 a mistake in the arguments, 1 a fault, {STOPPED} stopped by SIGTERM, '
                'SIGINT or SIGUSR1 after the update at hand, with a checkpoint that --resume auto goes on from. A '
                'second signal ends the run at once.',
@@ -251,9 +252,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dist-timeout', type=float, metavar='SECONDS', default=1800.,
                        help='how long to wait for a process that does not answer, or does not start (default: 1800); '
                             'one that died is noticed at once')
-    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=None,
                        help='loading processes of the unlabeled set, per process, no more than there are processors '
-                            '(default: 4)')
+                            '(default: 4 at most)')
     group.add_argument('--aug-device', default='auto', choices=['auto', 'pil', 'cpu', 'cuda'],
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
@@ -464,7 +465,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
-        if not getattr(args, name) >= 0:
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:

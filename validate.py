@@ -91,6 +91,7 @@ from seeds import item_seed
 from sources import (
     SOURCE_FLAGS,
     ImageError,
+    NoEvaluationSplit,
     PartSource,
     Source,
     locate,
@@ -116,7 +117,8 @@ OOD_SCORES = ('msp', 'energy', 'margin')
 
 def create_validate_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = ArgumentParser(description='Calibration report of trained classifiers.')
+    parser = ArgumentParser(description='Calibration report of trained classifiers.',
+                            stray='; weights are given as --checkpoint RUN/last')
     group = parser.add_argument_group('Checkpoints')
     group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
                        help='folders of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '
@@ -298,7 +300,14 @@ def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None
     """A split of the data, or what --val-fraction held out; `run` is the folder whose args.yaml names the data."""
     if split == HELD_OUT:
         return open_held_out(data, checkpoints)
-    return open_source(data, split) if run is None else open_run_source(data, split, run)
+    try:
+        return open_source(data, split) if run is None else open_run_source(data, split, run)
+    except NoEvaluationSplit:
+        if split is not None or getattr(data, 'val_fraction', None) is None:
+            raise
+        _logger.info(f'There is no evaluation split, so that --split {HELD_OUT} is taken: what --val-fraction held out')
+        data.val_split = HELD_OUT
+        return open_held_out(data, checkpoints)
 
 
 def split_names(split: str) -> set[str]:
@@ -506,6 +515,10 @@ def scale(result: Result, data: Namespace) -> None:
         if at_bound:
             _logger.warning(f'{result.name}: the temperature without labels is at its bound of {value:g}, since the '
                             f'likelihood of {len(result.mixed.index)} mixtures has no maximum')
+        elif value < 1:  # seen on solar cells, alike as they are, and after training with mixing
+            _logger.warning(f'{result.name}: the temperature without labels is {value:.2f}, which makes it surer than '
+                            'it was. Where mixtures are too easy to tell, that is wrong: compare it with one from '
+                            'labels (--calibration-split)')
     elif fit_on is None:
         value = saved_temperature(result.checkpoint, data)
         if value is not None:
