@@ -36,10 +36,10 @@ What to know before it runs in your own loop:
 * An index is the position of an image in its set; a copy that fills up a batch has its image's. Indices, labels and
   pseudo-labels are int64 tensors, images of a floating dtype.
 * If labeled images are in the unlabeled set too, give `labeled_to_unlabeled`, or one may be mixed with itself.
-* By default the first 102,400 steps do not mix. A shorter run never does, and nothing here can warn of that, as the
-  length of your run is not known. So set `warmup_steps`; in the paper it is a tenth of all steps.
-* The second pass sees the mixed images only, one for each labeled image. In training mode they move batch norm's
-  running statistics as a second batch of the step. To avoid that, set each batch norm's `momentum` to 0 meanwhile.
+* By default the first 102,400 steps do not mix, and a shorter run never does. So set `warmup_steps`; in the paper it
+  is a tenth of all steps.
+* The second pass, of the mixed images only, moves batch norm's running statistics as a second batch of the step. To
+  avoid that, set each batch norm's `momentum` to 0 meanwhile.
 * On several processes, gather the six tensors that `update` takes, so that the tables are the same on all. `mix` and
   `loss` work on a process's own batch. Keep `calmix` out of the wrapped model, or DDP sends its tables each step.
 * Partners and Beta coefficients are drawn from torch's global generators, which `torch.manual_seed` seeds.
@@ -160,10 +160,8 @@ class MarginBank(nn.Module):
             repeated: Whether an index may stand twice. False, if you know it, spares a GPU half of the work. None: it
                 is looked up, or on CUDA, which would have to be waited for, taken as so.
 
-        Raises:
-            IndexError: If an index is outside of [0, N) (on CUDA: a device-side assertion).
-            TypeError: If index or label is not an int64 tensor.
-            ValueError: If the shapes do not fit together.
+        Raises an IndexError if an index is outside of [0, N) (on CUDA: a device-side assertion), a TypeError if index
+        or label is not an int64 tensor, and a ValueError if the shapes do not fit together.
         """
         self._check(index)
         _expect_int64(label=label)
@@ -246,9 +244,7 @@ def pair_dissimilar(similarity: Tensor, allowed: Tensor, topk: float) -> tuple[T
         allowed: `[P, Q]` bool; n is a row's number of allowed columns.
         topk: Share in [0, 1]; 0 means any allowed column.
 
-    Returns:
-        partner: `[P]` int64, arbitrary where there is none.
-        paired: `[P]` bool, False for rows with no allowed column.
+    Returns the partners, `[P]` int64, and which rows have one, `[P]` bool; where there is none, it is arbitrary.
     """
     num, candidates = allowed.shape[1], allowed.sum(1)
     if num == 0:
@@ -284,9 +280,9 @@ class CalibrateMix(nn.Module):
 
     Args:
         num_labeled, num_unlabeled, num_classes: Images in the labeled and in the unlabeled set, and K.
-        preset: 'paper' (arXiv 2511.12964), 'authors-code' (their public code), 'ours' (the paper's with equal weights
-            and without ranking: less error in our short runs) or 'steered' (random pairs with equal weights, and a
-            factor of the loss that finds itself). Options left at None take the preset's value.
+        preset: 'paper' (arXiv 2511.12964), 'authors-code' (their public code), 'ours' (equal weights and no ranking:
+            less error in our short runs) or 'steered' (random pairs, equal weights, and a factor of the loss that finds
+            itself). Options left at None take the preset's value.
         gamma: Weight g of the labeled image in [0, 1] (gamma_dist 'fixed'), else the parameter of Beta(gamma, gamma).
         gamma_dist: 'fixed'; 'beta-batch', one draw per group and step; 'beta-pair', one draw per pair.
         topk: Share of the candidates among which the partner is drawn, the least similar ones; 0 draws among all.
@@ -294,8 +290,7 @@ class CalibrateMix(nn.Module):
         space: 'feature' (penultimate features) or 'pixel' compares the images.
         loss: 'ce', cross-entropy with soft targets; 'bce', binary cross-entropy averaged over the classes.
         weight: w, the factor of the mixup loss in the total; kept here for the training loop, not applied by `loss`.
-        weight_rate: r, with which `steer` moves w after warmup, between 0 and `weight`, where it starts. 0: w is fixed.
-            Else the attribute `weight` is a scalar float32 buffer.
+        weight_rate: r. Above 0, `steer` moves w down from `weight` and back, and the attribute is a float32 buffer.
         split: Median of the 'batch' or of the whole 'bank' (O(N) a step). 'joined' is 'batch', for a caller who splits
             a larger batch than the one at hand and gives `mix` its rows of that split.
         pairing: 'targeted', or 'random' split and partners: the paper's random-mixup baseline through the same code.
@@ -304,8 +299,8 @@ class CalibrateMix(nn.Module):
         apm_in_warmup: Margins of unlabeled images count from the first step on, not only after warmup.
         apm_smoothing, bank_dtype: Smoothing d and storage of the unlabeled images' `[num_unlabeled, K]` bank.
         apm: A bank of your own in its place, such as one that is spread over processes.
-        labeled_to_unlabeled: `[num_labeled]` int64, where a labeled image stands in the unlabeled set, -1 if it does
-            not: an image is never mixed with itself. None if the sets are disjoint.
+        labeled_to_unlabeled: `[num_labeled]` int64, where a labeled image stands in the unlabeled set (so that none is
+            mixed with itself), -1 if it does not. None if the sets are disjoint.
     """
 
     def __init__(
@@ -321,18 +316,18 @@ class CalibrateMix(nn.Module):
         super().__init__()
         _expect(preset in PRESETS, 'preset', f'one of {", ".join(PRESETS)}', repr(preset))
         given = dict(locals())
-        for name, value in PRESETS[preset].items():
-            value = value if given[name] is None else given[name]
+        for name in PRESETS[preset]:
+            value = PRESETS[preset][name] if given[name] is None else given[name]
             if name in CHOICES:
                 _expect(value in CHOICES[name], name, f'one of {", ".join(CHOICES[name])}', repr(value))
+            given[name] = value
             setattr(self, 'loss_type' if name == 'loss' else name, value)  # `loss` is a method
         for name in ('topk', 'min_confidence') + ('gamma',) * (self.gamma_dist == 'fixed'):
             _expect(0 <= getattr(self, name) <= 1, name, 'a number in [0, 1]', getattr(self, name))
         _expect(0 < self.gamma < torch.inf or self.gamma_dist == 'fixed', 'gamma', 'a positive number', self.gamma)
         for name in ('num_labeled', 'num_unlabeled', 'weight', 'weight_rate', 'warmup_steps'):
-            number = getattr(self, name, given[name])
-            _expect(number >= 0, name, '0 or more', number)
-
+            _expect(given[name] >= 0, name, '0 or more', given[name])
+        self.options = {name: given[name] for name in PRESETS[preset]}
         self.num_classes = num_classes
         self.aum = MarginBank(num_labeled)
         self.apm = MarginBank(num_unlabeled, num_classes, apm_smoothing, bank_dtype) if apm is None else apm
@@ -346,23 +341,19 @@ class CalibrateMix(nn.Module):
         _expect(not bad, 'labeled_to_unlabeled', f'-1 or positions below {num_unlabeled}', bad)
         self.register_buffer('labeled_to_unlabeled', where, persistent=False)
         if self.weight_rate > 0:
-            self.max_weight = float(self.weight)
             del self.weight
-            self.register_buffer('weight', torch.tensor(self.max_weight))
+            self.register_buffer('weight', torch.tensor(float(self.options['weight'])))
             self.register_buffer('last_label', torch.full((num_unlabeled,), num_classes))
 
     def extra_repr(self) -> str:
-        names = [name for name in PRESETS['paper'] if name != 'loss']
-        return ', '.join(f'{name}={getattr(self, name)!r}' for name in names) + f', loss={self.loss_type!r}'
+        return ', '.join(f'{name}={value!r}' for name, value in self.options.items())
 
     def update(
             self, index: Tensor, label: Tensor, logits: Tensor,
             unlabeled_index: Tensor, pseudo_label: Tensor, unlabeled_logits: Tensor, step: int,
             repeated: tuple[bool | None, bool | None] = (None, None),
     ) -> None:
-        """Adds a step's margins to the banks (AUM of the labeled set, APM of the unlabeled set).
-
-        Wrong arguments raise what `MarginBank.update` raises.
+        """Adds a step's margins to the banks. Wrong arguments raise what `MarginBank.update` raises.
 
         Args:
             index, unlabeled_index: `[B]` and `[U]` int64, positions in the labeled and in the unlabeled set.
@@ -382,15 +373,13 @@ class CalibrateMix(nn.Module):
     def steer(self, unlabeled_index: Tensor, pseudo_label: Tensor, unlabeled_logits: Tensor, step: int) -> None:
         """Moves w so that the network becomes as sure as it is right; `update` calls it. Ours, not the paper's.
 
-        How often it is right is told without labels, by how often a pseudo-label differs from that of the image's last
-        visit. With U images in the batch, S those of them that were visited before, c the confidence of an image,
-        W the option `weight` and k = ERRORS_PER_CHANGE,
+        How often it is right is estimated by how many pseudo-labels differ from those of the images' last visits. With
+        U images in the batch, S those of them with an earlier visit, c_i their confidence and k = ERRORS_PER_CHANGE,
 
-            w <- clip(w + r/U * sum_{i in S} (c_i - 1 + k * [pseudo-label of i has changed]), 0, W)
+            w <- clip(w + r/U * sum_{i in S} (c_i - 1 + k * [pseudo-label of i has changed]), 0, weight)
 
-        so that w rests where mean confidence is 1 - k * (share of changed pseudo-labels). Labels are kept from the
-        first step on, w moves after warmup. A row whose logits are not finite is no visit. An image that stands twice
-        in the batch counts twice, both times against its visit in an earlier batch, and its last row is kept.
+        Labels are kept from the first step on, w moves after warmup. A row whose logits are not finite is no visit. An
+        image that stands twice counts twice, both times against an earlier batch, and its last row is kept.
         """
         if len(unlabeled_index) == 0:
             return
@@ -401,7 +390,7 @@ class CalibrateMix(nn.Module):
         if step >= self.warmup_steps:
             gap = confidence.add(last != pseudo_label, alpha=ERRORS_PER_CHANGE) - 1
             gap = torch.where(visit & (last < none), gap, 0).mean()
-            self.weight = (self.weight + self.weight_rate * gap).clamp(0, self.max_weight)
+            self.weight = (self.weight + self.weight_rate * gap).clamp(0, self.options['weight'])
         # Of rows with the same index the largest number stays, whatever the order of writing: the last visit's.
         row = torch.arange(1, len(visit) + 1, device=visit.device)
         number = torch.where(visit, row * (none + 1) + pseudo_label, last)
@@ -427,9 +416,8 @@ class CalibrateMix(nn.Module):
             easy: `[B]` and `[U]` bool, this batch's rows of what `find_easy` gave for a larger one. Default: the batch
                 is split by itself.
 
-        Raises:
-            TypeError: If an index or a label is not an int64 tensor.
-            ValueError: If min_confidence is set and confidence is missing, or if images are not floating point.
+        Raises a TypeError if an index or a label is not an int64 tensor, and a ValueError if images are not floating
+        point, or if min_confidence is set and confidence is missing.
         """
         _expect_int64(index=index, label=label, unlabeled_index=unlabeled_index, pseudo_label=pseudo_label)
         floating = images.is_floating_point() and unlabeled_images.is_floating_point()
