@@ -67,8 +67,8 @@ TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'views of tensors / views through PIL, images a second': -3.,
     'predict.py / timm\'s inference, images a second': -0.95,
     'step of 2 processes on half the batch / of 1 on all': 0.60,
-    **{f'operators, {method} + {preset}: all of ours': 150 for method in ('fixmatch', 'flexmatch', 'softmatch', 'freematch')
-       for preset in ('paper', 'steered')},
+    **{f'operators, {method} + {preset}: all of ours': 150
+       for method in ('fixmatch', 'flexmatch', 'softmatch', 'freematch') for preset in ('paper', 'steered')},
     'two-pass step / ours, joint': -1.9,
     'two-pass step / ours, no-grad': -2.6,
 }
@@ -536,8 +536,8 @@ def by_size(rows: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
 OWNERS = {  # of the operators of a step, by the file and the function that they are called from
     ('calibratemix.py', 'update'): 'bank update', ('calibratemix.py', 'steer'): 'steered weight',
     ('calibratemix.py', 'find_easy'): 'split', ('calibratemix.py', 'pair_dissimilar'): 'pairing',
-    ('calibratemix.py', '_similarity'): 'pairing', ('calibratemix.py', 'mix'): 'mix', ('calibratemix.py', 'loss'): 'mix',
-    ('methods.py', 'forward'): 'method', ('methods.py', 'further_loss'): 'method', ('train_ssl.py', 'add'): 'monitor',
+    ('calibratemix.py', '_similarity'): 'pairing', ('calibratemix.py', 'mix'): 'mix',
+    ('calibratemix.py', 'loss'): 'mix', ('methods.py', 'forward'): 'method', ('methods.py', 'further_loss'): 'method', ('train_ssl.py', 'add'): 'monitor',
     ('model_ema.py', 'update'): 'average', ('data.py', '__iter__'): 'feed', ('sgd.py', 'step'): 'optimizer',
 }
 OURS = ('bank update', 'steered weight', 'split', 'pairing', 'mix', 'method', 'monitor', 'average', 'feed')

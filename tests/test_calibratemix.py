@@ -925,7 +925,7 @@ def test_the_weight_depends_on_no_label_and_a_state_goes_on_as_it_was():
     assert calmix.weight.shape == () and calmix.weight < 1 and "weight=1.0, weight_rate=0.1" in repr(calmix)
     resumed = CalibrateMix(1, 3, 2, 'steered', warmup_steps=0)
     resumed.load_state_dict(calmix.state_dict())
-    assert steer(resumed, [1, 2], [.7, .7], [0, 0]) == steer(calmix, [1, 2], [.7, .7], [0, 0]) < 1
+    assert steer(resumed, [1, 2], [.7, .7], [1, 0]) == steer(calmix, [1, 2], [.7, .7], [1, 0]) < 1
     assert isinstance(CalibrateMix(1, 3, 2).weight, float) and 'weight' not in CalibrateMix(1, 3, 2).state_dict()
 
 
@@ -943,7 +943,8 @@ def test_an_index_outside_of_the_set_changes_no_label_of_the_steered_weight():
 
 def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1,
-                 weight_rate=0, split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400, apm_in_warmup=True)
+                 weight_rate=0, split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400,
+                 apm_in_warmup=True)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
                    apm_in_warmup=False)
     ours = dict(paper, gamma=0.5, topk=0)
@@ -962,7 +963,8 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_given_option_overrides_the_preset_even_if_it_is_zero_or_false(preset):
     options = dict(gamma=0.5, gamma_dist='beta-pair', topk=0, similarity='dot', space='pixel', loss='bce', weight=0,
-                   weight_rate=0, split='bank', pairing='random', min_confidence=0.5, warmup_steps=0, apm_in_warmup=False)
+                   weight_rate=0, split='bank', pairing='random', min_confidence=0.5, warmup_steps=0,
+                   apm_in_warmup=False)
     calmix = CalibrateMix(2, 2, 2, preset, **options)
     assert {key: getattr(calmix, 'loss_type' if key == 'loss' else key) for key in options} == options
     assert "topk=0" in repr(calmix) and "loss='bce'" in repr(calmix)
