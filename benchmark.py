@@ -534,11 +534,19 @@ def by_size(rows: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
 
 
 OWNERS = {  # of the operators of a step, by the file and the function that they are called from
-    ('calibratemix.py', 'update'): 'bank update', ('calibratemix.py', 'steer'): 'steered weight',
-    ('calibratemix.py', 'find_easy'): 'split', ('calibratemix.py', 'pair_dissimilar'): 'pairing',
-    ('calibratemix.py', '_similarity'): 'pairing', ('calibratemix.py', 'mix'): 'mix',
-    ('calibratemix.py', 'loss'): 'mix', ('methods.py', 'forward'): 'method', ('methods.py', 'further_loss'): 'method', ('train_ssl.py', 'add'): 'monitor',
-    ('model_ema.py', 'update'): 'average', ('data.py', '__iter__'): 'feed', ('sgd.py', 'step'): 'optimizer',
+    ('calibratemix.py', 'update'): 'bank update',
+    ('calibratemix.py', 'steer'): 'steered weight',
+    ('calibratemix.py', 'find_easy'): 'split',
+    ('calibratemix.py', 'pair_dissimilar'): 'pairing',
+    ('calibratemix.py', '_similarity'): 'pairing',
+    ('calibratemix.py', 'mix'): 'mix',
+    ('calibratemix.py', 'loss'): 'mix',
+    ('methods.py', 'forward'): 'method',
+    ('methods.py', 'further_loss'): 'method',
+    ('train_ssl.py', 'add'): 'monitor',
+    ('model_ema.py', 'update'): 'average',
+    ('data.py', '__iter__'): 'feed',
+    ('sgd.py', 'step'): 'optimizer',
 }
 OURS = ('bank update', 'steered weight', 'split', 'pairing', 'mix', 'method', 'monitor', 'average', 'feed')
 

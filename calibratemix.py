@@ -35,8 +35,7 @@ What to know before it runs in your own loop:
 * Checkpoints: save and load `calmix.state_dict()` as you do the model's, or a resumed run starts with empty tables.
 * An index is the position of an image in its set, also of a copy that fills a batch. Indices and labels are int64.
 * If labeled images are in the unlabeled set too, give `labeled_to_unlabeled`, or one may be mixed with itself.
-* By default the first 102,400 steps do not mix, and a shorter run never does. So set `warmup_steps`; in the paper it
-  is a tenth of all steps.
+* By default the first 102,400 steps do not mix: set `warmup_steps`. In the paper it is a tenth of all steps.
 * The second pass, of the mixed images only, moves batch norm's running statistics as a second batch of the step. To
   avoid that, set each batch norm's `momentum` to 0 meanwhile.
 * On several processes, gather the six tensors that `update` takes, so that the tables are the same on all. `mix` and
