@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -31,13 +31,14 @@ from torch import nn
 from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets, Feed, check_classes_left
 from digests import to_text
+from imbalance import describe_draw
 from labels import label_seed, write_labels
 from methods import lambda_u, warmup_updates
 from program import RunError, UsageError, mend_folder, replace_file, replace_folder
 from schedule import step_scheduler
 from shards import load_whole, whole_bank
-from sources import unlabeled_split
-from splits import Identity, Sources
+from sources import Source, unlabeled_split
+from splits import Identity, Sources, use_bits
 
 _logger = logging.getLogger('train')
 
@@ -45,11 +46,13 @@ TRAIN_COLUMNS = (
     'loss', 'loss_labeled', 'loss_unlabeled', 'loss_mixup', 'mask_rate', 'pseudo_label_accuracy', 'skipped_updates',
     'skipped_images',
 )
-EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10', 'mce', 'confidence')
-LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
+EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10', 'mce', 'confidence',
+                'balanced_accuracy', 'macro_f1', 'ece_balanced')
+LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence',
+                   'ece_balanced'}
 SUMMARY_COLUMNS = (
-    'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS), 'lr',
-    'calmix_weight',
+    'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS),
+    'eval_tail_error', 'lr', 'calmix_weight',  # tail_error is empty where the labels are balanced
 )
 
 
@@ -173,6 +176,22 @@ def read_run(checkpoint: Path) -> dict:
     return read_args(path) if path.exists() else {}
 
 
+def use_kept_bits(checkpoint: Path | None, sources: Iterable[Source | None]) -> None:
+    """Takes deep greyscale as the run of a checkpoint folder took it, whatever these pictures hold."""
+    if checkpoint is None or not checkpoint.is_dir():
+        return
+    file = checkpoint / 'config.json'
+    try:
+        bits = json.loads(file.read_text()).get('grey_bits', 8)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f'{file}: cannot be read: {" ".join(str(error).split())}') from error
+    if not isinstance(bits, int) or not 8 <= bits <= 32:
+        raise UsageError(f'{file}: grey_bits is {bits}; expected a whole number from 8 to 32')
+    for source in sources:
+        if source is not None and len(source):
+            use_bits(source, bits)
+
+
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 @dataclass
@@ -198,6 +217,12 @@ class Run:
     recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
     not_better: int = 0  # evaluations in a row without a better metric
+    adjustment: nn.Module | None = None  # of the logits, by class frequencies
+
+    @property
+    def labeled_by_class(self) -> torch.Tensor:
+        """How many labeled images are trained as each class, `[K]` int64."""
+        return torch.bincount(self.labels[1], minlength=self.num_classes)[:self.num_classes]
 
     @property
     def eval_model(self) -> nn.Module:
@@ -272,6 +297,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         ema=run.ema.module.state_dict() if run.ema is not None else None,
         method=run.method.state_dict() if run.method is not None else None,
         calmix=calmix,
+        adjustment=run.adjustment.state_dict() if run.adjustment is not None else None,
         scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
         sums=run.accelerator.gather(run.monitor.sums[None]),
         labels=run.labels,
@@ -335,10 +361,11 @@ CHECKPOINT_FORMAT = 3  # goes up when the contents of a checkpoint take another 
 # Differences that would attach a margin or a table to another image or class.
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'unlabeled_dir', 'exclude_labeled', 'val_fraction',
               'val_seed', 'algorithm', 'calibratemix', 'model', 'num_classes', 'model_ema', 'opt',
-              'calmix_bank_dtype', 'aum_threshold_samples', 'freeze')
+              'calmix_bank_dtype', 'aum_threshold_samples', 'freeze', 'unlabeled_imbalance_factor',
+              'unlabeled_per_class')
 # Differences that nobody needs to be told of.
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
-             'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
+             'num_labels', 'label_seed', 'label_noise', 'imbalance_factor', 'dist_timeout', 'calmix_bank_shards')
 # Arguments that an optimizer keeps in its groups, by the names there; from a checkpoint it would take the old values.
 OPTIMIZER_ARGS = dict(weight_decay='weight_decay', momentum='momentum', opt_eps='eps', opt_betas='betas')
 
@@ -365,6 +392,9 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
                          'labels.json as --labels-file')
     if run.calmix is not None and state['calmix'] is None:
         raise UsageError(f'--resume {path}: the checkpoint holds no margins; --save-margins keeps them from the start')
+    if run.adjustment is not None and state.get('adjustment') is None:  # nor do older checkpoints
+        raise UsageError(f'--resume {path}: the checkpoint holds no class frequencies; --logit-adjustment has to be '
+                         'given from the start')
     if told:
         _logger.warning(f'Resuming with changed arguments: {told}')
     return changed
@@ -419,6 +449,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
             run.method.load_state_dict(state['method'])
         if run.calmix is not None:
             load_whole(run.calmix, state['calmix'])
+        if run.adjustment is not None:
+            run.adjustment.load_state_dict(state['adjustment'])
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
         run.not_better = state.get('not_better', 0)  # not in checkpoints of before --patience
@@ -489,6 +521,8 @@ def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, a
         class_names=run.identity.class_names,
         num_images=len(sources.train),
         seed=label_seed(args),
+        **describe_draw(args, datasets.labels.label, sources.unlabeled.targets,
+                        None if datasets.unlabeled is None else datasets.unlabeled.index),
         **({} if sources.held_out is None else dict(held_out=sources.held_out.tolist())),
         digest_rows=run.identity.rows.tolist(),
         digests=to_text(run.identity.digests),
@@ -525,12 +559,15 @@ def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict
     names = run.identity.class_names
     if names and len(names) < run.num_classes:  # timm's form where not every class has a name
         names = dict(enumerate(names))
+    about = dict(label_names=names) if names else {}
+    if run.identity.bits > 8:
+        about['grey_bits'] = run.identity.bits  # timm passes over it
 
     def write(part: Path) -> None:
         save_for_hf(
             exportable(run),
             part,
-            model_config=dict(label_names=names) if names else None,
+            model_config=about or None,
             safe_serialization=True,
             data_config=dict(vars(data_config)),
         )

@@ -270,9 +270,18 @@ def _end_with_parent(worker: int) -> None:
     threading.Thread(target=obey_parent_only, daemon=True).start()
 
 
-def limit_workers(asked: int) -> int:
-    """Workers to load with: no more than the processors that this process may use. Tells if they are fewer."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def count_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def limit_workers(asked: int | None) -> int:
+    """Workers to load with: no more than the processors, and four if no number was asked for. Tells if they are fewer
+    than asked for.
+    """
+    processors = count_processors()
+    if asked is None:
+        return min(4, processors)
     if asked > processors:
         _logger.info(f'--workers {asked}: {processors} instead, one for each processor that there is')
     return min(asked, processors)

@@ -70,7 +70,12 @@ class FixMatch(Method):
 
 
 class PseudoLabel(FixMatch):
-    """FixMatch's weights, but the weak view itself is trained on (Lee 2013, section 2.2); lambda grows over 0.4."""
+    """FixMatch's weights, but the weak view itself is trained on (Lee 2013, section 2.2); lambda grows over 0.4.
+
+    The unlabeled images pass together with the labeled ones, as everywhere here. USB passes them by themselves, with
+    batch-norm statistics of their own that do not count in the running ones, and has as many of them as labeled ones
+    (--mu 1).
+    """
     views = {'weak': 'weak'}
     lambda_u_warmup = 0.4
 
@@ -112,7 +117,8 @@ class SoftMatch(Method):
     """Truncated Gaussian of the confidence, with uniform alignment (arXiv 2301.10921).
 
     1 above the running mean of the confidence; below it falls off with half the running deviation (n_sigma = 2). The
-    statistics are those of the plain confidence, as in the paper; the published code takes the aligned one's.
+    statistics are those of the plain confidence, as in the paper; the published code takes the aligned one's. The class
+    means that alignment divides by start from uniform here, in the published code from those of the first batch.
     """
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
@@ -128,7 +134,8 @@ class SoftMatch(Method):
         plain = confidence = probs.amax(1)
         if self.align:
             self.class_mean.lerp_(probs.mean(0), 1 - self.momentum)
-            aligned = probs / self.class_mean
+            # A class whose probability underflowed in every row has no mean to divide by: 0, not 0/0.
+            aligned = probs / self.class_mean.clamp(min=torch.finfo(probs.dtype).tiny)
             confidence = (aligned / aligned.sum(1, keepdim=True)).amax(1)
         seen = confidence if self.aligned_stats else plain
         self.mean.lerp_(seen.mean(), 1 - self.momentum)
@@ -138,11 +145,15 @@ class SoftMatch(Method):
 
 
 class FreeMatch(Method):
-    """Thresholds from the running confidence, global and by class (arXiv 2205.07246); a fairness term."""
+    """Thresholds from the running confidence, global and by class (arXiv 2205.07246); a fairness term.
+
+    Its factor and the bound of the global threshold have defaults as in the published configurations.
+    """
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_classes)
         self.momentum, self.factor = args.stat_momentum, args.freematch_fairness
+        self.max_threshold = args.freematch_max_threshold
         self.register_buffer('tau', torch.tensor(1 / num_classes))
         self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
         self.register_buffer('class_share', torch.full((num_classes,), 1 / num_classes))
@@ -150,7 +161,7 @@ class FreeMatch(Method):
     def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
         probs = logits.softmax(1)
         confidence, label = probs.max(1)
-        self.tau.lerp_(confidence.mean(), 1 - self.momentum)
+        self.tau.lerp_(confidence.mean(), 1 - self.momentum).clamp_(max=self.max_threshold)
         self.class_mean.lerp_(probs.mean(0), 1 - self.momentum)
         self.class_share.lerp_(F.one_hot(label, self.num_classes).float().mean(0), 1 - self.momentum)
         thresholds = self.class_mean / self.class_mean.max() * self.tau
@@ -186,7 +197,8 @@ class MarginMatch(Method):
     The network has an extra, virtual class. Now and then a few unlabeled images are drawn to be trained as that class;
     what they reach there, at the 95th percentile, is the APM below which a pseudo-label counts as wrong. As in the
     authors' code there is no such threshold in the first 80,000 of 2^20 updates, the images are drawn anew every
-    50,000, and none are wrong in the last tenth.
+    50,000, and none are wrong in the last tenth. Where text and code differ this follows the text: the code takes the
+    99th percentile, and counts a runner-up with a negative logit as 0.
     """
 
     virtual_class = True
@@ -259,6 +271,27 @@ def lambda_u(method: Method, num_updates: int, args: argparse.Namespace) -> floa
     share = method.lambda_u_warmup if args.lambda_u_warmup is None else args.lambda_u_warmup
     warmup = share * args.epochs * args.train_steps_per_epoch
     return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
+
+
+def logit_margin_penalty(
+        strong_logits: torch.Tensor,
+        pseudo_label: torch.Tensor,
+        weight: torch.Tensor,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+) -> torch.Tensor:
+    """Mean of what the top logit exceeds the others by beyond --logit-margin (arXiv 2403.15567), without its factor.
+
+    Of all a process's own rows `[U, K]`, or with --logit-margin-rows agreeing, as in the authors' code, of those of all
+    processes whose weight `[U]` is 1 and whose top class is the pseudo-label `[U]`. Without such a row it is 0.
+    """
+    excess = F.relu(strong_logits.amax(1, keepdim=True) - strong_logits - args.logit_margin).mean(1)
+    if args.logit_margin_rows == 'all':
+        return excess.mean()
+    rows = ((weight == 1) & (strong_logits.argmax(1) == pseudo_label)).float()
+    # The gradients are averaged over the processes; so is the number of rows, which differs between them.
+    number = accelerator.reduce(rows.sum(), 'mean')
+    return (excess * rows).sum() / number.clamp(min=1 / accelerator.num_processes)
 
 
 def warmup_updates(args: argparse.Namespace) -> float:

@@ -33,18 +33,18 @@ from pathlib import Path
 import torch
 import yaml
 
-from calibratemix import PRESETS
 from figures import Curve, Panel, reliability_diagram, training_curves
+from methods import warmup_updates
 from metrics import ReliabilityBins
 from program import ArgumentParser, UsageError
 
 COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
 SHOWN = {'error': 'error %', 'ece': 'ECE %', 'nll': 'NLL'}  # in the table; less is better in all of them
 METRICS = ('error', 'ece', 'ece_10', 'nll', 'brier', 'confidence')
+CLASS_METRICS = ('balanced_accuracy', 'macro_f1', 'ece_balanced', 'tail_error')  # where all runs have them
 DIGITS = {'nll': 3, 'brier': 3}
 NAMES = {'supervised': 'Supervised', 'pseudo_label': 'Pseudo-Label', 'fixmatch': 'FixMatch', 'flexmatch': 'FlexMatch',
          'softmatch': 'SoftMatch', 'freematch': 'FreeMatch', 'marginmatch': 'MarginMatch'}
-FULL_SCHEDULE = 1024 * 1024  # updates in which the presets count their warmups
 MISSING = '–'
 # Arguments that make another run of the same setting, or change no result.
 REPLICATE = ('seed', 'label_seed', 'label_fold', 'labels_file')
@@ -113,14 +113,9 @@ def variant(args: dict) -> str:
     return ' + '.join(parts) or 'alone'
 
 
-def warmup_updates(args: dict) -> int | None:
-    """Updates of the base method alone, as train_ssl.py counts them."""
-    if not args['calibratemix']:
-        return None
-    if args['calmix_warmup_epochs'] is not None:
-        return round(args['calmix_warmup_epochs'] * args['train_steps_per_epoch'])
-    share = PRESETS[args['calmix_preset']]['warmup_steps'] / FULL_SCHEDULE
-    return round(share * args['epochs'] * args['train_steps_per_epoch'])
+def end_of_warmup(args: dict) -> int | None:
+    """The update at which CalibrateMix joins the base method."""
+    return warmup_updates(argparse.Namespace(**args)) if args['calibratemix'] else None
 
 
 def add_settings(runs: list[dict]) -> list[str]:
@@ -277,17 +272,22 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def run_row(run: dict) -> dict:
+def measured(runs: list[dict]) -> list[str]:
+    """The metrics that go into the files: those of classes only if every run has them."""
+    return [*METRICS, *(key for key in CLASS_METRICS if all(key in run['metrics'] for run in runs))]
+
+
+def run_row(run: dict, metrics: list[str]) -> dict:
     settings = dict(run['settings'])
     first = {key: settings.pop(key) for key in ('dataset', 'algorithm', 'variant', 'labels')}
-    metrics = {key: f'{run["metrics"][key]:.4f}' for key in METRICS}
-    return dict(first, seed=run['args']['seed'], **metrics, updates=run['metrics']['num_updates'],
-                warmup_updates=warmup_updates(run['args']), **settings, run=run['run'])
+    values = {key: f'{run["metrics"][key]:.4f}' for key in metrics}
+    return dict(first, seed=run['args']['seed'], **values, updates=run['metrics']['num_updates'],
+                warmup_updates=end_of_warmup(run['args']), **settings, run=run['run'])
 
 
-def cell_row(keys: list[str], values: tuple, runs: list[dict]) -> dict:
+def cell_row(keys: list[str], values: tuple, runs: list[dict], metrics: list[str]) -> dict:
     row = dict(zip(keys, values), n=len(runs))
-    for metric in METRICS:
+    for metric in metrics:
         mean, deviation = mean_and_deviation([run['metrics'][metric] for run in runs])
         row[f'{metric}_mean'] = f'{mean:.4f}'
         row[f'{metric}_sd'] = '' if deviation is None else f'{deviation:.4f}'
@@ -356,7 +356,7 @@ def curves(runs: list[dict], keys: list[str]) -> list[Curve]:
             by_update = [{row['num_updates']: row[f'eval_{metric}'] for row in run['curve']} for run in same]
             points = [mean_and_deviation([values[update] for values in by_update]) for update in updates]
             metrics[metric] = [m for m, _ in points], [d for _, d in points] if len(same) > 1 else None
-        found.append(Curve(title(line_keys, line), updates, metrics, warmup_updates(same[0]['args'])))
+        found.append(Curve(title(line_keys, line), updates, metrics, end_of_warmup(same[0]['args'])))
     return found
 
 
@@ -386,8 +386,8 @@ def write_report(
     latex = as_latex(*table) + (f'\n% {missing}' if missing else '')
     (output / 'table.md').write_text(markdown + '\n', encoding='utf-8')
     (output / 'table.tex').write_text(latex + '\n', encoding='utf-8')
-    write_csv(output / 'table.csv', [cell_row(keys, values, found) for values, found in cells.items()])
-    write_csv(output / 'runs.csv', [run_row(run) for run in runs])
+    write_csv(output / 'table.csv', [cell_row(keys, values, found, measured(runs)) for values, found in cells.items()])
+    write_csv(output / 'runs.csv', [run_row(run, measured(runs)) for run in runs])
     write_csv(output / 'comparison.csv', [
         {'run': run['run'], **{key: f'{run["metrics"][key]:.4f}' for key in COLUMNS[1:]}} for run in runs
     ])

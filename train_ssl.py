@@ -30,9 +30,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
 from tqdm import tqdm
@@ -52,6 +51,7 @@ from backbone import (
     fit_to_length,
     freeze,
     resolve_data,
+    share_batch_norm,
     stages,
 )
 from calibratemix import CHOICES, PRESETS, CalibrateMix
@@ -85,8 +85,18 @@ from data import (
     evaluation_batches,
     limit_workers,
 )
+from imbalance import (
+    LogitAdjustment,
+    add_imbalance_arguments,
+    adjust,
+    build_adjustment,
+    by_class,
+    check_imbalance,
+    measure,
+    tell_tail,
+)
 from labels import choose_labels
-from methods import ALGORITHMS, Method, has_extra_class, lambda_u, warmup_updates
+from methods import ALGORITHMS, Method, has_extra_class, lambda_u, logit_margin_penalty, warmup_updates
 from metrics import EvalMeter
 from program import (
     STOPPED,
@@ -103,13 +113,14 @@ from program import (
     setup_accelerator,
     takes_bar,
 )
-from schedule import build_scheduler, step_scheduler
+from schedule import build_optimizer, build_scheduler, step_scheduler
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import MAX_PIXELS, known_facts, unlabeled_split
 from splits import (
     Sources,
     agree_on_classes,
+    check_overlap,
     evaluation_name,
     identify,
     match_extra,
@@ -131,6 +142,7 @@ def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     parser = ArgumentParser(
         description='Semi-supervised training of any timm classifier, with CalibrateMix.',
+        stray='; pictures are given as --data-dir FOLDER',
         epilog=f'Exit status: 0 finished, 2 a mistake in the arguments, 1 a fault, {STOPPED} stopped by SIGTERM, '
                'SIGINT or SIGUSR1 after the update at hand, with a checkpoint that --resume auto goes on from. A '
                'second signal ends the run at once.',
@@ -240,9 +252,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dist-timeout', type=float, metavar='SECONDS', default=1800.,
                        help='how long to wait for a process that does not answer, or does not start (default: 1800); '
                             'one that died is noticed at once')
-    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=None,
                        help='loading processes of the unlabeled set, per process, no more than there are processors '
-                            '(default: 4)')
+                            '(default: 4 at most)')
     group.add_argument('--aug-device', default='auto', choices=['auto', 'pil', 'cpu', 'cuda'],
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
@@ -301,6 +313,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--label-noise', type=float, metavar='SHARE', default=0.,
                        help='flip this share of the labels to another class; labels.json keeps the original ones too '
                             '(default: 0)')
+    add_imbalance_arguments(group)
     group.add_argument('--exclude-labeled', action=flag, default=False,
                        help='leave the labeled images out of the unlabeled set; the published protocol keeps them in')
     group.add_argument('--mu', type=int, metavar='N', default=7,
@@ -320,11 +333,16 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--softmatch-usb-stats', action=flag, default=False,
                        help='mean and variance of the aligned confidence, as the published code takes them, instead of '
                             'the plain one')
-    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.01,
-                       help='factor of the fairness term (default: 0.01)')
+    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.001,
+                       help='factor of the fairness term (default: 0.001, as in the published configurations)')
+    group.add_argument('--freematch-max-threshold', type=float, metavar='P', default=None,
+                       help='bound of the global threshold (default: 1, for svhn 0.95, as published)')
     group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
                        help='factor of a penalty on unlabeled logits that lie further below the top one than '
-                            '--logit-margin, a calibration baseline (arXiv 2403.15567; default: 0)')
+                            '--logit-margin, a calibration baseline (arXiv 2403.15567, which has 0.1; default: 0, off)')
+    group.add_argument('--logit-margin-rows', default='all', choices=['all', 'agreeing'],
+                       help='whose logits: of all unlabeled images, or as in the authors\' code of those with weight 1 '
+                            'whose strong view is predicted as the pseudo-label (default: all)')
     group.add_argument('--logit-margin', type=float, metavar='X', default=10., help='see there (default: 10)')
     group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
                        help='of the labeled loss, a calibration baseline (default: 0)')
@@ -340,8 +358,9 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
     group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
-                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs; ours: the '
-                            'paper\'s with equal weights and without ranking; steered: random pairs with equal '
+                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs (after warmup '
+                            'it minimises 2 base + mix: this at twice the --lr and half the --weight-decay); ours: '
+                            'the paper\'s with equal weights and without ranking; steered: random pairs with equal '
                             'weights, and a factor of the loss that finds itself (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
                        help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours, '
@@ -360,7 +379,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
-                       help='factor of the mixup loss (presets: 1)')
+                       help='factor of the mixup loss (authors-code: 0.5, the others: 1)')
     group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
                        help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
                             'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
@@ -446,9 +465,9 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
-        if not getattr(args, name) >= 0:
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
-    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
+    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
     if args.input_size is not None:
@@ -495,6 +514,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
         parser.error(f'--calmix-warmup-epochs {args.calmix_warmup_epochs:g}: not below --epochs {args.epochs}, so that '
                      'CalibrateMix would never run')
+    check_imbalance(parser, args)
     fit_to_length(args)
     return args
 
@@ -509,24 +529,6 @@ def share_batch(args: argparse.Namespace, num_processes: int) -> None:
             raise UsageError(f'--global-batch-size {args.global_batch_size}: not divisible by {num_processes} '
                              f'process(es) x --grad-accum-steps {args.grad_accum_steps}')
         args.batch_size = args.global_batch_size // parts
-
-
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    asked = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            **asked,
-        )
-    except (ValueError, IndexError, TypeError, ImportError) as error:
-        raise UsageError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
-    for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
-        raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
-    return optimizer
 
 
 def build_calmix(
@@ -589,8 +591,10 @@ def build_datasets(
     train = sources.train
     labels, unlabeled_index, position = choose_labels(args, train, num_classes), None, None
     if args.algorithm != 'supervised':
-        unlabeled_index, position = place_labeled(args, sources, labels)
-    identity = identify(args, sources, labels, unlabeled_index)
+        unlabeled_index, position = place_labeled(args, sources, labels, num_classes)
+    identity = identify(sources, labels, unlabeled_index)
+    extra = match_extra(args, train.class_names, num_classes, train.bits) if args.extra_val else None
+    check_overlap(args, sources, labels, unlabeled_index, extra and extra[:2])
     recipe = dict(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
@@ -615,8 +619,8 @@ def build_datasets(
     labeled_set = with_views({'image': 'weak'}, train, labels.index, labels.trained, 'labeled')
     evaluation_set = with_views({'image': 'eval'}, sources.evaluation)
     extra_set = test_set = unlabeled_set = None
-    if args.extra_val:
-        extra_set = with_views({'image': 'eval'}, *match_extra(args, train.class_names, num_classes))
+    if extra is not None:
+        extra_set = with_views({'image': 'eval'}, *extra)
     if sources.test is not None:
         test_set = with_views({'image': 'eval'}, sources.test)
     if unlabeled_index is not None:
@@ -627,23 +631,20 @@ def build_datasets(
 
 # --- Step -------------------------------------------------------------------------------------------------------------
 
-def logit_margin_penalty(logits: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean over `[U, K]` of what the top logit exceeds the others by beyond the margin (arXiv 2403.15567)."""
-    return F.relu(logits.amax(1, keepdim=True) - logits - margin).mean()
-
-
 def supervised_step(
         model: nn.Module,
         labeled: dict,
         calmix: CalibrateMix | None,
         accelerator: Accelerator,
         args: argparse.Namespace,
+        adjustment: LogitAdjustment | None = None,
 ) -> dict[str, torch.Tensor]:
     """Cross-entropy on the labeled images alone."""
     logits = model(labeled['image'])[1].float()
     if calmix is not None:
         calmix.aum.update(*accelerator.gather((labeled['index'], logits.detach(), labeled['target'])))
-    loss = F.cross_entropy(logits, labeled['target'], label_smoothing=args.label_smoothing)
+    z = logits if adjustment is None else adjustment.adjust_labeled(logits)
+    loss = F.cross_entropy(z, labeled['target'], label_smoothing=args.label_smoothing)
     return dict(loss=loss, loss_labeled=loss)
 
 
@@ -694,6 +695,7 @@ def semi_supervised_step(
         num_updates: int,
         accelerator: Accelerator,
         args: argparse.Namespace,
+        adjustment: LogitAdjustment | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses of a step: the base method's, and after warmup the mixup loss from a second pass over mixed images only.
 
@@ -705,6 +707,7 @@ def semi_supervised_step(
         method: The base method.
         calmix: None for the base method alone.
         num_updates: Updates done so far.
+        adjustment: Of the logits in the labeled and the pseudo-labeled loss, by class frequencies.
 
     Returns:
         Scalars, detached but for `loss`.
@@ -717,16 +720,19 @@ def semi_supervised_step(
     # What a method or the bank keeps is kept of the joined batch, on every process alike.
     j_all, z_weak_all, pseudo_label_all = accelerator.gather((j, out.weak_logits, pseudo_label))
     first = accelerator.process_index * len(j)
-    weight = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)[first:first + len(j)]
-    loss_labeled = F.cross_entropy(out.logits, labeled['target'], label_smoothing=args.label_smoothing)
-    loss_unlabeled = F.cross_entropy(out.strong_logits, method.target(pseudo_label, j), reduction='none')
+    weight_all = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)
+    weight = weight_all[first:first + len(j)]
+    z, z_strong = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
+    loss_labeled = F.cross_entropy(z, labeled['target'], label_smoothing=args.label_smoothing)
+    loss_unlabeled = F.cross_entropy(z_strong, method.target(pseudo_label, j), reduction='none')
     loss_unlabeled = (loss_unlabeled * weight).mean()
     loss = loss_labeled.add(loss_unlabeled, alpha=lambda_u(method, num_updates, args))
     further_loss = method.further_loss(out.strong_logits, weight, accelerator)
     if isinstance(further_loss, torch.Tensor):
         loss = loss + further_loss
     if args.logit_margin_penalty:
-        loss = loss + args.logit_margin_penalty * logit_margin_penalty(out.strong_logits, args.logit_margin)
+        penalty = logit_margin_penalty(out.strong_logits, pseudo_label, weight, accelerator, args)
+        loss = loss + args.logit_margin_penalty * penalty
 
     terms = {}
     if calmix is not None:
@@ -826,23 +832,6 @@ class Monitor:
         self.sums, self.seen = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
 
 
-@torch.no_grad()
-def share_batch_norm(model: nn.Module, accelerator: Accelerator, how: str) -> None:
-    """Makes the running batch-norm statistics the same on all processes, in one collective.
-
-    Done after every update, so that the averaged weights, an evaluation and a checkpoint are those of all processes.
-    """
-    # Frozen ones are in evaluation mode. A mean over processes could change their last digits.
-    buffers = [buffer for module in model.modules() if module.training
-               for name, buffer in module.named_buffers(recurse=False) if name in ('running_mean', 'running_var')]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    flat = accelerator.reduce(flat, 'mean') if how == 'reduce' else broadcast(flat)
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-        buffer.copy_(part.view_as(buffer))
-
-
 def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argparse.Namespace) -> bool:
     """One optimizer update from `--grad-accum-steps` batches; False if float16 gradients overflowed: none was made."""
     accelerator = run.accelerator
@@ -855,11 +844,11 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
         # Gradients are exchanged in the last backward pass only.
         with nullcontext() if last else accelerator.no_sync(run.model):
             if args.algorithm == 'supervised':
-                terms = supervised_step(run.model, labeled, run.calmix, accelerator, args)
+                terms = supervised_step(run.model, labeled, run.calmix, accelerator, args, run.adjustment)
             else:
                 terms = semi_supervised_step(
                     run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
-                    args,
+                    args, run.adjustment,
                 )
             loss = terms['loss']
             accelerator.backward(loss / args.grad_accum_steps if args.grad_accum_steps > 1 else loss)
@@ -997,29 +986,28 @@ def record_evaluation(
         split: str,
         data_config: DataConfig,
         args: argparse.Namespace,
-) -> None:
-    """Logs an evaluation; the main process writes summary.csv, last/ and, if it is the best so far, best/.
-
-    Of the meters, `evaluation` is of the named split and chooses best/; the others are only told.
+) -> dict[str, float]:
+    """Logs an evaluation and returns its metrics; the main process writes summary.csv, last/ and, if it is the best so
+    far, best/. Of the meters, `evaluation` is of the named split and chooses best/; the others are only told.
     """
-    metrics = meters['evaluation'].compute()
+    metrics = measure(meters['evaluation'], run.labeled_by_class)
     best = judge(run, metrics, args)
     _logger.info(
         f'epoch {epoch} evaluation of {metrics["count"]:.0f} images of {split}: error {metrics["error"]:.2f} %, '
         f'ECE {metrics["ece"]:.2f} %, NLL {metrics["nll"]:.4f}, confidence {metrics["confidence"]:.2f} %'
-        + (f' (best {args.eval_metric} so far)' if best else '')
+        + tell_tail(metrics) + (f' (best {args.eval_metric} so far)' if best else '')
     )
     further = {}
     for name, source in (('extra_val', args.extra_val), ('test', args.test_split)):
         if name in meters:
-            found = further[name] = dict(source=source, **meters[name].compute())
+            found = further[name] = dict(source=source, **measure(meters[name], run.labeled_by_class))
             _logger.info(f'epoch {epoch} evaluation of {found["count"]:.0f} images of {source}: error '
-                         f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}')
+                         f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}{tell_tail(found)}')
     if not run.accelerator.is_main_process:
-        return
+        return metrics
     row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
     row.update((f'train_{name}', train_metrics[name]) for name in TRAIN_COLUMNS)
-    row.update((f'eval_{name}', metrics[name]) for name in EVAL_COLUMNS)
+    row.update((f'eval_{name}', metrics[name]) for name in (*EVAL_COLUMNS, 'tail_error') if name in metrics)
     if args.calibratemix:
         row['calmix_weight'] = float(run.calmix.weight)
     write_summary(folder / 'summary.csv', row)
@@ -1035,6 +1023,7 @@ def record_evaluation(
         class_names=run.identity.class_names,
         **metrics,
         bins=bins,
+        classes=by_class(meters['evaluation'], run.labeled_by_class),
         **further,
     )
     if out_of_patience(run, args):
@@ -1042,6 +1031,7 @@ def record_evaluation(
     write_weights(run, folder / 'last', data_config, content)
     if best:
         write_weights(run, folder / 'best', data_config, content)
+    return metrics
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -1116,7 +1106,8 @@ def build_run(
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     model, optimizer = accelerator.prepare(model, optimizer)
-    for module in (method, calmix):
+    adjustment = build_adjustment(args, datasets.labels.trained, num_classes)
+    for module in (method, calmix, adjustment):
         if module is not None:
             module.to(accelerator.device)
     return Run(
@@ -1132,6 +1123,7 @@ def build_run(
         torch.stack([datasets.labels.index, datasets.labels.trained]),
         num_classes,
         datasets.identity,
+        adjustment=adjustment,
     )
 
 
@@ -1202,10 +1194,9 @@ def train_and_evaluate(
                         name: validate(run.eval_model, feed, accelerator, run.num_classes, eval_batch_size(args), stop)
                         for name, feed in eval_feeds.items() if name != 'test' or epoch == args.epochs - 1
                     }
-                    metrics = meters['evaluation'].compute()
                     skipped_images = tell_skipped(run, [*train_feeds, *eval_feeds.values()], args)
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
-                    record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
+                    metrics = record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
                     # In the first half of a run an average may be behind; one line of it is enough.
                     if run.ema is not None and not lag and 2 * run.num_updates >= total:
                         lag = average_lags(run.timm_model, run.eval_model, probe, accelerator)

@@ -37,19 +37,21 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from timm.utils import ParseKwargs, setup_default_logging
+from timm.utils import setup_default_logging
 from torch import nn
 
 from backbone import (
     add_device_arguments,
     add_image_arguments,
+    add_weights_arguments,
     agree_on_precision,
     check_model,
+    check_weights_arguments,
     class_names_of,
     evaluate_batches,
     load_model,
 )
-from checkpoint import read_run
+from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import LEVELS, measure_decisions
 from figures import (
@@ -60,6 +62,7 @@ from figures import (
     reliability_diagram,
     risk_coverage_diagram,
 )
+from imbalance import tail_error
 from inputs import open_pictures
 from labels import match_classes, read_labels
 from metrics import (
@@ -88,6 +91,7 @@ from seeds import item_seed
 from sources import (
     SOURCE_FLAGS,
     ImageError,
+    NoEvaluationSplit,
     PartSource,
     Source,
     locate,
@@ -113,22 +117,16 @@ OOD_SCORES = ('msp', 'energy', 'margin')
 
 def create_validate_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = ArgumentParser(description='Calibration report of trained classifiers.')
+    parser = ArgumentParser(description='Calibration report of trained classifiers.',
+                            stray='; weights are given as --checkpoint RUN/last')
     group = parser.add_argument_group('Checkpoints')
     group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
                        help='folders of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '
                             'config.json; or weight files of timm\'s train.py. Several are compared. best/ was chosen '
                             'by the score on the run\'s evaluation split: on that split, report last/')
-    group.add_argument('-m', '--model', metavar='NAME', default=None,
-                       help='timm model of the weight files (default: that of the args.yaml beside them), or with '
-                            '--pretrained the model to evaluate')
-    group.add_argument('--pretrained', action=flag, default=False, help='timm\'s pretrained weights of --model')
-    group.add_argument('--use-ema', action=flag, default=False,
-                       help='the averaged weights in weight files (folders of train_ssl.py hold nothing else)')
+    add_weights_arguments(group)
     group.add_argument('--num-classes', type=int, metavar='N', default=None,
                        help='classes of the model; given, it may have more classes than the data set has names')
-    group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default=None, metavar='K=V',
-                       help='further arguments of the model\'s constructor')
 
     group = parser.add_argument_group('Dataset', 'What is not given is taken from the args.yaml of the run.')
     group.add_argument('--dataset', metavar='NAME', default=None, help='as train_ssl.py --dataset')
@@ -218,12 +216,7 @@ def _parse_args(argv: list[str] | None = None) -> Namespace:
             parser.error(f'{flag}: what it asks for is stored by --save-temperature with --calibration-split')
         if not all(0 < level < 1 for level in levels or ()):
             parser.error(f'{flag} {" ".join(f"{level:g}" for level in levels)}: expected numbers between 0 and 1')
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
-    if not args.checkpoint and not args.model:
-        parser.error('give --checkpoint RUN/best, or --model NAME --pretrained')
-    if args.model and not args.checkpoint and not args.pretrained:
-        parser.error(f'--model {args.model}: its weights are random; add --pretrained or --checkpoint FILE')
+    check_weights_arguments(parser, args)
     if args.calibration_split is not None and args.calibration_from_labeled is not None:
         parser.error('--calibration-split and --calibration-from-labeled: give one of them')
     if args.unlabeled_split is not None and args.calibration is None:
@@ -307,7 +300,14 @@ def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None
     """A split of the data, or what --val-fraction held out; `run` is the folder whose args.yaml names the data."""
     if split == HELD_OUT:
         return open_held_out(data, checkpoints)
-    return open_source(data, split) if run is None else open_run_source(data, split, run)
+    try:
+        return open_source(data, split) if run is None else open_run_source(data, split, run)
+    except NoEvaluationSplit:
+        if split is not None or getattr(data, 'val_fraction', None) is None:
+            raise
+        _logger.info(f'There is no evaluation split, so that --split {HELD_OUT} is taken: what --val-fraction held out')
+        data.val_split = HELD_OUT
+        return open_held_out(data, checkpoints)
 
 
 def split_names(split: str) -> set[str]:
@@ -460,6 +460,7 @@ class Result:
     ood: dict[str, Outputs]
     class_names: list[str] | None = None
     chosen_by: str = ''  # what best/ was chosen by: a metric on a split
+    labeled_by_class: torch.Tensor | None = None  # images that it was trained on, [K] int64, where that is known
     scaled: dict[str, torch.Tensor] = field(default_factory=dict)  # logits by scaling, the first is 'none'
     parameters: dict[str, dict] = field(default_factory=dict)
     reports: dict[str, dict] = field(default_factory=dict)
@@ -514,6 +515,10 @@ def scale(result: Result, data: Namespace) -> None:
         if at_bound:
             _logger.warning(f'{result.name}: the temperature without labels is at its bound of {value:g}, since the '
                             f'likelihood of {len(result.mixed.index)} mixtures has no maximum')
+        elif value < 1:  # seen on solar cells, alike as they are, and after training with mixing
+            _logger.warning(f'{result.name}: the temperature without labels is {value:.2f}, which makes it surer than '
+                            'it was. Where mixtures are too easy to tell, that is wrong: compare it with one from '
+                            'labels (--calibration-split)')
     elif fit_on is None:
         value = saved_temperature(result.checkpoint, data)
         if value is not None:
@@ -560,8 +565,9 @@ def align(rows: list[list[str]], left: int = 2) -> str:
 
 def format_table(results: list[Result]) -> str:
     range_of = ' [95 %]' if 'ece_low' in results[0].reports['none'] else ''
-    rows = [['run', 'scaling', 'T', f'error %{range_of}', 'balanced acc', 'macro-F1', f'ECE %{range_of}', 'equal-mass',
-             'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC', 'best by']]
+    rows = [['run', 'scaling', 'T', f'error %{range_of}', 'balanced acc', 'macro-F1', 'rarest third error',
+             f'ECE %{range_of}', 'equal-mass', 'class-balanced', 'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC',
+             'best by']]
     any_at_bound = False
     for result in results:
         for scaling, report in result.reports.items():
@@ -574,15 +580,17 @@ def format_table(results: list[Result]) -> str:
                 '' if temperature is None else f'{temperature:.3f}' + '*' * at_bound,
                 interval(report, 'error'),
                 *(f'{report[key]:.2f}' for key in ('balanced_accuracy', 'macro_f1')),
+                '' if report['tail_error'] is None else f'{report["tail_error"]:.2f}',
                 interval(report, 'ece'),
-                *(f'{report[key]:.2f}' for key in ('ece_equal_mass', 'ece_classwise', 'ece_smooth')),
+                *(f'{report[key]:.2f}' for key in ('ece_equal_mass', 'ece_balanced', 'ece_classwise', 'ece_smooth')),
                 f'{report["nll"]:.4f}',
                 f'{report["brier"]:.4f}',
                 '' if report['auroc'] is None else f'{report["auroc"]:.2f}',
                 result.chosen_by,
             ])
-    if not any(result.chosen_by for result in results):
-        rows = [row[:-1] for row in rows]
+    empty = [i for i, cells in enumerate(zip(*rows[1:])) if rows[0][i] in ('best by', 'rarest third error')
+             and not any(cells)]
+    rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
     note = '\n* at its bound: the likelihood of the calibration images has no maximum'
     return align(rows) + (note if any_at_bound else '')
 
@@ -702,9 +710,10 @@ def write_classes(folder: Path, result: Result, names: list[str]) -> None:
     outputs = result.outputs
     columns = class_report(outputs.logits, outputs.target)._asdict()
     counts = {key: columns.pop(key).tolist() for key in ('images', 'predicted')}
+    labeled = {} if result.labeled_by_class is None else dict(labeled=result.labeled_by_class.tolist())
     rates = {key: ['' if math.isnan(value) else 100 * value for value in columns[key].tolist()] for key in columns}
     write_csv(folder / 'classes.csv', [
-        dict(number=k, name=name, **{key: values[k] for key, values in (counts | rates).items()})
+        dict(number=k, name=name, **{key: values[k] for key, values in (labeled | counts | rates).items()})
         for k, name in enumerate(names)
     ])
     matrix = confusion_matrix(outputs.logits, outputs.target)
@@ -773,9 +782,12 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
     for result in results:
         scale(result, data)
         for scaling, logits in result.scaled.items():
-            result.reports[scaling] = calibration_report(
+            report = result.reports[scaling] = calibration_report(
                 logits, result.outputs.target, bootstrap=args.bootstrap, seed=args.seed,
             )
+            labeled = result.labeled_by_class
+            classes = class_report(logits, result.outputs.target)
+            report['tail_error'] = None if labeled is None else tail_error(classes, labeled)
     ood = [measure_ood(result) for result in results]
     heading = f'{len(results[0].outputs.index)} images of {about["dataset"]} {about["split"]}'
     if fits(args):
@@ -863,6 +875,13 @@ def find_labels(
     return None, own
 
 
+def check_unlabeled(own_index: torch.Tensor, train: Source, data: Namespace) -> None:
+    """Raises UsageError, before anything is evaluated, where pseudo-calibration has no image that was not labeled."""
+    if unlabeled_split(data) == data.train_split and len(train) - len(own_index.unique()) < 2:
+        raise UsageError(f'--calibration pseudo: all {len(train)} images of {data.train_split} were labeled in '
+                         'training; leave it out, or give other pictures as --unlabeled-split (a folder will do)')
+
+
 def mix_unlabeled(
         evaluate: Callable[..., Outputs],
         source: Source,
@@ -893,6 +912,43 @@ def mix_unlabeled(
     return evaluate(source, kept.index, kept.logits.argmax(1), partial(PairDataset, partner=partner))
 
 
+def labels_to_use(
+        images: Images,
+        model: nn.Module,
+        run: dict,
+        args: Namespace,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels of the images to evaluate and, if there are any, of those to fit on, as the model numbers its classes.
+
+    Raises:
+        UsageError: Unless all are classes of the model.
+    """
+    given = run.get('num_classes') if args.num_classes is None else args.num_classes
+    by_number = args.num_classes is not None and not run
+    tested = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
+    if images.calibration is None:
+        return tested, None
+    fitted = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number)
+    if class_names_of(model) is None and images.calibration.class_names != images.test.class_names:
+        raise UsageError(f'--calibration-split {args.calibration_split}: it has other classes than split '
+                         f'{images.data.val_split}')
+    return tested, fitted
+
+
+def mixing_flags(run: dict) -> list[str]:
+    """The arguments by which a run of train_ssl.py or of timm's train.py was trained on mixed images."""
+    found = [f'--{key.replace("_", "-")}' for key in ('calibratemix', 'mixup', 'cutmix', 'cutmix_minmax')
+             if run.get(key)]
+    return found + [f'--algorithm {name}' for name in ('mixmatch', 'remixmatch') if run.get('algorithm') == name]
+
+
+def tell_mixing(name: str, run: dict) -> None:
+    """Warns of a temperature from mixtures where the network was trained on mixtures."""
+    if mixing_flags(run):
+        _logger.warning(f'{name}: it was trained with {", ".join(mixing_flags(run))}. On mixtures it is then as right '
+                        'and as unsure as it was taught to be, and the temperature without labels comes out too low')
+
+
 def evaluate_checkpoint(
         name: str,
         checkpoint: Path | None,
@@ -904,14 +960,9 @@ def evaluate_checkpoint(
 ) -> Result:
     """A model's outputs on all sets of images, on every process."""
     model, config, view = load_model(args, checkpoint, run)
-    given = run.get('num_classes') if args.num_classes is None else args.num_classes
-    names, by_number = class_names_of(model), args.num_classes is not None and not run
-    test_targets = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
-    if images.calibration is not None:
-        fit_targets = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number)
-        if names is None and images.calibration.class_names != images.test.class_names:
-            raise UsageError(f'--calibration-split {args.calibration_split}: it has other classes than split '
-                             f'{images.data.val_split}')
+    use_kept_bits(checkpoint, [images.test, images.calibration, images.unlabeled, *images.ood.values()])
+    names = class_names_of(model)
+    test_targets, fit_targets = labels_to_use(images, model, run, args)
     model.eval().to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -927,29 +978,25 @@ def evaluate_checkpoint(
 
     if data.own:
         tell_trained(name, checkpoint.parent / 'labels.json', images.data, images.test)
-    labeled = mixed = None
+    labeled = mixed = own = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
     if labels_file is not None or (own_file is not None and images.unlabeled is not None):
         with once_a_machine(accelerator):
             train = open_source(data, data.train_split)
+        use_kept_bits(checkpoint, [train])
+        own = own_file and read_labels(own_file, train, model.num_classes, names)
     if labels_file is not None:
-        index, targets, _ = read_labels(labels_file, train, model.num_classes, names)
-        if args.calibration_from_labeled is not None and own_file is not None:
-            trained = read_labels(own_file, train, model.num_classes, names)[0]
-            known = int(torch.isin(index, trained).sum())
-            if known:
-                _logger.warning(f'{name}: {known} of {len(index)} calibration images are labeled images of its '
-                                'training, where it is right more often than elsewhere: expect too low a temperature')
-        labeled = evaluate(train, index, targets)
+        found = own if labels_file == own_file else read_labels(labels_file, train, model.num_classes, names)
+        if args.calibration_from_labeled is not None and own is not None:
+            tell_known(name, int(torch.isin(found[0], own[0]).sum()), len(found[0]))
+        labeled = evaluate(train, *found[:2])
+    if own is not None and images.unlabeled is not None:
+        check_unlabeled(own[0], train, images.data)
     tested = evaluate(images.test, targets=test_targets)
     if images.unlabeled is not None:
-        known = [tested]
-        if own_file is not None:
-            known.append(evaluate(train, read_labels(own_file, train, model.num_classes, names)[0]))
+        known = [tested] if own is None else [tested, evaluate(train, own[0])]
         mixed = mix_unlabeled(evaluate, images.unlabeled, torch.cat([part.digest for part in known]), name, args)
-        if run.get('calibratemix'):
-            _logger.warning(f'{name}: it was trained with --calibratemix. On mixtures it is then as right and as '
-                            'unsure as it was taught to be, and the temperature without labels comes out too low')
+        tell_mixing(name, run)
     return Result(
         name,
         checkpoint,
@@ -961,18 +1008,39 @@ def evaluate_checkpoint(
         {ood_name: evaluate(source) for ood_name, source in images.ood.items()},
         names or images.test.class_names,
         tell_choice(name, checkpoint, images.data),
+        read_labeled_by_class(checkpoint, model.num_classes),
     )
+
+
+def tell_known(name: str, known: int, number: int) -> None:
+    """Warns of calibration images that are labeled ones of the training."""
+    if known:
+        _logger.warning(f'{name}: {known} of {number} calibration images are labeled images of its training, where it '
+                        'is right more often than elsewhere: expect too low a temperature')
+
+
+def read_metrics(checkpoint: Path | None) -> dict:
+    """What a run wrote about the weights in its folder, empty if there is nothing."""
+    file = checkpoint / 'metrics.json' if checkpoint is not None else None
+    if file is None or not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f'{file}: {error}') from error
+
+
+def read_labeled_by_class(checkpoint: Path | None, num_classes: int) -> torch.Tensor | None:
+    """Labeled images of each class in the run's training, `[K]` int64; None where that is not known."""
+    found = read_metrics(checkpoint).get('classes', {}).get('labeled', ())
+    return torch.tensor(found) if len(found) == num_classes else None
 
 
 def tell_choice(name: str, checkpoint: Path | None, data: Namespace) -> str:
     """What a best/ was chosen by, '' if it is none; warns if it was the split that is evaluated."""
-    file = checkpoint / 'metrics.json' if checkpoint is not None and checkpoint.name == 'best' else None
-    if file is None or not file.exists():
+    if checkpoint is None or checkpoint.name != 'best':
         return ''
-    try:
-        chosen_by = json.loads(file.read_text()).get('best_chosen_by', '')
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f'{file}: {error}') from error
+    chosen_by = read_metrics(checkpoint).get('best_chosen_by', '')
     split = chosen_by.partition(' on ')[2]
     if chosen_by and data.own and split_names(split) & split_names(data.val_split):
         _logger.warning(f'{name}: best/ was chosen by {chosen_by}, which is evaluated here: its score is too good. '

@@ -946,7 +946,7 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
                  weight_rate=0, split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400,
                  apm_in_warmup=True)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
-                   apm_in_warmup=False)
+                   apm_in_warmup=False, weight=0.5)
     ours = dict(paper, gamma=0.5, topk=0)
     steered = dict(ours, pairing='random', weight_rate=0.1)
     assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': ours, 'steered': steered}
