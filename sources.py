@@ -38,7 +38,7 @@ from pictures import (
     find_bits,
     spread_indices,
 )
-from program import RunError, UsageError, readable
+from program import RunError, UsageError, name_some, readable
 from tables import (
     LFS_POINTER,
     VAL_SPLITS,
@@ -55,6 +55,11 @@ from tables import (
 )
 
 _logger = logging.getLogger(__name__)
+
+
+class NoEvaluationSplit(UsageError):
+    """A data set that has no split named as one for evaluation."""
+
 
 BUNDLED = Path(__file__).resolve().parent / 'digits'
 _IMAGENET = dict(img_size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, numbering='imagenet')
@@ -682,10 +687,11 @@ def find_splits(
             raise UsageError(f'--dataset {name}: no such file')
         return table_splits(files)
     root = Path(name or data_dir or '')
+    if data_dir and not name and not root.is_dir():
+        raise UsageError(f'--data-dir {data_dir}: no such folder')
     if not (name or data_dir) or not root.is_dir():
-        given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
         raise UsageError(
-            f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
+            f'--dataset {name}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
             'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, .parquet files, and '
             'tables of file and label (.csv, .tsv, .jsonl)'
         )
@@ -783,8 +789,10 @@ def create_source(
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)
         if split is None:
-            raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
-                             f'{"--val-split" if labeled else "--ood-split (predict.py: --split)"}')
+            asked = ('--val-split, or hold out a part of the training split (train_ssl.py --val-fraction 0.2)'
+                     if labeled else '--ood-split (predict.py: --split)')
+            raise NoEvaluationSplit(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
+                                    f'{asked}')
     base = split if split in splits else split.partition('[')[0]  # a folder's name may have a bracket
     bracket = split[len(base):]
     for asked, rest in ((split, ''), (base, bracket)):
@@ -795,6 +803,8 @@ def create_source(
             break
     if base not in splits:
         hint = '; a folder of images elsewhere is named by its absolute path' if os.sep in split else ''
+        if split == 'train' and labeled and not name and holds_classes(Path(data_dir), list(splits)):
+            hint = '. If these are classes: --val-fraction 0.2 takes them so, and holds out a fifth to measure on'
         raise UsageError(f'{shown}: no split {split}; it has {there}{hint}')
     if val_labels:
         opened = filelists.ground_truth(Path(val_labels), Path(data_dir or name) / base, input_key, target_key)
@@ -861,11 +871,19 @@ def unlabeled_split(args: argparse.Namespace) -> str:
     return f'{split}+{UNLABELED_DIR}' if args.unlabeled_dir else split
 
 
+def holds_classes(root: Path, folders: Sequence[str]) -> bool:
+    """Whether these folders of a folder, not one of which is named as a split is, may be those of classes."""
+    named = any(folder in ('train', 'labeled', 'extra', *VAL_SPLITS) or is_unlabeled(folder) for folder in folders)
+    described = find_tables(root) or any(root.glob('metadata.*'))
+    return len(folders) > 1 and not named and not described and not {'+', '['} & set(root.name)
+
+
 def settle_sources(args: argparse.Namespace) -> None:
     """Settles the flags that name a run's images, so that its args.yaml names the same ones from any working folder.
 
     Files and folders get absolute paths, and a folder as --dataset becomes the --data-dir that it means. Where a folder
-    has a split labeled and no train, labeled and unlabeled are the training and the unlabeled split by default.
+    has a split labeled and no train, labeled and unlabeled are the training and the unlabeled split by default. With
+    --val-fraction a folder of class folders will do: it is the training split, in the folder above it.
     """
     for name_key, dir_key in (('dataset', 'data_dir'), ('extra_val', 'extra_val_dir')):
         name, folder = getattr(args, name_key) or '', getattr(args, dir_key)
@@ -888,16 +906,21 @@ def settle_sources(args: argparse.Namespace) -> None:
     if not (args.dataset or args.data_dir) or not root.is_dir():
         return
     splits = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    if args.val_fraction is not None and args.train_split == 'train' and holds_classes(root, splits):
+        args.dataset, args.data_dir, args.train_split = '', str(root.parent), root.name
+        tell(f'{root}: no folder in it is named as a split, so its {len(splits)} folders are taken for classes: '
+             f'{name_some(splits)}', logging.INFO)
+        return
     if not any(split == 'labeled' or is_unlabeled(split) for split in splits) or find_tables(root):
         return
     if args.train_split == 'train' and 'train' not in splits and 'labeled' in splits:
         args.train_split = 'labeled'
-        tell(f'{root}: no split train; --train-split labeled is taken')
+        tell(f'{root}: no split train; --train-split labeled is taken', logging.INFO)
     unlabeled = next(filter(is_unlabeled, splits), None)
     if args.unlabeled_split is None and unlabeled:
         if args.train_split == 'labeled':
             args.unlabeled_split = unlabeled
-            tell(f'{root}: --unlabeled-split {unlabeled} is taken, as it lies beside labeled')
+            tell(f'{root}: --unlabeled-split {unlabeled} is taken, as it lies beside labeled', logging.INFO)
         else:
             tell(f'{root}: split {unlabeled} is not used; --unlabeled-split {args.train_split}+{unlabeled} takes it')
 
