@@ -330,8 +330,9 @@ def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):
 
 @pytest.mark.parametrize('name', ['pseudo_label', 'flexmatch', 'softmatch', 'freematch', 'marginmatch'])
 def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, name):
-    flags = ('--algorithm', name, '--calibratemix', '--calmix-warmup-epochs', 1, '--threshold', 0.3, '--stat-momentum',
-             0.9, '--train-steps-per-epoch', 3, '--recovery-interval', 1, '--checkpoint-hist', 99)
+    flags = ('--algorithm', name, '--calibratemix', '--calmix-warmup-epochs', 1, '--calmix-weight-rate', 0.1,
+             '--threshold', 0.3, '--stat-momentum', 0.9, '--train-steps-per-epoch', 3, '--recovery-interval', 1,
+             '--checkpoint-hist', 99)
     straight = train('straight', *flags)
     rewind(straight, tmp_path / 'resumed', 4)
     resumed = train('resumed', *flags, '--resume', 'auto')

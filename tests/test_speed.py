@@ -198,7 +198,7 @@ def test_no_update_waits_for_a_real_gpu(algorithm):
 
 def test_the_quick_benchmark_measures_every_row_and_writes_them_as_csv(tmp_path, monkeypatch):
     file = tmp_path / 'rows.csv'
-    rows = [*benchmark.ROWS[:-1], 'complexity']  # the row of two processes takes 20 s
+    rows = [*benchmark.ROWS[:-1], 'operators', 'complexity']  # the row of two processes takes 20 s
     flags = ['--quick', '--repeats', '1', '--results-file', file, '--picture', tmp_path / 'picture.png']
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, flags), '--rows', *rows])
     benchmark.main()
@@ -207,6 +207,9 @@ def test_the_quick_benchmark_measures_every_row_and_writes_them_as_csv(tmp_path,
     assert list(table[0]) == ['row', 'value', 'min', 'max', 'target', 'met']
     assert {row['row'] for row in table} >= benchmark.TARGETS.keys() - {
         'step of 2 processes on half the batch / of 1 on all'}
+    for preset in ('paper', 'steered'):  # does not depend on the size
+        name = f'operators, fixmatch + {preset}: all of ours'
+        assert [float(row['value']) <= 150 for row in table if row['row'] == name] == [True]
     assert Image.open(tmp_path / 'picture.png').width > 1000
     assert all(float(row['min']) <= float(row['value']) <= float(row['max']) for row in table)
 
