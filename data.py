@@ -382,10 +382,12 @@ class Feed:
                 self.skipped.update(skipped)
                 check_classes_left(self.loader.dataset, self.skipped)
             numbers = batch.pop('numbers', None)
+            # Known here without a wait for the device.
+            repeated = len(batch['index'].unique()) < len(batch['index'])
             batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             if numbers is not None:
                 batch.update(self.loader.dataset.batch_views(batch.pop('pixels'), numbers))
             for key in batch.keys() & {'image', 'weak', 'strong', 'partner'}:
                 image = batch[key].to(torch.float32, memory_format=self.memory_format)
                 batch[key] = image.sub_(self.mean).div_(self.std)
-            yield batch
+            yield dict(batch, repeated=repeated)

@@ -3,6 +3,7 @@ import io
 import logging
 import os
 import pickle
+import re
 import struct
 import tempfile
 import zlib
@@ -517,6 +518,23 @@ def test_colour_of_16_bits_that_comes_out_nearly_black_is_told(tmp_path, caplog)
         opened(tmp_path)
         assert len(caplog.messages) == told
     assert 'colour of 16 bits' in caplog.text and 'no value is above 15 of 255' in caplog.text
+
+
+@pytest.mark.parametrize('form', ['gif', 'tiff', 'webp'])
+def test_files_of_several_pages_are_counted_and_give_the_first(tmp_path, form, caplog):
+    """Of all files of such a kind, also where none is among those that any set has looked at."""
+    frames = [Image.new('L', (4, 4), value) for value in (250, 90, 10)]
+    for i in range(100):
+        save(tmp_path / 'train' / 'a' / f'{i}.png')
+    for i, number in enumerate((1, 3, 2)):
+        frames[0].save(tmp_path / 'train' / 'a' / f'{i}.{form}', save_all=True, append_images=frames[1:number])
+    source = opened(tmp_path)
+    inputs.open_pictures(str(tmp_path / 'train'))
+    told = [line for line in caplog.messages if 'several' in line]
+    several = str(tmp_path / 'train' / 'a' / f'1.{form}')
+    assert len(told) == 2 and told[0] == f'{tmp_path} train: {told[1]}'
+    assert re.fullmatch(rf'2 of \d+ files looked at hold .*, such as {several}; the first of each is taken', told[1])
+    assert abs(int(np.asarray(source.image(source.file_paths().index(several))).max()) - 250) < 3
 
 
 def test_a_huge_picture_is_refused_with_the_flag_that_allows_it(tmp_path):

@@ -342,6 +342,21 @@ def test_a_temperature_without_labels_is_saved_and_warns_of_networks_trained_wit
     assert report(shown)['scaled']['saved']['temperature'] == saved['temperature']
 
 
+@pytest.mark.parametrize('run, flags', [
+    (dict(calibratemix=True, algorithm='fixmatch'), ['--calibratemix']),
+    (dict(calibratemix=False, algorithm='remixmatch'), ['--algorithm remixmatch']),
+    (dict(mixup=0.2, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0), ['--mixup', '--cutmix']),  # timm's train.py
+    (dict(mixup=0.0, cutmix=0.0, cutmix_minmax=[0.2, 0.8], mixup_prob=1.0), ['--cutmix-minmax']),
+    (dict(mixup=0.0, cutmix=0.0, cutmix_minmax=None, mixup_prob=1.0), []),
+    (dict(calibratemix=False, algorithm='fixmatch'), []),
+    ({}, []),
+])
+def test_the_warning_of_mixing_names_the_arguments_and_says_nothing_of_other_runs(caplog, run, flags):
+    validate.tell_mixing('a run', run)
+    assert len(caplog.messages) == bool(flags)
+    assert not flags or f'a run: it was trained with {", ".join(flags)}. ' in caplog.text
+
+
 def test_out_of_distribution_rows_are_those_of_the_logits(run_folder, photographs, comparison):
     from sklearn.metrics import roc_auc_score
 
