@@ -96,7 +96,7 @@ def describe_averages(model: nn.Module, args: argparse.Namespace) -> str:
     momenta = sorted({norm.momentum for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.momentum})
     norm = f'; batch-norm momentum {" and ".join(f"{value:.3g}" for value in momenta)}' if momenta else ''
     statistics = ''
-    if args.algorithm in ('softmatch', 'freematch'):
+    if args.algorithm in ('softmatch', 'freematch', 'adamatch'):
         statistics = f'; --stat-momentum {args.stat_momentum:.4g}'
     return f'{args.epochs * args.train_steps_per_epoch:,} updates; evaluated: {weights}{norm}{statistics}'
 

@@ -381,7 +381,7 @@ def tell_schedule(run: Run, state: dict, args: argparse.Namespace) -> None:
         mixing = '' if then == now else ', so that mixing starts' if now else ', so that mixing stops until then'
         moves.append(f'the end of CalibrateMix\'s warmup from update {warmups[0]} to {warmups[1]}{mixing}')
     if run.method is not None:
-        factors = lambda_u(run.method, done, old), lambda_u(run.method, done, args)
+        factors = lambda_u(done, old), lambda_u(done, args)
         if factors[0] != factors[1]:
             moves.append(f'the factor of the unlabeled loss from {factors[0]:.4g} to {factors[1]:.4g}')
     if moves:

@@ -1,17 +1,19 @@
 """The base methods: how much each unlabeled image counts, and as what class.
 
-A step passes labeled, weak and strong images through the network and then asks its method three things:
+A step passes labeled, weak and strong images through the network and then asks its method:
 
+    method.see_labeled(logits, target, num_updates)    # tells it of the labeled images of all processes
     weight = method(weak_logits, index, num_updates)   # of the images of all processes: [U] in [0, 1]
-    target = method.target(pseudo_label, index)        # of a process's own images: [U], as what they are trained
+    target = method.target(weak_logits, pseudo_label, index)  # of a process's own images: as what they are trained
     loss = loss + method.further_loss(strong_logits, weight, accelerator)  # what the method adds to the loss
 
 The pseudo-label is the top class of the weak view. The weights are of the joined batch, so running statistics are the
-same on all processes; they are buffers, so that checkpoint and device follow. A new method is one class and one entry
-of ALGORITHMS.
+same on all processes; they are buffers, so that checkpoint and device follow. Methods that train on something else
+than pseudo-labels compute their losses themselves (`losses`). A new method is one class and one entry of ALGORITHMS.
 """
 import argparse
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from calibratemix import PRESETS, MarginBank
+from passes import Outputs
 from seeds import item_seed
 
 FULL_SCHEDULE = 1024 * 1024  # updates of the published recipe, in which the warmups of presets and methods are counted
@@ -32,20 +35,43 @@ class Method(nn.Module):
     their positions in the unlabeled set, `[U]` int64, and the updates done so far.
 
     Attributes:
+        published: Arguments by name that are not given, as the method's published recipe has them for CIFAR-10.
+        published_for: Those of another data set, by its name, where they differ.
         views: Views of an unlabeled image by name, and their kinds. Without strong ones the weak ones are trained on.
+        labeled_views: Those of a labeled image.
         virtual_class: The network has a class K beside the set's own, and the method sees its logit too.
-        lambda_u_warmup: Share of the training over which the unlabeled loss grows from 0.
+        takes_average: The weak views pass through the averaged network.
+        trains_on_views: False where the views are only looked at, and the method passes what it trains on.
+        weak_apart: Whether --weak-forward no-grad can be had.
+        own_losses: The method computes the labeled and the unlabeled loss itself.
     """
+    published = dict(mu=7, lambda_u=1., lambda_u_warmup=0., threshold=0.95, temperature=0.5)
+    published_for = {}
     views = {'weak': 'weak', 'strong': 'strong'}
+    labeled_views = {'image': 'weak'}
     virtual_class = False
-    lambda_u_warmup = 0.
+    takes_average = False
+    trains_on_views = True
+    weak_apart = True
+    own_losses = False
 
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = num_classes
 
-    def target(self, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """As what classes a process's own images are trained, `[U]` int64, from pseudo-labels and positions `[U]`."""
+    def see_labeled(self, logits: torch.Tensor, target: torch.Tensor, num_updates: int) -> None:
+        """Moves what is kept of labeled images: of all processes, logits `[B, K]` and targets `[B]`, before the step's
+        call. Both may hold an extra class K, of threshold samples.
+        """
+
+    def target(self, logits: torch.Tensor, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """As what a process's own images are trained: classes `[U]` int64 or probabilities, of the shape of the logits.
+
+        Args:
+            logits: `[U, K]` of the weak views, or more columns where the network has an extra class.
+            pseudo_label: `[U]` int64, their top class.
+            index: `[U]` int64, positions in the unlabeled set.
+        """
         return pseudo_label
 
     def further_loss(
@@ -56,6 +82,33 @@ class Method(nn.Module):
     ) -> torch.Tensor | float:
         """What is added to the loss, a scalar, from a process's own strong logits `[U, K]` and weights `[U]`."""
         return 0.
+
+    def losses(
+            self,
+            model: nn.Module,
+            labeled: dict,
+            unlabeled: dict,
+            out: Outputs,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:
+        """With `own_losses`, a process's own labeled and unlabeled loss, and what is added to their weighted sum."""
+        raise NotImplementedError
+
+
+def sharpen(probs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Probabilities `[U, K]` to the power of 1 / temperature, which again add up to 1."""
+    return (probs.log() / temperature).softmax(1)
+
+
+def widen(probs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Probabilities `[U, K]` with zeros for an extra class of the logits."""
+    return F.pad(probs, (0, logits.shape[1] - probs.shape[1]))
+
+
+def move_mean(mean: torch.Tensor, rows: torch.Tensor, momentum: float) -> None:
+    """Moves a running mean `[K]` towards that of rows `[B, K]`; rows that are not finite do not count."""
+    good = rows.isfinite().all(1)
+    new = rows.masked_fill(~good[:, None], 0).sum(0) / good.sum().clamp(min=1)
+    mean.lerp_(new, (1 - momentum) * good.any())
 
 
 class FixMatch(Method):
@@ -71,8 +124,9 @@ class FixMatch(Method):
 
 class PseudoLabel(FixMatch):
     """FixMatch's weights, but the weak view itself is trained on (Lee 2013, section 2.2); lambda grows over 0.4."""
+    published = dict(lambda_u_warmup=0.4)
     views = {'weak': 'weak'}
-    lambda_u_warmup = 0.4
+    weak_apart = False
 
 
 class FlexMatch(Method):
@@ -208,7 +262,7 @@ class MarginMatch(Method):
         """Which images `[U]` are now trained as the virtual class."""
         return self.slot.gather(0, index) >= 0
 
-    def target(self, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def target(self, logits: torch.Tensor, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return torch.where(self.is_wrong(index), self.num_classes, pseudo_label)
 
     def redraw(self, num_updates: int) -> None:
@@ -238,6 +292,101 @@ class MarginMatch(Method):
         return torch.where(wrong, weight.sum() / (~wrong).sum().clamp(min=1), weight)
 
 
+class UDA(FixMatch):
+    """FixMatch's weights with soft, sharpened pseudo-labels (arXiv 1904.12848, additional training techniques).
+
+    Without training signal annealing, which its published recipe for images has switched off.
+    """
+    published = dict(threshold=0.8, temperature=0.4)
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__(num_unlabeled, num_classes, args)
+        self.temperature = args.temperature
+
+    def target(self, logits: torch.Tensor, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return widen((logits[:, :self.num_classes] / self.temperature).softmax(1), logits)
+
+
+class AdaMatch(Method):
+    """Distribution alignment and a relative confidence threshold (arXiv 2106.04732, section 3).
+
+    Probabilities are multiplied by the running mean of those of labeled images over that of unlabeled ones. An image
+    counts whose aligned confidence reaches the threshold times the mean confidence of the labeled images of the step.
+    Without the random interpolation of logits, which the paper has for another domain, and with the threshold of USB.
+    """
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__(num_classes)
+        self.threshold, self.momentum = args.threshold, args.stat_momentum
+        self.register_buffer('labeled_mean', torch.full((num_classes,), 1 / num_classes))
+        self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
+        self.register_buffer('least', torch.tensor(1.))  # confidence from which an image counts in this step
+
+    def see_labeled(self, logits: torch.Tensor, target: torch.Tensor, num_updates: int) -> None:
+        own_class = (target < self.num_classes)[:, None]
+        probs = logits[:, :self.num_classes].masked_fill(~own_class, torch.nan).softmax(1)
+        move_mean(self.labeled_mean, probs, self.momentum)
+        self.least.copy_(self.threshold * probs.amax(1).nanmean())
+
+    def align(self, logits: torch.Tensor) -> torch.Tensor:
+        """Aligned probabilities `[U, K]`."""
+        probs = logits[:, :self.num_classes].softmax(1) * self.labeled_mean / self.class_mean
+        return probs / probs.sum(1, keepdim=True)
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
+        move_mean(self.class_mean, logits.softmax(1), self.momentum)
+        return (self.align(logits).amax(1) >= self.least).float()
+
+    def target(self, logits: torch.Tensor, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return widen(self.align(logits), logits)
+
+
+class Dash(Method):
+    """Images whose loss is below a threshold that falls geometrically (arXiv 2109.00650, algorithm 1).
+
+    The loss is the cross-entropy of the weak view with its own sharpened probabilities, which are the pseudo-label. The
+    threshold starts at C times the mean loss of labeled images, seen in the last tenth of a warmup on these alone, and
+    falls by a factor of gamma every ten of 1,024 epochs. At its smallest value pseudo-labels are hard. As in USB, but
+    that the loss there is of evaluation images, and that the warmup here is part of the run: 2,048 of 2^20 updates.
+    """
+    C, GAMMA, SMALLEST = 1.0001, 1.27, 0.05
+
+    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
+        super().__init__(num_classes)
+        self.temperature = args.temperature
+        updates = args.epochs * args.train_steps_per_epoch
+        self.warmup = max(1, round(2048 / FULL_SCHEDULE * updates))
+        self.every = max(1, round(10 / 1024 * updates))
+        self.register_buffer('loss_sum', torch.tensor(0.))
+        self.register_buffer('loss_count', torch.tensor(0))  # images in loss_sum
+        self.register_buffer('threshold', torch.tensor(torch.inf))
+
+    def see_labeled(self, logits: torch.Tensor, target: torch.Tensor, num_updates: int) -> None:
+        if self.warmup - max(1, self.warmup // 10) <= num_updates < self.warmup:
+            loss = F.cross_entropy(logits, target, reduction='none')
+            good = loss.isfinite()
+            self.loss_sum += loss.masked_fill(~good, 0).sum()
+            self.loss_count += good.sum()
+
+    def threshold_at(self, num_updates: int) -> torch.Tensor:
+        """The threshold after so many updates, scalar; at the end of the warmup C times the labeled loss."""
+        start = self.loss_sum / self.loss_count.clamp(min=1)
+        falls = (num_updates - self.warmup) // self.every
+        return (self.C * self.GAMMA ** -falls * start).clamp(min=self.SMALLEST)
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
+        if num_updates < self.warmup:
+            return torch.zeros(len(logits), device=logits.device)
+        self.threshold.copy_(self.threshold_at(num_updates))
+        loss = F.cross_entropy(logits, self.target(logits, logits.argmax(1), index), reduction='none')
+        return (loss <= self.threshold).float()
+
+    def target(self, logits: torch.Tensor, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        soft = (logits[:, :self.num_classes] / self.temperature).softmax(1)
+        hard = F.one_hot(pseudo_label, self.num_classes).float()
+        return widen(torch.where(self.threshold <= self.SMALLEST, hard, soft), logits)
+
+
 ALGORITHMS = {
     'supervised': None,
     'pseudo_label': PseudoLabel,
@@ -246,7 +395,64 @@ ALGORITHMS = {
     'softmatch': SoftMatch,
     'freematch': FreeMatch,
     'marginmatch': MarginMatch,
+    'uda': UDA,
+    'adamatch': AdaMatch,
+    'dash': Dash,
 }
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+
+def published(algorithm: str, dataset: str = '') -> dict:
+    """Arguments that a method's published recipe has for a data set, by name."""
+    method = ALGORITHMS[algorithm] or Method
+    name = dataset.rpartition('/')[2].lower()
+    return {**Method.published, **method.published, **method.published_for.get(name, {})}
+
+
+def fit_to_method(args: argparse.Namespace) -> None:
+    """Sets the arguments of `published` where they are not given."""
+    for name, value in published(args.algorithm, args.dataset).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def without_defaults(entries: dict, given: Iterable[str]) -> dict:
+    """A run's arguments by name, without those that it took from `published` and that another method may not have.
+
+    Args:
+        entries: The arguments, from a file.
+        given: Names of the arguments that the command line gives.
+    """
+    if not {'algorithm', 'dataset'} & set(given) or entries.get('algorithm', 'fixmatch') not in ALGORITHMS:
+        return entries
+    own = published(entries.get('algorithm', 'fixmatch'), entries.get('dataset') or '')
+    return {name: value for name, value in entries.items() if name not in own or value != own[name]}
+
+
+def tell_published(name: str) -> str:
+    """The default of an argument, and which methods and data sets have another."""
+    others, usual = {}, Method.published[name]
+    for algorithm in ALGORITHMS:
+        for dataset in ('', *getattr(ALGORITHMS[algorithm], 'published_for', ())):
+            value = published(algorithm, dataset)[name]
+            if value != published(algorithm)[name] or (not dataset and value != usual):
+                others.setdefault(value, []).append(f'{algorithm} on {dataset}' if dataset else algorithm)
+    return '; '.join([f'{usual:g}', *(f'{value:g} with {", ".join(names)}' for value, names in others.items())])
+
+
+def find_clash(args: argparse.Namespace) -> str | None:
+    """What in the arguments the method cannot be combined with, in a line, if there is any."""
+    method = ALGORITHMS[args.algorithm] or Method
+    if args.weak_forward == 'no-grad' and not method.weak_apart:
+        return (f'--weak-forward no-grad: with {args.algorithm} there is no pass over weak and strong images that it '
+                'could part; leave it out')
+    return None
+
+
+def num_outputs(args: argparse.Namespace, num_classes: int) -> int:
+    """Outputs of the network: the classes, and behind them an extra one."""
+    return num_classes + has_extra_class(args)
 
 
 def has_extra_class(args: argparse.Namespace) -> bool:
@@ -254,9 +460,11 @@ def has_extra_class(args: argparse.Namespace) -> bool:
     return getattr(ALGORITHMS[args.algorithm], 'virtual_class', False) or args.aum_threshold_samples is not None
 
 
-def lambda_u(method: Method, num_updates: int, args: argparse.Namespace) -> float:
+def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
     """Factor of the unlabeled loss: grows from 0 over --lambda-u-warmup, then --lambda-u."""
-    share = method.lambda_u_warmup if args.lambda_u_warmup is None else args.lambda_u_warmup
+    share = args.lambda_u_warmup
+    if share is None:  # in a checkpoint of an earlier version
+        share = published(args.algorithm, args.dataset)['lambda_u_warmup']
     warmup = share * args.epochs * args.train_steps_per_epoch
     return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
 

@@ -25,7 +25,6 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +85,19 @@ from data import (
     limit_workers,
 )
 from labels import choose_labels
-from methods import ALGORITHMS, Method, has_extra_class, lambda_u, warmup_updates
+from methods import (
+    ALGORITHMS,
+    Method,
+    find_clash,
+    fit_to_method,
+    lambda_u,
+    num_outputs,
+    tell_published,
+    warmup_updates,
+    without_defaults,
+)
 from metrics import EvalMeter
+from passes import Outputs, forward_views
 from program import (
     STOPPED,
     ArgumentParser,
@@ -303,18 +313,21 @@ def create_parser() -> argparse.ArgumentParser:
                             '(default: 0)')
     group.add_argument('--exclude-labeled', action=flag, default=False,
                        help='leave the labeled images out of the unlabeled set; the published protocol keeps them in')
-    group.add_argument('--mu', type=int, metavar='N', default=7,
-                       help='unlabeled images per labeled image in a step (default: 7)')
-    group.add_argument('--lambda-u', type=float, metavar='X', default=1.0,
-                       help='factor of the unlabeled loss (default: 1)')
-    group.add_argument('--threshold', type=float, metavar='P', default=0.95,
-                       help='confidence from which a pseudo-label counts (default: 0.95)')
+    group.add_argument('--mu', type=int, metavar='N', default=None,
+                       help=f'unlabeled images per labeled image in a step (default: {tell_published("mu")})')
+    group.add_argument('--lambda-u', type=float, metavar='X', default=None,
+                       help=f'factor of the unlabeled loss (default: {tell_published("lambda_u")})')
+    group.add_argument('--threshold', type=float, metavar='P', default=None,
+                       help='confidence from which a pseudo-label counts; with adamatch relative to the mean one of '
+                            f'labeled images (default: {tell_published("threshold")})')
     group.add_argument('--lambda-u-warmup', type=float, metavar='SHARE', default=None,
-                       help='share of the training over which the unlabeled loss grows from 0 (default: 0.4 with '
-                            'pseudo_label, else 0)')
+                       help='share of the training over which the unlabeled loss grows from 0 (default: '
+                            f'{tell_published("lambda_u_warmup")})')
+    group.add_argument('--temperature', type=float, metavar='X', default=None,
+                       help=f'of soft pseudo-labels: uda, dash (default: {tell_published("temperature")})')
     group.add_argument('--stat-momentum', type=float, metavar='X', default=None,
-                       help='of the running statistics of softmatch and freematch (default: 0.999, in short runs '
-                            '1 - 100 / updates, at least 0.9)')
+                       help='of the running statistics of softmatch, freematch, adamatch and remixmatch (default: '
+                            '0.999, in short runs 1 - 100 / updates, at least 0.9)')
     group.add_argument('--softmatch-align', action=flag, default=True,
                        help='uniform alignment of the confidence (default: yes)')
     group.add_argument('--softmatch-usb-stats', action=flag, default=False,
@@ -428,13 +441,14 @@ def create_parser() -> argparse.ArgumentParser:
 
 def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
-    return _check_args(parser, parse_with_config(parser, argv))
+    return _check_args(parser, parse_with_config(parser, argv, without_defaults))
 
 
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Ranges that argparse does not check; exits with status 2."""
     if args.batch_size is None and args.global_batch_size is None:
         args.batch_size = 64
+    fit_to_method(args)
     for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size', 'mu',
                  'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -452,6 +466,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
+    if args.temperature <= 0:
+        parser.error(f'--temperature {args.temperature}: expected a number above 0')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
     for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
@@ -476,6 +492,9 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                      f'{", ".join(torch._dynamo.list_backends())}')
     if args.calibratemix and args.algorithm == 'supervised':
         parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
+    clash = find_clash(args)
+    if clash:
+        parser.error(clash)
     if args.label_noise and args.labels_file:
         parser.error(f'--label-noise {args.label_noise} would flip the labels of --labels-file, which may be flipped '
                      'already: give --label-noise 0')
@@ -606,7 +625,8 @@ def build_datasets(
             return dataset
         return BatchDataset(dataset, *decoded, None if evaluate else BatchViews(kinds, **recipe), views_on_gpu)
 
-    labeled_set = with_views({'image': 'weak'}, train, labels.index, labels.trained, 'labeled')
+    kinds = getattr(ALGORITHMS[args.algorithm], 'labeled_views', Method.labeled_views)
+    labeled_set = with_views(kinds, train, labels.index, labels.trained, 'labeled')
     evaluation_set = with_views({'image': 'eval'}, sources.evaluation)
     extra_set = test_set = unlabeled_set = None
     if args.extra_val:
@@ -641,44 +661,6 @@ def supervised_step(
     return dict(loss=loss, loss_labeled=loss)
 
 
-class Outputs(NamedTuple):
-    """What the network says about the images of a step; all but logits and strong_logits are detached."""
-    features: torch.Tensor  # [B, D] of the labeled images
-    logits: torch.Tensor  # [B, K] float32
-    weak_features: torch.Tensor  # [U, D]
-    weak_logits: torch.Tensor  # [U, K] float32
-    strong_logits: torch.Tensor  # [U, K] float32
-
-
-def forward_views(
-        model: nn.Module,
-        image: torch.Tensor,
-        weak: torch.Tensor,
-        strong: torch.Tensor | None,
-        weak_forward: str,
-) -> Outputs:
-    """One pass over labeled, weak and strong images, or with 'no-grad' one for the weak ones and one for the rest.
-
-    Without strong images the weak ones take their place, in the one pass and with their gradient (Pseudo-Label).
-    """
-    if strong is None:
-        sizes = [len(image), len(weak)]
-        features, logits = model(torch.cat([image, weak]))
-        (f, f_weak), (z, z_weak) = features.split(sizes), logits.float().split(sizes)
-        z_strong = z_weak
-    elif weak_forward == 'joint':
-        sizes = [len(image), len(weak), len(strong)]
-        features, logits = model(torch.cat([image, weak, strong]))
-        (f, f_weak, _), (z, z_weak, z_strong) = features.split(sizes), logits.float().split(sizes)
-    else:
-        with torch.no_grad():
-            f_weak, z_weak = model(weak)
-        sizes = [len(image), len(strong)]
-        features, logits = model(torch.cat([image, strong]))
-        (f, _), (z, z_strong) = features.split(sizes), logits.float().split(sizes)
-    return Outputs(f.detach(), z, f_weak.detach(), z_weak.detach().float(), z_strong)
-
-
 def semi_supervised_step(
         model: nn.Module,
         labeled: dict,
@@ -688,40 +670,46 @@ def semi_supervised_step(
         num_updates: int,
         accelerator: Accelerator,
         args: argparse.Namespace,
+        average: nn.Module | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses of a step: the base method's, and after warmup the mixup loss from a second pass over mixed images only.
 
     Args:
         model: Returns features and logits.
-        labeled: image `[B, C, S, S]`, target `[B]`, index `[B]`.
-        unlabeled: weak and strong `[U, C, S, S]`, target `[U]` (for monitoring only; -1: unknown), index `[U]`.
+        labeled: image `[B, C, S, S]` (and what other views the method has), target `[B]`, index `[B]`.
+        unlabeled: weak and strong `[U, C, S, S]` (likewise), target `[U]` (for monitoring only; -1: unknown), index
+            `[U]`.
         method: The base method.
         calmix: None for the base method alone.
         num_updates: Updates done so far.
+        average: The averaged network, for a method that takes it; it gets the weak images.
 
     Returns:
         Scalars, detached but for `loss`.
     """
-    j = unlabeled['index']
-    out = forward_views(model, labeled['image'], unlabeled['weak'], unlabeled.get('strong'), args.weak_forward)
+    i, y, j = labeled['index'], labeled['target'], unlabeled['index']
+    out = forward_views(model, labeled, unlabeled, args.weak_forward, average, method.trains_on_views)
     num_classes = method.num_classes  # an extra class of the network is a target of some images, and else left out
     confidence, pseudo_label = out.weak_logits[:, :num_classes].softmax(1).max(1)
 
     # What a method or the bank keeps is kept of the joined batch, on every process alike.
-    j_all, z_weak_all = accelerator.gather((j, out.weak_logits))
+    i_all, y_all, z_all, j_all, z_weak_all = accelerator.gather((i, y, out.logits.detach(), j, out.weak_logits))
+    method.see_labeled(z_all, y_all, num_updates)
     first = accelerator.process_index * len(j)
     weight = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)[first:first + len(j)]
-    loss_labeled = F.cross_entropy(out.logits, labeled['target'], label_smoothing=args.label_smoothing)
-    loss_unlabeled = F.cross_entropy(out.strong_logits, method.target(pseudo_label, j), reduction='none')
-    loss_unlabeled = (loss_unlabeled * weight).mean()
-    loss = loss_labeled + lambda_u(method, num_updates, args) * loss_unlabeled
-    loss = loss + method.further_loss(out.strong_logits, weight, accelerator)
+    if method.own_losses:
+        loss_labeled, loss_unlabeled, further = method.losses(model, labeled, unlabeled, out)
+    else:
+        loss_labeled = F.cross_entropy(out.logits, y, label_smoothing=args.label_smoothing)
+        target = method.target(out.weak_logits, pseudo_label, j)
+        loss_unlabeled = (F.cross_entropy(out.strong_logits, target, reduction='none') * weight).mean()
+        further = method.further_loss(out.strong_logits, weight, accelerator)
+    loss = loss_labeled + lambda_u(num_updates, args) * loss_unlabeled + further
     if args.logit_margin_penalty:
         loss = loss + args.logit_margin_penalty * logit_margin_penalty(out.strong_logits, args.logit_margin)
 
     loss_mixup = torch.zeros_like(loss)
     if calmix is not None:
-        i_all, y_all, z_all = accelerator.gather((labeled['index'], labeled['target'], out.logits.detach()))
         pseudo_label_all = z_weak_all[:, :num_classes].argmax(1)
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
         calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
@@ -847,9 +835,10 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
             if args.algorithm == 'supervised':
                 terms = supervised_step(run.model, labeled, run.calmix, accelerator, args)
             else:
+                average = FeaturesAndLogits(run.ema.module) if run.method.takes_average else None
                 terms = semi_supervised_step(
                     run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
-                    args,
+                    args, average,
                 )
             accelerator.backward(terms['loss'] / args.grad_accum_steps)
         run.monitor.add(terms, run.num_updates)
@@ -1234,7 +1223,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         sources = open_sources(args)
     num_classes = agree_on_classes(args, sources)
     choose_model(args, sources.train)
-    model = build_model(args, num_classes + has_extra_class(args))
+    model = build_model(args, num_outputs(args, num_classes))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
     on_gpu = accelerator.device.type == 'cuda'

@@ -371,7 +371,7 @@ def test_every_method_trains_threshold_samples_but_saves_and_measures_the_real_c
     assert labels['target'] == [sources.create_source('digits', None, 'train').targets[i] for i in labels['index']]
 
 
-@pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch'])
+@pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch', 'uda', 'adamatch', 'dash'])
 def test_the_extra_class_is_no_pseudo_label_and_takes_no_confidence(name):
     """Logits that put it far on top everywhere: pseudo-labels and weights are those of the real classes alone."""
     class Fixed(torch.nn.Module):
@@ -393,7 +393,7 @@ def test_the_extra_class_is_no_pseudo_label_and_takes_no_confidence(name):
         unlabeled = dict(weak=torch.zeros(6, 1), strong=torch.zeros(6, 1), target=torch.ones(6).long(),
                          index=torch.arange(6))
         terms = train_ssl.semi_supervised_step(
-            Fixed(extra), labeled, unlabeled, method, None, 0, Accelerator(cpu=True), args,
+            Fixed(extra), labeled, unlabeled, method, None, 5000, Accelerator(cpu=True), args,
         )
         assert terms['pseudo_label_right'] == 1
         rates.append(terms['mask_rate'].item())

@@ -132,8 +132,7 @@ class NoBlockingCopies(TorchDispatchMode):
     ['--algorithm', 'fixmatch', '--calmix-pairing', 'random', '--weak-forward', 'no-grad'],
     ['--algorithm', 'fixmatch', '--calmix-preset', 'authors-code', '--calmix-warmup-epochs', '0'],
     ['--algorithm', 'fixmatch', '--calmix-min-confidence', '0.9', '--calmix-similarity', 'euclidean'],
-    ['--algorithm', 'pseudo_label'], ['--algorithm', 'flexmatch'], ['--algorithm', 'softmatch'],
-    ['--algorithm', 'freematch'], ['--algorithm', 'marginmatch'],
+    *(['--algorithm', name] for name in methods.ALGORITHMS if name not in ('supervised', 'fixmatch')),
 ], ids=' '.join)
 def test_no_step_waits_for_a_gpu(flags):
     """A tensor without content cannot be read: `.item()`, `bool()` or a boolean index would raise. Nor are there copies
@@ -174,7 +173,7 @@ def test_no_step_waits_for_a_gpu(flags):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-@pytest.mark.parametrize('algorithm', ['fixmatch', 'flexmatch', 'softmatch', 'freematch', 'marginmatch'])
+@pytest.mark.parametrize('algorithm', [name for name in methods.ALGORITHMS if name != 'supervised'])
 def test_no_update_waits_for_a_real_gpu(algorithm):
     options = benchmark.create_parser().parse_args(['--device', 'cuda', '--model', 'wide_resnet10_1', '-b', '8'])
     options.img_size = 16
