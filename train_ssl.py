@@ -23,7 +23,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,6 +92,7 @@ from methods import (
     Method,
     find_clash,
     fit_to_method,
+    has_extra_class,
     lambda_u,
     num_outputs,
     tell_published,
@@ -324,7 +327,14 @@ def create_parser() -> argparse.ArgumentParser:
                        help='share of the training over which the unlabeled loss grows from 0 (default: '
                             f'{tell_published("lambda_u_warmup")})')
     group.add_argument('--temperature', type=float, metavar='X', default=None,
-                       help=f'of soft pseudo-labels: uda, dash (default: {tell_published("temperature")})')
+                       help='of the soft pseudo-labels of uda, dash, mixmatch and remixmatch (default: '
+                            f'{tell_published("temperature")})')
+    group.add_argument('--mixmatch-alpha', type=float, metavar='X', default=None,
+                       help='mixmatch and remixmatch mix by draws from Beta(X, X) (default: '
+                            f'{tell_published("mixmatch_alpha")})')
+    group.add_argument('--vat-eps', type=float, metavar='X', default=None,
+                       help='length of vat\'s perturbations, in normalised pixels (default: '
+                            f'{tell_published("vat_eps")})')
     group.add_argument('--stat-momentum', type=float, metavar='X', default=None,
                        help='of the running statistics of softmatch, freematch, adamatch and remixmatch (default: '
                             '0.999, in short runs 1 - 100 / updates, at least 0.9)')
@@ -454,7 +464,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
-                 'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
+                 'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha'):
         if not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
@@ -670,7 +680,7 @@ def semi_supervised_step(
         num_updates: int,
         accelerator: Accelerator,
         args: argparse.Namespace,
-        average: nn.Module | None = None,
+        average: Callable | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses of a step: the base method's, and after warmup the mixup loss from a second pass over mixed images only.
 
@@ -682,13 +692,15 @@ def semi_supervised_step(
         method: The base method.
         calmix: None for the base method alone.
         num_updates: Updates done so far.
-        average: The averaged network, for a method that takes it; it gets the weak images.
+        average: The averaged network, for a method that takes it: it gets the weak images.
 
     Returns:
         Scalars, detached but for `loss`.
     """
     i, y, j = labeled['index'], labeled['target'], unlabeled['index']
-    out = forward_views(model, labeled, unlabeled, args.weak_forward, average, method.trains_on_views)
+    out = forward_views(
+        model, labeled, unlabeled, args.weak_forward, average, method.trains_on_views, method.further_outputs,
+    )
     num_classes = method.num_classes  # an extra class of the network is a target of some images, and else left out
     confidence, pseudo_label = out.weak_logits[:, :num_classes].softmax(1).max(1)
 
@@ -821,6 +833,12 @@ def share_batch_norm(model: nn.Module, accelerator: Accelerator, how: str) -> No
         buffer.copy_(part.view_as(buffer))
 
 
+def ask_average(run: Run, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and logits of the averaged network, in evaluation mode."""
+    with run.accelerator.autocast():
+        return FeaturesAndLogits(run.ema.module).eval()(images)
+
+
 def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argparse.Namespace) -> bool:
     """One optimizer update from `--grad-accum-steps` batches; False if float16 gradients overflowed: none was made."""
     accelerator = run.accelerator
@@ -835,7 +853,7 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
             if args.algorithm == 'supervised':
                 terms = supervised_step(run.model, labeled, run.calmix, accelerator, args)
             else:
-                average = FeaturesAndLogits(run.ema.module) if run.method.takes_average else None
+                average = partial(ask_average, run) if run.method.takes_average else None
                 terms = semi_supervised_step(
                     run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
                     args, average,
@@ -1055,7 +1073,10 @@ def describe(
     _logger.info(tell_batch(args, run.accelerator.num_processes, str(run.accelerator.device)))
     if semi:
         averages = ', not the average that is evaluated' if run.ema is not None else ''
-        _logger.info(f'Pseudo-labels are those of the student, the network that is trained{averages}')
+        who = f'the student, the network that is trained{averages}'
+        if run.method.takes_average:
+            who = 'the averaged network, the teacher'
+        _logger.info(f'Pseudo-labels are those of {who}')
     units = bfloat16_units() if run.accelerator.device.type == 'cpu' else ''
     if units and not (args.amp and args.channels_last):
         _logger.info(f'This processor has units for bfloat16 ({units}): --amp --channels-last would be faster')
@@ -1164,7 +1185,7 @@ def train_and_evaluate(
         save_checkpoint(run, folder, args)
 
     total = args.epochs * args.train_steps_per_epoch
-    lag = ''
+    lag, width = '', run.num_classes + has_extra_class(args)
     visible = accelerator.is_main_process and takes_bar(sys.stderr)
     try:
         with progress_bar(total, run.num_updates, visible) as bar:
@@ -1182,7 +1203,7 @@ def train_and_evaluate(
                     record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
                     # In the first half of a run an average may be behind; one line of it is enough.
                     if run.ema is not None and not lag and 2 * run.num_updates >= total:
-                        lag = average_lags(run.timm_model, run.eval_model, probe, accelerator)
+                        lag = average_lags(run.timm_model, run.eval_model, probe, accelerator, width)
                         if lag:
                             _logger.warning(lag)
                     if args.save_margins:
