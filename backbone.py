@@ -6,13 +6,14 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.data import create_transform, resolve_data_config, resolve_input_data_config
@@ -98,6 +99,8 @@ def describe_averages(model: nn.Module, args: argparse.Namespace) -> str:
     statistics = ''
     if args.algorithm in ('softmatch', 'freematch', 'adamatch', 'remixmatch'):
         statistics = f'; --stat-momentum {args.stat_momentum:.4g}'
+    if args.algorithm == 'freematch' and args.freematch_max_threshold < 1:
+        statistics += f', thresholds of at most {args.freematch_max_threshold:g} (--freematch-max-threshold)'
     return f'{args.epochs * args.train_steps_per_epoch:,} updates; evaluated: {weights}{norm}{statistics}'
 
 
@@ -120,6 +123,7 @@ class Average(ModelEmaV3):
 
 
 def build_ema(model: nn.Module, args: argparse.Namespace) -> Average:
+    """The average. As timm's it starts from the weights after the first update; USB's starts from the initial ones."""
     return Average(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
 
 
@@ -155,6 +159,23 @@ def average_lags(
             f'{total_average / count:.2f}) than the network in training ({total / count:.2f}): the average or the '
             'batch-norm statistics are still those of long ago. --model-ema-warmup, a lower --model-ema-decay, a '
             'larger --bn-momentum or more updates help')
+
+
+@torch.no_grad()
+def share_batch_norm(model: nn.Module, accelerator: Accelerator, how: str) -> None:
+    """Makes the running batch-norm statistics the same on all processes, in one collective.
+
+    Done after every update, so that the averaged weights, an evaluation and a checkpoint are those of all processes.
+    """
+    # Frozen ones are in evaluation mode. A mean over processes could change their last digits.
+    buffers = [buffer for module in model.modules() if module.training
+               for name, buffer in module.named_buffers(recurse=False) if name in ('running_mean', 'running_var')]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    flat = accelerator.reduce(flat, 'mean') if how == 'reduce' else broadcast(flat)
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(part.view_as(buffer))
 
 
 # --- The network ------------------------------------------------------------------------------------------------------
@@ -313,7 +334,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
     away = hub_away() if args.pretrained and weights is None and not args.model.startswith('local-dir:') else ''
     try:
-        model = create(weights)
+        with quiet_timm(logging.WARNING) if weights is not None else nullcontext():  # check_loaded tells the rest
+            model = create(weights)
         if weights is not None:
             with torch.random.fork_rng(devices=[]), quiet_timm():
                 nowhere = create({name: torch.full_like(v, torch.nan) if v.is_floating_point() else v
@@ -369,7 +391,8 @@ def read_pretrained(path: str) -> tuple[dict[str, torch.Tensor], dict]:
             known = json.loads(config.read_text()).get('pretrained_cfg', {})
             keys = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
             overlay.update((key, known[key]) for key in keys if key in known)
-        weights = load_state_dict(str(file), weights_only=True)
+        with quiet_timm(logging.WARNING):
+            weights = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and json have their own ways to complain
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UsageError(f'--pretrained-path {path}: no weights can be read from it safely ({reason[:300]})') from error
@@ -380,11 +403,11 @@ def read_pretrained(path: str) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 @contextmanager
-def quiet_timm():
-    """timm says a second time what it found in the weights that are loaded twice; once is enough."""
+def quiet_timm(least: int = logging.ERROR):
+    """Keeps timm from saying what is told here, or a second time what it found in weights that are loaded twice."""
     logger = logging.getLogger('timm')
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(least)
     try:
         yield
     finally:
@@ -604,14 +627,15 @@ def load_model(args: argparse.Namespace, checkpoint: Path | None, run: dict) -> 
     is_file = checkpoint is not None and checkpoint.is_file()
     away = hub_away() if checkpoint is None and not name.startswith('local-dir:') else ''
     try:
-        model = timm.create_model(**resolve_model_input_args(
-            name,
-            asked,
-            pretrained=not is_file,
-            # Elsewhere another number than the weights' would give a random head without a word.
-            num_classes=asked.get('num_classes') if is_file else None,
-            **asked.get('model_kwargs', {}),
-        ))
+        with nullcontext() if checkpoint is None else quiet_timm(logging.WARNING):
+            model = timm.create_model(**resolve_model_input_args(
+                name,
+                asked,
+                pretrained=not is_file,
+                # Elsewhere another number than the weights' would give a random head without a word.
+                num_classes=asked.get('num_classes') if is_file else None,
+                **asked.get('model_kwargs', {}),
+            ))
         if is_file:
             load_checkpoint(model, str(checkpoint), use_ema=args.use_ema)
         config = resolve_input_data_config(model, asked, use_test_size=not args.use_train_size)

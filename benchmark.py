@@ -186,9 +186,8 @@ def our_step(options: argparse.Namespace, labeled: dict, unlabeled: dict, *flags
 
 
 def two_pass_step(options: argparse.Namespace, labeled: dict, unlabeled: dict) -> Callable:
-    """The yardstick: CalibrateMix as METHOD.md section 4 tells of the authors' code. The base losses on one pass over
-    labeled, weak and strong images, then again on a pass over the same and the mixed images; partners are looked up
-    image by image.
+    """The yardstick: CalibrateMix as the authors' code does it. The base losses on one pass over labeled, weak and
+    strong images, then again on a pass over the same and the mixed images; partners are looked up image by image.
     """
     run, args = create_run(options, '--calibratemix')
     x, y, i = labeled['image'], labeled['target'], labeled['index']

@@ -31,6 +31,7 @@ from torch import nn
 from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets, Feed, check_classes_left
 from digests import to_text
+from imbalance import describe_draw
 from labels import label_seed, write_labels
 from methods import lambda_u, warmup_updates
 from program import RunError, UsageError, mend_folder, replace_file, replace_folder
@@ -45,10 +46,13 @@ TRAIN_COLUMNS = (
     'loss', 'loss_labeled', 'loss_unlabeled', 'loss_mixup', 'mask_rate', 'pseudo_label_accuracy', 'skipped_updates',
     'skipped_images',
 )
-EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10', 'mce', 'confidence')
-LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence'}
+EVAL_COLUMNS = ('loss', 'nll', 'top1', 'error', 'top5', 'brier', 'ece', 'ece_10', 'mce', 'confidence',
+                'balanced_accuracy', 'macro_f1', 'ece_balanced')
+LOWER_IS_BETTER = {'error', 'loss', 'nll', 'brier', 'ece', 'ece_10', 'mce', 'overconfidence', 'underconfidence',
+                   'ece_balanced'}
 SUMMARY_COLUMNS = (
-    'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS), 'lr',
+    'epoch', 'num_updates', *(f'train_{c}' for c in TRAIN_COLUMNS), *(f'eval_{c}' for c in EVAL_COLUMNS),
+    'eval_tail_error', 'lr', 'calmix_weight',  # tail_error is empty where the labels are balanced
 )
 
 
@@ -197,6 +201,12 @@ class Run:
     recorded: int = 0  # updates at the last end of an epoch whose evaluation is done and logged
     best_metric: float | None = None
     not_better: int = 0  # evaluations in a row without a better metric
+    adjustment: nn.Module | None = None  # of the logits, by class frequencies
+
+    @property
+    def labeled_by_class(self) -> torch.Tensor:
+        """How many labeled images are trained as each class, `[K]` int64."""
+        return torch.bincount(self.labels[1], minlength=self.num_classes)[:self.num_classes]
 
     @property
     def eval_model(self) -> nn.Module:
@@ -271,6 +281,7 @@ def save_checkpoint(run: Run, folder: Path, args: argparse.Namespace) -> None:
         ema=run.ema.module.state_dict() if run.ema is not None else None,
         method=run.method.state_dict() if run.method is not None else None,
         calmix=calmix,
+        adjustment=run.adjustment.state_dict() if run.adjustment is not None else None,
         scaler=run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None,
         sums=run.accelerator.gather(run.monitor.sums[None]),
         labels=run.labels,
@@ -334,10 +345,11 @@ CHECKPOINT_FORMAT = 3  # goes up when the contents of a checkpoint take another 
 # Differences that would attach a margin or a table to another image or class.
 FIXED_ARGS = ('dataset', 'train_split', 'unlabeled_split', 'unlabeled_dir', 'exclude_labeled', 'val_fraction',
               'val_seed', 'algorithm', 'calibratemix', 'model', 'num_classes', 'model_ema', 'opt',
-              'calmix_bank_dtype', 'aum_threshold_samples', 'freeze')
+              'calmix_bank_dtype', 'aum_threshold_samples', 'freeze', 'unlabeled_imbalance_factor',
+              'unlabeled_per_class')
 # Differences that nobody needs to be told of.
 FREE_ARGS = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'device', 'labels_file',
-             'num_labels', 'label_seed', 'label_noise', 'dist_timeout', 'calmix_bank_shards')
+             'num_labels', 'label_seed', 'label_noise', 'imbalance_factor', 'dist_timeout', 'calmix_bank_shards')
 # Arguments that an optimizer keeps in its groups, by the names there; from a checkpoint it would take the old values.
 OPTIMIZER_ARGS = dict(weight_decay='weight_decay', momentum='momentum', opt_eps='eps', opt_betas='betas')
 
@@ -364,6 +376,9 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
                          'labels.json as --labels-file')
     if run.calmix is not None and state['calmix'] is None:
         raise UsageError(f'--resume {path}: the checkpoint holds no margins; --save-margins keeps them from the start')
+    if run.adjustment is not None and state.get('adjustment') is None:  # nor do older checkpoints
+        raise UsageError(f'--resume {path}: the checkpoint holds no class frequencies; --logit-adjustment has to be '
+                         'given from the start')
     if told:
         _logger.warning(f'Resuming with changed arguments: {told}')
     return changed
@@ -418,6 +433,8 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
             run.method.load_state_dict(state['method'])
         if run.calmix is not None:
             load_whole(run.calmix, state['calmix'])
+        if run.adjustment is not None:
+            run.adjustment.load_state_dict(state['adjustment'])
         for key in ('num_updates', 'num_draws', 'skipped_updates', 'recorded', 'best_metric'):
             setattr(run, key, state[key])
         run.not_better = state.get('not_better', 0)  # not in checkpoints of before --patience
@@ -488,6 +505,8 @@ def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, a
         class_names=run.identity.class_names,
         num_images=len(sources.train),
         seed=label_seed(args),
+        **describe_draw(args, datasets.labels.label, sources.unlabeled.targets,
+                        None if datasets.unlabeled is None else datasets.unlabeled.index),
         **({} if sources.held_out is None else dict(held_out=sources.held_out.tolist())),
         digest_rows=run.identity.rows.tolist(),
         digests=to_text(run.identity.digests),

@@ -2,6 +2,7 @@
 import hashlib
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ _logger = logging.getLogger('train')
 
 MOST_DIGESTS = 10_000  # labeled images whose content is kept; of more labels, as many that are spread over them
 SAMPLE = 256  # unlabeled images whose content is kept
-SEARCH_MOST = 200_000  # images that a picture is looked for among
-SEARCH_BYTES = 2 ** 29  # that are read for it
+SEARCH_MOST = 200_000  # images that a moved picture is looked for among
+COMPARED_MOST = 50_000  # images of a set that are compared with another set's; of more, as many that are spread over it
+COMPARED_BYTES = 2 ** 28  # that are read of each of the two
 
 
 def spread(number: int, most: int) -> torch.Tensor:
@@ -23,17 +25,10 @@ def spread(number: int, most: int) -> torch.Tensor:
     return torch.arange(number) if number <= most else torch.arange(most) * number // most
 
 
-def digest_pictures(source: Source, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digests of undecoded images: of a file's or cell's bytes, or of an array's.
-
-    Args:
-        source: The images.
-        index: `[n]` int64.
-
-    Returns:
-        Digests `[n]` int64, 0 for an image that cannot be read, and bytes of each `[n]` int64.
+def digest_pictures(source: Source, index: torch.Tensor) -> torch.Tensor:
+    """Digests of undecoded images `[n]` int64: of a file's or cell's bytes, or of an array's; 0 where none can be read.
     """
-    digests, sizes = [], []
+    digests = []
     for data in source.data_of(index.tolist()):
         if isinstance(data, np.ndarray):
             data = np.ascontiguousarray(data).data
@@ -42,11 +37,9 @@ def digest_pictures(source: Source, index: torch.Tensor) -> tuple[torch.Tensor, 
                 data = Path(data).read_bytes()
             except OSError:  # reading the image for training tells of it, or steps over it
                 data = b''
-        size = memoryview(data).nbytes
-        digest = hashlib.blake2b(data, digest_size=8).digest() if size else bytes(8)
+        digest = hashlib.blake2b(data, digest_size=8).digest() if len(data) else bytes(8)
         digests.append(int.from_bytes(digest, 'little', signed=True))
-        sizes.append(size)
-    return torch.tensor(digests, dtype=torch.int64), torch.tensor(sizes, dtype=torch.int64)
+    return torch.tensor(digests, dtype=torch.int64)
 
 
 def to_text(digests: torch.Tensor) -> list[str]:
@@ -59,28 +52,64 @@ def from_text(digests: list[str]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def shared_pictures(source: Source, digests: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor | None:
-    """Images of a source that are among known ones, by content.
-
-    Only those are read that are as long as one of the known ones.
+class Contents:
+    """Images of a set, to be compared with those of others; nothing is read of them before that, or twice.
 
     Args:
-        source: The images to look through.
-        digests: Of the known images, `[d]` int64.
-        sizes: Their bytes, `[d]` int64.
+        source: The set.
+        index: Positions in it, `[n]` int64; default: all.
 
-    Returns:
-        Indices `[n]` int64, or None where too much would have to be read.
+    Attributes:
+        whole: All positions, `[n]` int64.
+        index: Those that are compared, `[m]` int64.
+        told: How many these are, for messages; empty if they are all.
     """
-    if len(source) > SEARCH_MOST:
-        return None
-    here = torch.from_numpy(source.sizes())
-    candidates = torch.isin(here, sizes) | (here < 0)
-    if int(here[candidates].clamp(min=0).sum()) > SEARCH_BYTES:
-        return None
-    index = candidates.nonzero().squeeze(1)
-    found = digest_pictures(source, index)[0]
-    return index[torch.isin(found, digests) & (found != 0)]
+
+    def __init__(self, source: Source, index: torch.Tensor | None = None):
+        index = torch.arange(len(source)) if index is None else index
+        self.source, self.whole, self.index = source, index, index[spread(len(index), COMPARED_MOST)]
+        self.told = f' ({len(self.index)} of {len(index)} looked at)' if len(self.index) < len(index) else ''
+        self.known = {}
+
+    def read(self, what: Callable, rows: np.ndarray) -> np.ndarray:
+        """What a function of source and positions `[r]` says of rows of `index`, `[r]` int64."""
+        values, done = self.known.setdefault(what, np.zeros((2, len(self.index)), np.int64))
+        new = rows[done[rows] == 0]
+        if len(new):
+            values[new], done[new] = what(self.source, self.index[torch.from_numpy(new)]), 1
+        return values[rows]
+
+
+def _sizes(source: Source, index: torch.Tensor) -> np.ndarray:
+    return source.sizes(index.numpy())
+
+
+def _tails(source: Source, index: torch.Tensor) -> np.ndarray:
+    return source.tails(index.numpy())
+
+
+def shared_pictures(one: Contents, other: Contents) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of one set that are in another too, by content: their positions in both, `[n]` int64 each.
+
+    An image that is several times in the second set is found at one place there. Read whole are only images that agree
+    in size and in some bytes with one of the other set, and of these no more than COMPARED_BYTES in either.
+    """
+    rows = [np.arange(len(contents.index)) for contents in (one, other)]
+    for what in (_sizes, _tails, digest_pictures):
+        if what is digest_pictures:
+            for side, contents in enumerate((one, other)):
+                size = int(contents.read(_sizes, rows[side]).sum())
+                fit = len(rows[side]) * COMPARED_BYTES // max(size, 1)
+                rows[side] = rows[side][spread(len(rows[side]), max(fit, 1)).numpy()]
+        found = [contents.read(what, rows[side]) for side, contents in enumerate((one, other))]
+        both = [np.isin(found[0], found[1]), np.isin(found[1], found[0])]
+        if what is not _tails:  # a size or digest of 0 is that of an image that cannot be read
+            both = [kept & (value != 0) for kept, value in zip(both, found)]
+        rows = [row[kept] for row, kept in zip(rows, both)]
+    digests = [contents.read(digest_pictures, rows[side]) for side, contents in enumerate((one, other))]
+    place = {digest: row for digest, row in zip(digests[1].tolist()[::-1], rows[1].tolist()[::-1])}
+    second = torch.tensor([place[digest] for digest in digests[0].tolist()], dtype=torch.int64)
+    return one.index[torch.from_numpy(rows[0])], other.index[second]
 
 
 def place_pictures(
@@ -107,7 +136,7 @@ def place_pictures(
     """
     inside = index[rows] < len(source)
     here = torch.zeros_like(digests)
-    here[inside] = digest_pictures(source, index[rows][inside])[0]
+    here[inside] = digest_pictures(source, index[rows][inside])
     differs = here != digests
     if not differs.any() and int(index.max()) < len(source):
         return index
@@ -118,7 +147,7 @@ def place_pictures(
     if len(rows) < len(index) or len(source) > SEARCH_MOST:
         raise UsageError(f'{told}; give the data in the order that it had')
     places = defaultdict(list)
-    for place, digest in enumerate(digest_pictures(source, torch.arange(len(source)))[0].tolist()):
+    for place, digest in enumerate(digest_pictures(source, torch.arange(len(source))).tolist()):
         places[digest].append(place)
     found = [places[digest].pop(0) if places[digest] and digest else -1 for digest in digests.tolist()]
     missing = found.count(-1)

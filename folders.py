@@ -59,8 +59,23 @@ _NUMBER = re.compile(r'\d+')
 
 
 def _number_key(match: re.Match) -> str:
-    digits = str(int(match[0]))
+    digits = match[0]
+    if digits[0] == '0' or not digits.isascii():
+        digits = str(int(digits))
     return f'\1{len(digits):03}{digits}'
+
+
+def natural_paths(paths: Iterable[str]) -> list[str]:
+    """Paths sorted by `natural_key`, which for the folders in them is found once."""
+    folder_keys = {}
+
+    def key(path: str) -> str:
+        folder, slash, name = path.rpartition(os.sep)
+        if folder not in folder_keys:
+            folder_keys[folder] = _NUMBER.sub(_number_key, folder.lower()) + slash
+        return f'{folder_keys[folder]}{_NUMBER.sub(_number_key, name.lower())}\0{path}'
+
+    return sorted(paths, key=key)
 
 
 # Arrow's strings are UTF-8, and a file's name may be any bytes. A name that is not UTF-8 is kept as a file: URI, which
@@ -100,7 +115,7 @@ class Listing:
         parts = []
         for reason, names in self.left_out.items():
             if reason == 'no pictures':
-                names = [_ending(name) or 'without an ending' for name in names]
+                names = [_ending(os.path.basename(name)) or 'without an ending' for name in names]
             kinds = list(dict(Counter(os.path.basename(name) for name in sorted(names)).most_common()))
             parts.append(f'{len(names)} {reason} ({name_some(kinds)})')
         return f'left out: {"; ".join(parts)}' if parts else ''
@@ -148,6 +163,8 @@ def list_pictures(folder: str) -> Listing:
                 below = f'{at}{os.sep}{name}' if at else name
                 if is_hidden(name):
                     leave_out('hidden or of the system', below)
+                elif entry.is_file(follow_symlinks=False) and _ending(name) in extensions:  # most of a million
+                    found.pictures.append(below)
                 elif entry.is_dir(follow_symlinks=False):
                     waiting.append(below)
                 elif entry.is_symlink() and not os.path.exists(entry.path):
@@ -156,10 +173,8 @@ def list_pictures(folder: str) -> Listing:
                     links.append(below)
                 elif _ending(name) not in extensions or not entry.is_file():
                     leave_out('no pictures', below)
-                elif entry.is_symlink():
-                    linked.append(below)
                 else:
-                    found.pictures.append(below)
+                    linked.append(below)
 
     while links:
         now, links[:] = sorted(links, key=natural_key), []
@@ -174,7 +189,7 @@ def list_pictures(folder: str) -> Listing:
             else:
                 there.add(identity)
                 found.pictures.append(at)
-    found.pictures, found.classes = sorted(found.pictures, key=natural_key), sorted(found.classes, key=natural_key)
+    found.pictures, found.classes = natural_paths(found.pictures), sorted(found.classes, key=natural_key)
     return found
 
 
@@ -190,7 +205,9 @@ def begins_with_pictures(folder: str | Path) -> bool:
 
 
 def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    """Of a file that is not hidden."""
+    dot = name.rfind('.')
+    return name[dot:].lower() if dot > 0 else ''
 
 
 # --- Image folders ----------------------------------------------------------------------------------------------------
@@ -228,7 +245,8 @@ def image_folder(folder: Path, class_map: str = '', flat: bool = False) -> datas
             notes += [] if flat else told
         # timm finds a class map in the folder too.
         maps = [class_map if os.path.exists(class_map) else os.path.join(folder, class_map)] if class_map else []
-        paths = [os.path.join(folder, path) for path in paths]
+        base = os.path.join(folder, '')
+        paths = [base + path for path in paths]
         return _path_array(paths), pa.array(label), names, [*found.folders, *maps], '\n'.join(notes)
 
     return file_index(('folder 2', folder, class_map, flat, sorted(picture_extensions())), listing)

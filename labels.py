@@ -10,6 +10,7 @@ import torch
 
 from digests import from_text, place_pictures
 from filelists import is_name_list, match_names, read_names
+from imbalance import check_sizes, draw, draws_unlabeled, labeled_sizes, tell_sizes
 from program import UsageError, name_some
 from seeds import item_seed
 from sources import Source, renumber
@@ -51,7 +52,7 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
     else:
         if args.label_fold is not None:
             index = read_fold(args.data_dir, args.label_fold, len(train))
-        elif (args.num_labels, args.labels_per_class, args.label_fraction) == (None, None, None):
+        elif (args.num_labels, args.labels_per_class, args.label_fraction, args.imbalance_factor) == (None,) * 3 + (1,):
             index = (train.targets >= 0).nonzero().squeeze(1)
         else:
             index = select_labeled(
@@ -62,8 +63,16 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
                 args.labels_per_class,
                 args.label_fraction,
                 train.class_names,
+                args.imbalance_factor,
             )
-            if args.num_labels and args.num_labels % num_classes:
+            if args.imbalance_factor != 1:
+                sizes = torch.bincount(train.targets[index], minlength=num_classes).tolist()
+                other = args.algorithm == 'supervised' or draws_unlabeled(args)
+                _logger.info(f'--imbalance-factor {args.imbalance_factor:g}: {len(index):,} of the '
+                             f'{int((train.targets >= 0).sum()):,} images that have a label are labeled, '
+                             f'{tell_sizes(sizes)}'
+                             + ('' if other else '; the unlabeled set stays as it is (--unlabeled-imbalance-factor)'))
+            elif args.num_labels and args.num_labels % num_classes:
                 _logger.info(f'{args.num_labels} labels over {num_classes} classes: some classes get one more than '
                              'others')
         label = train.targets[index]
@@ -101,8 +110,9 @@ def select_labeled(
         labels_per_class: int | None = None,
         label_fraction: float | None = None,
         class_names: list[str] | None = None,
+        imbalance_factor: float = 1.,
 ) -> torch.Tensor:
-    """Draws the labeled images, balanced over the classes or in proportion to them.
+    """Draws the labeled images, balanced over the classes, in proportion to them, or with sizes that fall (imbalance).
 
     A generator of its own makes the draw depend on the targets and the seed alone. Just one of num_labels,
     labels_per_class and label_fraction is given.
@@ -116,6 +126,7 @@ def select_labeled(
         labels_per_class: The same number of every class.
         label_fraction: This share of every class, rounded, at least one image.
         class_names: For messages.
+        imbalance_factor: See `imbalance.labeled_sizes`; 1 is off.
 
     Returns:
         `[L]` int64 indices, ascending.
@@ -125,7 +136,10 @@ def select_labeled(
     """
     generator = np.random.default_rng(seed)
     has = torch.bincount(targets[targets >= 0], minlength=num_classes).numpy()[:num_classes]
-    if label_fraction is not None:
+    if imbalance_factor != 1:
+        asked, wanted = labeled_sizes(has, imbalance_factor, num_labels, labels_per_class, label_fraction)
+        check_sizes(asked, wanted, has, imbalance_factor, class_names)
+    elif label_fraction is not None:
         asked = f'--label-fraction {label_fraction}'
         if not 0 < label_fraction <= 1:
             raise UsageError(f'{asked}: expected a number in (0, 1]')
@@ -141,18 +155,15 @@ def select_labeled(
             raise UsageError(f'{asked}: at least one for each of the {num_classes} classes is needed')
         wanted = np.full(num_classes, num_labels // num_classes)
         wanted[generator.permutation(num_classes)[:num_labels % num_classes]] += 1
-    by_class = np.split(targets.argsort(stable=True).numpy(), np.cumsum([(targets < 0).sum(), *has]))[1:]
-    drawn = []
-    for label, (members, number) in enumerate(zip(by_class, wanted)):
-        if len(members) < number:
+    for label, (there, number) in enumerate(zip(has, wanted)):
+        if there < number:
             name = class_names[label] if label < len(class_names or ()) else label
             hint = ''
             if label_fraction is None and 0 < has.min() < has.max():
                 share = min(wanted.sum() / has.sum(), 1)
                 hint = f'. The classes are unequal: --label-fraction {share:.2g} would take this share of each'
-            raise UsageError(f'{asked}: asks for {number} images of class {name}, which has {len(members)}{hint}')
-        drawn.append(generator.choice(members, number, replace=False))
-    return torch.from_numpy(np.sort(np.concatenate(drawn)))
+            raise UsageError(f'{asked}: asks for {number} images of class {name}, which has {there}{hint}')
+    return draw(targets, wanted, generator)
 
 
 def read_fold(data_dir: str | None, fold: int, num_images: int) -> torch.Tensor:

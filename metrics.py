@@ -323,8 +323,13 @@ class EvalMeter:
         self.device = torch.device(device)
         # Count, right, right in five, Brier score, whole and fractional part of the negative log-likelihood.
         self.totals = torch.zeros(6, dtype=torch.int64)
-        self.bins_15 = torch.zeros(3, 15, dtype=torch.int64)
+        self.class_bins = torch.zeros(3, 15 * num_classes, dtype=torch.int64)  # 15 for each class that is predicted
+        self.class_images = torch.zeros(num_classes, dtype=torch.int64)
         self.bins_10 = torch.zeros(3, 10, dtype=torch.int64)
+
+    @property
+    def bins_15(self) -> torch.Tensor:
+        return self.class_bins.view(3, -1, 15).sum(dim=1)
 
     def update(self, logits: torch.Tensor, target: torch.Tensor) -> None:
         """Adds a batch.
@@ -354,16 +359,18 @@ class EvalMeter:
             losses.floor().long().sum(),
             (losses.frac() * CONFIDENCE_UNIT).round().long().sum(),
         ])
-        self.bins_15 += _bin_sums(confidence, rank < 1, _equal_width_index(confidence, 15, 'right'), 15)
+        index = logits.argmax(dim=1) * 15 + _equal_width_index(confidence, 15, 'right')
+        self.class_bins += _bin_sums(confidence, rank < 1, index, 15 * self.num_classes)
+        self.class_images += torch.bincount(target, minlength=self.num_classes)
         self.bins_10 += _bin_sums(confidence, rank < 1, _equal_width_index(confidence, 10, 'left'), 10)
 
     def sync(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replaces the state by its sum over processes; call it once, after the last batch.
 
         Args:
-            reduce: Returns the sum of an int64 tensor over all processes. Called three times, always in this order.
+            reduce: Returns the sum of an int64 tensor over all processes. Called four times, always in this order.
         """
-        for name in ('totals', 'bins_15', 'bins_10'):
+        for name in ('totals', 'class_bins', 'class_images', 'bins_10'):
             setattr(self, name, reduce(getattr(self, name).to(self.device)).cpu())
 
     def _require_samples(self) -> None:
@@ -380,6 +387,22 @@ class EvalMeter:
         self._require_samples()
         return _bins_from_sums(self.bins_15 if n_bins == 15 else self.bins_10, bin_edges(n_bins))
 
+    def classes(self) -> 'ClassReport':
+        """Figures by class of all samples so far."""
+        self._require_samples()
+        count, right, conf = self.class_bins.view(3, -1, 15)
+        images, predicted, hits = self.class_images, count.sum(dim=1), right.sum(dim=1).double()
+        gap = (conf - right * CONFIDENCE_UNIT).abs().sum(dim=1).double() / CONFIDENCE_UNIT
+        return ClassReport(
+            images=images,
+            predicted=predicted,
+            recall=hits / images,
+            precision=hits / predicted,
+            f1=2 * hits / (images + predicted),
+            confidence=conf.sum(dim=1).double() / CONFIDENCE_UNIT / predicted,
+            ece=gap / predicted,
+        )
+
     def compute(self) -> 'OrderedDict[str, float]':
         """The metrics of all samples so far.
 
@@ -387,7 +410,7 @@ class EvalMeter:
             count; loss and nll (the same number: timm's name and the field's); top1, error, top5 in percent (five or,
             with fewer classes, all); brier (0 to 2); ece (15 right-closed bins), ece_10 (10 left-closed bins), mce (15
             bins), mean confidence, and the parts of ece from overconfident and from underconfident bins, which add up
-            to it, all in percent.
+            to it, all in percent; so too balanced_accuracy, macro_f1 and ece_balanced, those of `ClassReport`.
 
         Raises:
             ValueError: No sample was seen, or more than 2^31 - 1.
@@ -402,6 +425,7 @@ class EvalMeter:
         under = -sum(gap for gap in gaps if gap < 0)
         largest = max(abs(gap) / n for gap, n in zip(gaps, self.bins_15[0].tolist()) if n)
         loss = (nll_whole * CONFIDENCE_UNIT + nll_part) / unit
+        classes = self.classes()
         return OrderedDict(
             count=count,
             loss=loss,
@@ -416,6 +440,9 @@ class EvalMeter:
             confidence=100 * sum(self.bins_15[2].tolist()) / unit,
             overconfidence=100 * over / unit,
             underconfidence=100 * under / unit,
+            balanced_accuracy=100 * classes.balanced_accuracy,
+            macro_f1=100 * classes.macro_f1,
+            ece_balanced=100 * classes.balanced_ece,
         )
 
 
@@ -666,24 +693,20 @@ class ClassReport(NamedTuple):
         """Mean F1 of the classes that have images or are predicted."""
         return float(self.f1.nanmean())
 
+    @property
+    def balanced_ece(self) -> float:
+        """Mean ECE of the classes that are predicted, each as one, however many images are put into it.
+
+        Where a class gets few images chance alone adds to its ECE, and so to this.
+        """
+        return float(self.ece.nanmean())
+
 
 def class_report(logits: torch.Tensor, target: torch.Tensor) -> ClassReport:
     """Figures by class, fractions, of logits [N, K] and target [N]."""
-    matrix = confusion_matrix(logits, target)
-    confidence, correct = confidence_and_correct(logits, target)
-    index = _check_logits(logits).argmax(dim=1) * 15 + _equal_width_index(confidence, 15, 'right')
-    count, right, conf = _bin_sums(confidence, correct, index, 15 * len(matrix)).view(3, -1, 15)
-    images, predicted, hits = matrix.sum(dim=1), matrix.sum(dim=0), matrix.diag().double()
-    gap = (conf - right * CONFIDENCE_UNIT).abs().sum(dim=1).double() / CONFIDENCE_UNIT
-    return ClassReport(
-        images=images,
-        predicted=predicted,
-        recall=hits / images,
-        precision=hits / predicted,
-        f1=2 * hits / (images + predicted),
-        confidence=conf.sum(dim=1).double() / CONFIDENCE_UNIT / count.sum(dim=1),
-        ece=gap / count.sum(dim=1),
-    )
+    meter = EvalMeter(_check_logits(logits).shape[1])
+    meter.update(logits, target)
+    return meter.classes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -842,9 +865,9 @@ def calibration_report(
         What `EvalMeter.compute` returns, then brier_reliability, brier_resolution and brier_uncertainty (raw);
         ece_equal_mass, ece_classwise, ece_smooth, rms and rms_debiased (both over 15 equal-mass bins); auroc,
         aupr_right and aupr_wrong of confidence telling right from wrong predictions, and aurc, in percent. The first
-        three of these are None if all predictions are right, or all wrong. Then balanced_accuracy and macro_f1;
-        coverage_at_95 and coverage_at_99 (percent of accuracy), accuracy_at_80 and accuracy_at_90 (percent of
-        coverage), in percent. With `bootstrap`, also error_low, error_high, ece_low and ece_high, in percent.
+        three of these are None if all predictions are right, or all wrong. Then coverage_at_95 and coverage_at_99
+        (percent of accuracy), accuracy_at_80 and accuracy_at_90 (percent of coverage), in percent. With `bootstrap`,
+        also error_low, error_high, ece_low and ece_high, in percent.
     """
     probs = softmax32(logits)
     confidence, correct = confidence_and_correct(logits, target)
@@ -856,7 +879,6 @@ def calibration_report(
 
     equal_mass = equal_mass_bins(confidence, correct)
     ranked = bool(correct.any()) and not bool(correct.all())
-    classes = class_report(logits, target)
     rates = OrderedDict(
         ece_equal_mass=equal_mass.ece,
         ece_classwise=classwise_ece(probs, target),
@@ -867,8 +889,6 @@ def calibration_report(
         aupr_right=average_precision(confidence, correct) if ranked else None,
         aupr_wrong=average_precision(-confidence, ~correct) if ranked else None,
         aurc=aurc(confidence, correct),
-        balanced_accuracy=classes.balanced_accuracy,
-        macro_f1=classes.macro_f1,
         **{f'coverage_at_{level}': coverage_at_accuracy(confidence, correct, level / 100) for level in (95, 99)},
         **{f'accuracy_at_{level}': accuracy_at_coverage(confidence, correct, level / 100) for level in (80, 90)},
     )

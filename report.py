@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from calibratemix import PRESETS
 from figures import Curve, Panel, reliability_diagram, training_curves
+from methods import warmup_updates
 from metrics import ReliabilityBins
 from program import ArgumentParser, UsageError
 
@@ -44,7 +44,6 @@ METRICS = ('error', 'ece', 'ece_10', 'nll', 'brier', 'confidence')
 DIGITS = {'nll': 3, 'brier': 3}
 NAMES = {'supervised': 'Supervised', 'pseudo_label': 'Pseudo-Label', 'fixmatch': 'FixMatch', 'flexmatch': 'FlexMatch',
          'softmatch': 'SoftMatch', 'freematch': 'FreeMatch', 'marginmatch': 'MarginMatch'}
-FULL_SCHEDULE = 1024 * 1024  # updates in which the presets count their warmups
 MISSING = '–'
 # Arguments that make another run of the same setting, or change no result.
 REPLICATE = ('seed', 'label_seed', 'label_fold', 'labels_file')
@@ -113,14 +112,9 @@ def variant(args: dict) -> str:
     return ' + '.join(parts) or 'alone'
 
 
-def warmup_updates(args: dict) -> int | None:
-    """Updates of the base method alone, as train_ssl.py counts them."""
-    if not args['calibratemix']:
-        return None
-    if args['calmix_warmup_epochs'] is not None:
-        return round(args['calmix_warmup_epochs'] * args['train_steps_per_epoch'])
-    share = PRESETS[args['calmix_preset']]['warmup_steps'] / FULL_SCHEDULE
-    return round(share * args['epochs'] * args['train_steps_per_epoch'])
+def end_of_warmup(args: dict) -> int | None:
+    """The update at which CalibrateMix joins the base method."""
+    return warmup_updates(argparse.Namespace(**args)) if args['calibratemix'] else None
 
 
 def add_settings(runs: list[dict]) -> list[str]:
@@ -282,7 +276,7 @@ def run_row(run: dict) -> dict:
     first = {key: settings.pop(key) for key in ('dataset', 'algorithm', 'variant', 'labels')}
     metrics = {key: f'{run["metrics"][key]:.4f}' for key in METRICS}
     return dict(first, seed=run['args']['seed'], **metrics, updates=run['metrics']['num_updates'],
-                warmup_updates=warmup_updates(run['args']), **settings, run=run['run'])
+                warmup_updates=end_of_warmup(run['args']), **settings, run=run['run'])
 
 
 def cell_row(keys: list[str], values: tuple, runs: list[dict]) -> dict:
@@ -356,7 +350,7 @@ def curves(runs: list[dict], keys: list[str]) -> list[Curve]:
             by_update = [{row['num_updates']: row[f'eval_{metric}'] for row in run['curve']} for run in same]
             points = [mean_and_deviation([values[update] for values in by_update]) for update in updates]
             metrics[metric] = [m for m, _ in points], [d for _, d in points] if len(same) > 1 else None
-        found.append(Curve(title(line_keys, line), updates, metrics, warmup_updates(same[0]['args'])))
+        found.append(Curve(title(line_keys, line), updates, metrics, end_of_warmup(same[0]['args'])))
     return found
 
 

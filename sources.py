@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from glob import glob
+from itertools import groupby
 from pathlib import Path
 
 import datasets
@@ -96,6 +97,15 @@ def known_facts(name: str) -> dict:
     return facts or {}
 
 
+def is_published(name: str) -> bool:
+    """Whether a name stands for somebody's data set as it was published, of which no picture can be taken out."""
+    prefix, slash, rest = name.partition('/')
+    prefix = prefix.lower() if slash else ''
+    if prefix == 'hfds':
+        return not os.path.isdir(rest.partition(':')[0])
+    return name in KNOWN or (prefix == 'torch' and rest.lower() in {*TORCHVISION, 'imagenet'})
+
+
 UNLABELED_DIR = 'unlabeled-dir'  # the split that --unlabeled-dir adds
 # torchvision's sets that have splits and labels, and give arrays or (through their loader) paths.
 TORCHVISION = {
@@ -150,9 +160,14 @@ class Source:
         """`data` of many indices; a subclass may have a faster way."""
         return map(self.data, index)
 
-    def sizes(self) -> np.ndarray:
-        """Bytes of each undecoded image, `[N]` int64, without reading them; -1 where that is not known."""
-        return np.full(len(self), -1)
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        """Bytes of undecoded images, as `[n]` int64; 0 for what is not there. A subclass need not read them for it."""
+        return np.array([_size(data) for data in self.data_of(index.tolist())], np.int64)
+
+    def tails(self, index: np.ndarray) -> np.ndarray:
+        """A number for each undecoded image by a few bytes near its end, as `[n]` int64: equal for equal images, and
+        seldom for others. There PNG has its checksum, and compressed data its most random part."""
+        return np.array([_tail(data) for data in self.data_of(index.tolist())], np.int64)
 
     def bits_at(self, index: int) -> int:
         return self.bits
@@ -182,6 +197,36 @@ class Source:
     def file_paths(self) -> list[str] | None:
         """The file behind every image, or its name where the set holds the bytes; None if it has no such names."""
         return None
+
+
+def _size(data: bytes | str | np.ndarray) -> int:
+    if isinstance(data, str):
+        try:
+            return os.stat(data).st_size if data else 0
+        except OSError:  # reading the image for training tells of it, or steps over it
+            return 0
+    return memoryview(data).nbytes
+
+
+def _tail(data: bytes | str | np.ndarray) -> int:
+    if isinstance(data, np.ndarray):
+        return int(_array_tails(data[None])[0])
+    if isinstance(data, str):
+        try:
+            with open(data, 'rb') as file:
+                file.seek(max(_size(data) - 20, 0))
+                data = file.read(20)
+        except OSError:
+            data = b''
+    return int.from_bytes(data[-20:-12], 'little', signed=True) if len(data) >= 20 else 0
+
+
+def _array_tails(images: np.ndarray) -> np.ndarray:
+    """Sums over the eights of bytes of images of one size, each times an odd number of its own, modulo 2^64."""
+    content = np.ascontiguousarray(images).reshape(len(images), -1)
+    content = np.ascontiguousarray(content[:, :content.shape[1] // 8 * 8]).view(np.uint64)
+    factor = np.random.default_rng(0).integers(2 ** 63, size=content.shape[1], dtype=np.uint64) * 2 + 1
+    return (content @ factor).view(np.int64)
 
 
 class HFSource(Source):
@@ -243,19 +288,37 @@ class HFSource(Source):
                     cell = from_stored(cell['path'] or '') if cell['bytes'] is None else cell['bytes']
                 yield cell or b''
 
-    def sizes(self) -> np.ndarray:
-        parts = []
+    def _cells(self) -> Iterable[tuple[int, pa.Array]]:
+        """The bytes of all images in parts, each with where it starts; null where they are in a file."""
+        start = 0
         for cells in self.dataset.with_format('arrow')[:].column(self.input_key).chunks:  # joined, they would be copied
-            paths = None
-            if pa.types.is_struct(cells.type):
-                cells, paths = cells.field('bytes'), cells.field('path')
-            part = pc.binary_length(cells).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-            for row in (part < 0).nonzero()[0].tolist() if paths is not None else []:
-                path = from_stored(paths[row].as_py() or '')
-                if path and os.path.isfile(path):
-                    part[row] = os.path.getsize(path)
-            parts.append(part)
-        return np.concatenate(parts)
+            yield start, cells.field('bytes') if pa.types.is_struct(cells.type) else cells
+            start += len(cells)
+
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        sizes = [pc.binary_length(cells).fill_null(-1).to_numpy(zero_copy_only=False) for _, cells in self._cells()]
+        found = np.concatenate(sizes)[index].astype(np.int64)
+        files = (found < 0).nonzero()[0]
+        found[files] = [_size(data) for data in self.data_of(index[files].tolist())]
+        return found
+
+    def tails(self, index: np.ndarray) -> np.ndarray:
+        found, missing = np.zeros(len(index), np.int64), np.ones(len(index), bool)
+        for start, cells in self._cells():
+            rows = ((start <= index) & (index < start + len(cells))).nonzero()[0]
+            kind = np.int64 if pa.types.is_large_binary(cells.type) else np.int32
+            _, offsets, content = cells.buffers()
+            if not len(rows) or content is None:
+                continue
+            # Just these bytes are touched, as the table may be larger than the memory.
+            offsets = np.frombuffer(offsets, kind)[cells.offset:].astype(np.int64)
+            first, end = offsets[index[rows] - start], offsets[index[rows] - start + 1]
+            rows, end = rows[end - first >= 20], end[end - first >= 20]
+            place = end[:, None] - 20 + np.arange(8)
+            found[rows], missing[rows] = np.frombuffer(content, np.uint8)[place].view('<i8')[:, 0], False
+        files = missing.nonzero()[0]
+        found[files] = [_tail(data) for data in self.data_of(index[files].tolist())]
+        return found
 
     def where(self, index: int) -> str:
         cell = self.dataset[index][self.input_key]
@@ -274,8 +337,11 @@ class ArraySource(Source):
     def data(self, index: int) -> np.ndarray:
         return self.images[index]
 
-    def sizes(self) -> np.ndarray:
-        return np.full(len(self), self.images[:1].nbytes)
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        return np.full(len(index), self.images[:1].nbytes)
+
+    def tails(self, index: np.ndarray) -> np.ndarray:
+        return _array_tails(self.images[index])
 
     def where(self, index: int) -> str:
         return f'row {index} of {self.name}'
@@ -311,8 +377,22 @@ class JoinedSource(Source):
         part, index = self._find(index)
         return part.data(index)
 
-    def sizes(self) -> np.ndarray:
-        return np.concatenate([part.sizes() for part in self.parts])
+    def data_of(self, index: Sequence[int]) -> Iterable[bytes | str | np.ndarray]:
+        for part, places in groupby(map(self._find, index), lambda found: found[0]):
+            yield from part.data_of([place for _, place in places])
+
+    def _of_parts(self, what: str, index: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(index), np.int64)
+        for start, part in zip(self.starts, self.parts):
+            rows = (start <= index) & (index < start + len(part))
+            found[rows] = getattr(part, what)(index[rows] - start)
+        return found
+
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        return self._of_parts('sizes', index)
+
+    def tails(self, index: np.ndarray) -> np.ndarray:
+        return self._of_parts('tails', index)
 
     def where(self, index: int) -> str:
         part, index = self._find(index)
@@ -341,8 +421,11 @@ class PartSource(Source):
     def data_of(self, index: Sequence[int]) -> Iterable[bytes | str | np.ndarray]:
         return self.source.data_of(self.index[torch.as_tensor(index)].tolist())
 
-    def sizes(self) -> np.ndarray:
-        return self.source.sizes()[self.index.numpy()]
+    def sizes(self, index: np.ndarray) -> np.ndarray:
+        return self.source.sizes(self.index.numpy()[index])
+
+    def tails(self, index: np.ndarray) -> np.ndarray:
+        return self.source.tails(self.index.numpy()[index])
 
     def bits_at(self, index: int) -> int:
         return self.source.bits_at(int(self.index[index]))

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from digests import MOST_DIGESTS, SAMPLE, digest_pictures, shared_pictures, spread
-from labels import Labels, match_classes
+from digests import MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
+from imbalance import draw_unlabeled, draws_unlabeled
+from labels import Labels, label_seed, match_classes
 from program import UsageError, name_some
 from seeds import item_seed
 from sources import (
-    JoinedSource,
     PartSource,
     Source,
     create_source,
+    is_published,
     known_facts,
     locate,
     open_source,
@@ -173,9 +174,11 @@ def place_labeled(
         args: argparse.Namespace,
         sources: Sources,
         labels: Labels,
+        num_classes: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which images of the unlabeled split are used, `[U]` int64, and where among them the labeled ones stand, `[L]`
-    int64 (-1: nowhere; None where --exclude-labeled leaves them out). Held-out images are not used.
+    int64 (-1: nowhere; None where --exclude-labeled leaves them out). Held-out images are not used, nor those that a
+    draw with --unlabeled-imbalance-factor leaves out.
     """
     index = torch.arange(len(sources.unlabeled))
     everywhere = locate(sources.train, sources.unlabeled)
@@ -187,6 +190,10 @@ def place_labeled(
             _logger.warning(f'--exclude-labeled: no labeled image is known to be in split {unlabeled_split(args)}, and '
                             'none is left out')
         index = index[~torch.isin(index, position)]
+    if draws_unlabeled(args):
+        index = draw_unlabeled(args, sources.unlabeled.targets, index, num_classes, label_seed(args),
+                               sources.train.class_names)
+    if args.exclude_labeled:
         position = None
     elif len(index) < len(sources.unlabeled):
         place = torch.full((len(sources.unlabeled) + 1,), -1)
@@ -209,7 +216,6 @@ class Identity:
         rows: Labeled images that are digested, `[d]` int64 rows of the labeled set.
         digests: Theirs, `[d]` int64.
         sample: Digests of images spread over the unlabeled set, `[s]` int64.
-        length: Bytes of the labeled images of `rows`, `[d]` int64.
         place: Tells where a labeled image lies, by row.
     """
     class_names: list[str] | None
@@ -217,7 +223,6 @@ class Identity:
     rows: torch.Tensor
     digests: torch.Tensor
     sample: torch.Tensor
-    length: torch.Tensor
     place: Callable[[int], str]
 
     def state(self) -> dict:
@@ -253,39 +258,42 @@ class Identity:
 
 
 def identify(
-        args: argparse.Namespace,
         sources: Sources,
         labels: Labels,
         unlabeled_index: torch.Tensor | None,
 ) -> Identity:
-    """What data a run belongs to, after a look that no labeled image is evaluated (see `check_overlap`).
+    """What data a run belongs to.
 
     Of more labeled pictures than MOST_DIGESTS as many are digested, of the unlabeled ones SAMPLE.
     """
     rows = spread(len(labels.index), MOST_DIGESTS)
     index = labels.index[rows]
-    digests, length = digest_pictures(sources.train, index)
+    digests = digest_pictures(sources.train, index)
     sample = torch.zeros(0, dtype=torch.int64)
     if unlabeled_index is not None:
-        sample = digest_pictures(sources.unlabeled, unlabeled_index[spread(len(unlabeled_index), SAMPLE)])[0]
-    identity = Identity(
+        sample = digest_pictures(sources.unlabeled, unlabeled_index[spread(len(unlabeled_index), SAMPLE)])
+    return Identity(
         sources.train.class_names,
         [len(sources.train), 0 if unlabeled_index is None else len(unlabeled_index), len(sources.evaluation)],
         rows,
         digests,
         sample,
-        length,
         lambda row: f'{int(index[row])} ({sources.train.where(int(index[row]))})',
     )
-    check_overlap(args, sources, labels, unlabeled_index, identity)
-    return identity
 
 
-def split_bases(source: Source) -> set[str | None]:
-    """Names of the splits that a source's images come from, without slices."""
-    if isinstance(source, PartSource):
-        return split_bases(source.source)
-    return {part.split for part in (source.parts if isinstance(source, JoinedSource) else [source])}
+# --- Overlap ----------------------------------------------------------------------------------------------------------
+
+PUBLISHED_MOST = 0.1  # share of the images to evaluate above which no published set is taken as it is
+
+
+@dataclass
+class Evaluated:
+    """Images that a run evaluates."""
+    name: str
+    contents: Contents
+    same_set: bool  # as the training split
+    published: bool
 
 
 def check_overlap(
@@ -293,36 +301,81 @@ def check_overlap(
         sources: Sources,
         labels: Labels,
         unlabeled_index: torch.Tensor | None,
-        identity: Identity,
+        extra: tuple[Source, torch.Tensor] | None = None,
 ) -> None:
-    """Refuses labeled images among the evaluated ones, and tells how many unlabeled ones are.
+    """Refuses labeled images among those that are evaluated. Tells how many unlabeled ones are, and how many of
+    --test-split were evaluated before.
 
-    Within a split images are known by position, in different ones by content. Published sets have a few duplicates by
-    themselves: there, and where it is no more than one labeled image in a hundred, the number is told.
+    Within a data set's splits images are known by position, and everywhere by content. Published sets cannot be mended:
+    of one whose splits share some pictures the number is told.
+
+    Args:
+        args: Of the command line.
+        sources: The splits.
+        labels: The labeled images.
+        unlabeled_index: Images of the unlabeled split that are used, `[U]` int64, or None.
+        extra: --extra-val, and which of its images are evaluated, `[n]` int64.
+
+    Raises:
+        UsageError: With some of the labeled images that are evaluated too.
     """
-    evaluated = [(evaluation_name(args, sources.evaluation), sources.evaluation)]
-    if sources.test is not None:
-        evaluated.append((args.test_split, sources.test))
-    remedy = 'give slices that do not overlap, or --val-fraction to hold out a part of the training split'
-    for name, source in evaluated:
-        both = (locate(sources.train, source)[labels.index] >= 0).nonzero().squeeze(1)
+    published = is_published(args.dataset)
+    evaluated = [
+        Evaluated(name, Contents(source), True, published)
+        for name, source in ((evaluation_name(args, sources.evaluation), sources.evaluation),
+                             (args.test_split, sources.test)) if source is not None
+    ]
+    if extra is not None:
+        both = published and is_published(args.extra_val)
+        evaluated.append(Evaluated(f'--extra-val {args.extra_val}', Contents(*extra), False, both))
+    labeled = Contents(sources.train, labels.index)
+    for images in evaluated:
+        refuse_labeled(images, labeled)
+    if unlabeled_index is not None:
+        unlabeled = Contents(sources.unlabeled, unlabeled_index)
+        for images in evaluated:
+            found = find_shared(images, unlabeled)
+            if len(found):
+                _logger.warning(f'{len(found)} of the {len(images.contents.whole)} images to evaluate ({images.name}'
+                                f'{images.contents.told}) are in the unlabeled set{unlabeled.told} too: the network '
+                                'sees them in training, without their labels')
+    for images in evaluated if sources.test is not None else []:
+        tested = evaluated[1]
+        found = [] if images is tested else find_shared(tested, images.contents, images.same_set)
+        if len(found):
+            used = f', and best/ is chosen on them by {args.eval_metric}' if images is evaluated[0] else ''
+            _logger.warning(f'{len(found)} of the {len(tested.contents.whole)} images of {tested.name}'
+                            f'{tested.contents.told} are in {images.name}{images.contents.told} too: they are '
+                            f'evaluated before the end{used}')
+
+
+def find_shared(images: Evaluated, others: Contents, same_set: bool = True) -> torch.Tensor:
+    """Which evaluated images are among others, by position or content, `[n]` int64."""
+    found = shared_pictures(images.contents, others)[0]
+    if images.same_set and same_set:
+        place = locate(others.source, images.contents.source)[others.whole]
+        found = torch.cat([found, place[place >= 0]])
+    return found.unique()
+
+
+def refuse_labeled(images: Evaluated, labeled: Contents) -> None:
+    """Raises UsageError if labeled images are evaluated; of a published set a few are told."""
+    def where(contents, index):
+        return contents.source.where(int(index))
+
+    if images.same_set:
+        both = labeled.whole[locate(labeled.source, images.contents.source)[labeled.whole] >= 0]
         if len(both):
-            first = int(labels.index[both[0]])
-            raise UsageError(f'{len(both)} of the {len(labels.index)} labeled training images are among the images to '
-                             f'evaluate ({name}), such as {sources.train.where(first)}: {remedy}')
-        if unlabeled_index is not None:
-            number = int((locate(sources.unlabeled, source)[unlabeled_index] >= 0).sum())
-            if number:
-                _logger.warning(f'{number} of the {len(source)} images to evaluate ({name}) are in the unlabeled set '
-                                'too: the network sees them in training, without their labels')
-        if split_bases(sources.train) & split_bases(source):
-            continue
-        shared = shared_pictures(source, identity.digests, identity.length)
-        if shared is None:
-            _logger.info(f'{name}: too large to compare its pictures with the labeled ones')
-        elif len(shared):
-            told = (f'{len(shared)} pictures of {name} are the same as labeled ones of training, such as '
-                    f'{source.where(int(shared[0]))}')
-            if 100 * len(shared) > len(identity.rows) and not known_facts(args.dataset):
-                raise UsageError(f'{told}: take them out of one of the two')
-            _logger.warning(told)
+            raise UsageError(f'{len(both)} of the {len(labeled.whole)} labeled training images are among the images to '
+                             f'evaluate ({images.name}), such as {where(labeled, both[0])}: give slices that do not '
+                             'overlap, or --val-fraction to hold out a part of the training split')
+    found, same = shared_pictures(images.contents, labeled)
+    if not len(found):
+        return
+    pairs = [f'{where(images.contents, i)} (as {where(labeled, j)})' for i, j in zip(found[:3], same)]
+    more = f' and {len(found) - 3} more' if len(found) > 3 else ''
+    told = (f'{len(found)} pictures of {images.name}{images.contents.told} are the same as labeled ones{labeled.told} '
+            f'of training: {", ".join(pairs)}{more}')
+    if not images.published or len(found) > PUBLISHED_MOST * len(images.contents.index):
+        raise UsageError(f'{told}; take them out of one of the two')
+    _logger.warning(f'{told}; the set is published so, and they count')

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,6 +182,8 @@ def open_tables(files: Sequence[str]) -> datasets.Dataset:
 
 
 def _load_parquet(files: Sequence[str]) -> datasets.Dataset:
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     key = f'files-{digest_files(files)}'
     return datasets.load_dataset('parquet', key, data_files={'train': list(files)}, split='train')
 

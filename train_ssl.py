@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
@@ -53,6 +52,7 @@ from backbone import (
     fit_to_length,
     freeze,
     resolve_data,
+    share_batch_norm,
     stages,
 )
 from calibratemix import CHOICES, PRESETS, CalibrateMix
@@ -86,16 +86,27 @@ from data import (
     evaluation_batches,
     limit_workers,
 )
+from imbalance import (
+    LogitAdjustment,
+    add_imbalance_arguments,
+    adjust,
+    build_adjustment,
+    by_class,
+    check_imbalance,
+    measure,
+    tell_tail,
+)
 from labels import choose_labels
 from methods import (
     ALGORITHMS,
     Method,
-    find_clash,
+    add_method_arguments,
+    check_method,
     fit_to_method,
     has_extra_class,
     lambda_u,
+    logit_margin_penalty,
     num_outputs,
-    tell_published,
     warmup_updates,
     without_defaults,
 )
@@ -123,6 +134,7 @@ from sources import MAX_PIXELS, known_facts, unlabeled_split
 from splits import (
     Sources,
     agree_on_classes,
+    check_overlap,
     evaluation_name,
     identify,
     match_extra,
@@ -164,7 +176,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
-                       help='evaluation split (default: the first of validation, val, valid, test that exists)')
+                       help='evaluation split (default: the first of validation, val, valid, test that exists). A '
+                            'picture that is a labeled one too, by place or content, is refused; of published data '
+                            'sets up to a tenth are told')
     group.add_argument('--val-fraction', type=float, metavar='SHARE', default=None,
                        help='evaluate on, and choose best/ by, this share of every class of the training split, which '
                             'is then in neither the labeled nor the unlabeled set')
@@ -295,8 +309,8 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Semi-supervised learning')
     group.add_argument('--algorithm', default='fixmatch', choices=ALGORITHMS,
-                       help='base method; supervised sees the labeled images only, pseudo_label no strong views '
-                            '(default: fixmatch)')
+                       help='base method; supervised sees the labeled images only, pseudo_label and vat no strong '
+                            'views, pi_model, meanteacher and mixmatch two weak ones (default: fixmatch)')
     draw = group.add_mutually_exclusive_group()
     draw.add_argument('--num-labels', type=int, metavar='N', default=None,
                       help='labeled images in total, drawn balanced over the classes (default: all that have a label)')
@@ -314,48 +328,10 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--label-noise', type=float, metavar='SHARE', default=0.,
                        help='flip this share of the labels to another class; labels.json keeps the original ones too '
                             '(default: 0)')
+    add_imbalance_arguments(group)
     group.add_argument('--exclude-labeled', action=flag, default=False,
                        help='leave the labeled images out of the unlabeled set; the published protocol keeps them in')
-    group.add_argument('--mu', type=int, metavar='N', default=None,
-                       help=f'unlabeled images per labeled image in a step (default: {tell_published("mu")})')
-    group.add_argument('--lambda-u', type=float, metavar='X', default=None,
-                       help=f'factor of the unlabeled loss (default: {tell_published("lambda_u")})')
-    group.add_argument('--threshold', type=float, metavar='P', default=None,
-                       help='confidence from which a pseudo-label counts; with adamatch relative to the mean one of '
-                            f'labeled images (default: {tell_published("threshold")})')
-    group.add_argument('--lambda-u-warmup', type=float, metavar='SHARE', default=None,
-                       help='share of the training over which the unlabeled loss grows from 0 (default: '
-                            f'{tell_published("lambda_u_warmup")})')
-    group.add_argument('--temperature', type=float, metavar='X', default=None,
-                       help='of the soft pseudo-labels of uda, dash, mixmatch and remixmatch (default: '
-                            f'{tell_published("temperature")})')
-    group.add_argument('--mixmatch-alpha', type=float, metavar='X', default=None,
-                       help='mixmatch and remixmatch mix by draws from Beta(X, X) (default: '
-                            f'{tell_published("mixmatch_alpha")})')
-    group.add_argument('--vat-eps', type=float, metavar='X', default=None,
-                       help='length of vat\'s perturbations, in normalised pixels (default: '
-                            f'{tell_published("vat_eps")})')
-    group.add_argument('--stat-momentum', type=float, metavar='X', default=None,
-                       help='of the running statistics of softmatch, freematch, adamatch and remixmatch (default: '
-                            '0.999, in short runs 1 - 100 / updates, at least 0.9)')
-    group.add_argument('--softmatch-align', action=flag, default=True,
-                       help='uniform alignment of the confidence (default: yes)')
-    group.add_argument('--softmatch-usb-stats', action=flag, default=False,
-                       help='mean and variance of the aligned confidence, as the published code takes them, instead of '
-                            'the plain one')
-    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.01,
-                       help='factor of the fairness term (default: 0.01)')
-    group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
-                       help='factor of a penalty on unlabeled logits that lie further below the top one than '
-                            '--logit-margin, a calibration baseline (arXiv 2403.15567; default: 0)')
-    group.add_argument('--logit-margin', type=float, metavar='X', default=10., help='see there (default: 10)')
-    group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
-                       help='of the labeled loss, a calibration baseline (default: 0)')
-    group.add_argument('--weak-forward', default='joint', choices=['joint', 'no-grad'],
-                       help='joint: one pass over labeled, weak and strong images, batch-norm statistics over all of '
-                            'them (the published protocol). no-grad: the weak images pass first and without a graph, '
-                            'which saves a third of the arithmetic; they and the rest then have batch-norm statistics '
-                            'of their own, and the running ones move twice a step')
+    add_method_arguments(group)
     group.add_argument('--hflip', type=float, metavar='P', default=None,
                        help='probability of mirroring a training image (default: 0.5; 0 for svhn and the sets of '
                             'digits)')
@@ -363,11 +339,13 @@ def create_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('CalibrateMix', 'Options that are not given take the value of the preset.')
     group.add_argument('--calibratemix', action=flag, default=False, help='add CalibrateMix to the base method')
     group.add_argument('--calmix-preset', default='paper', choices=PRESETS,
-                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs; ours: the '
-                            'paper\'s with equal weights and without ranking (default: paper)')
+                       help='paper: arXiv 2511.12964; authors-code: their public code, which differs (after warmup '
+                            'it minimises 2 base + mix: this at twice the --lr and half the --weight-decay); ours: '
+                            'the paper\'s with equal weights and without ranking; steered: random pairs with equal '
+                            'weights, and a factor of the loss that finds itself (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
-                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours: 0.5, '
-                            'the others: 0.4)')
+                       help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours, '
+                            'steered: 0.5, the others: 0.4)')
     group.add_argument('--calmix-gamma-dist', default=None, choices=CHOICES['gamma_dist'],
                        help='a fixed weight, one draw per group and step, or one per pair (paper, ours: fixed, '
                             'authors-code: beta-batch). A fixed weight calibrates best in short runs')
@@ -382,7 +360,11 @@ def create_parser() -> argparse.ArgumentParser:
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
-                       help='factor of the mixup loss (presets: 1)')
+                       help='factor of the mixup loss (authors-code: 0.5, the others: 1)')
+    group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
+                       help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
+                            'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
+                            'each update (steered: 0.1, the others: 0, a fixed factor)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
                        help='easy and hard by the median of the batch of a process, of the joined batch of all '
                             'processes, or of the whole bank (presets: batch)')
@@ -467,7 +449,9 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha'):
         if not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
-    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip'):
+    if args.freematch_max_threshold is None:
+        args.freematch_max_threshold = 0.95 if 'svhn' in args.dataset.lower() else 1.
+    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
     if args.input_size is not None:
@@ -476,8 +460,6 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
-    if args.temperature <= 0:
-        parser.error(f'--temperature {args.temperature}: expected a number above 0')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
     for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
@@ -502,9 +484,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                      f'{", ".join(torch._dynamo.list_backends())}')
     if args.calibratemix and args.algorithm == 'supervised':
         parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
-    clash = find_clash(args)
-    if clash:
-        parser.error(clash)
+    check_method(parser, args)
     if args.label_noise and args.labels_file:
         parser.error(f'--label-noise {args.label_noise} would flip the labels of --labels-file, which may be flipped '
                      'already: give --label-noise 0')
@@ -519,6 +499,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
         parser.error(f'--calmix-warmup-epochs {args.calmix_warmup_epochs:g}: not below --epochs {args.epochs}, so that '
                      'CalibrateMix would never run')
+    check_imbalance(parser, args)
     fit_to_length(args)
     return args
 
@@ -588,6 +569,7 @@ def build_calmix(
             space=args.calmix_space,
             loss=args.calmix_loss,
             weight=args.calmix_weight,
+            weight_rate=args.calmix_weight_rate,
             split=args.calmix_split,
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
@@ -612,8 +594,10 @@ def build_datasets(
     train = sources.train
     labels, unlabeled_index, position = choose_labels(args, train, num_classes), None, None
     if args.algorithm != 'supervised':
-        unlabeled_index, position = place_labeled(args, sources, labels)
-    identity = identify(args, sources, labels, unlabeled_index)
+        unlabeled_index, position = place_labeled(args, sources, labels, num_classes)
+    identity = identify(sources, labels, unlabeled_index)
+    extra = match_extra(args, train.class_names, num_classes) if args.extra_val else None
+    check_overlap(args, sources, labels, unlabeled_index, extra and extra[:2])
     recipe = dict(
         img_size=data_config.input_size[1],
         mean=data_config.mean,
@@ -639,8 +623,8 @@ def build_datasets(
     labeled_set = with_views(kinds, train, labels.index, labels.trained, 'labeled')
     evaluation_set = with_views({'image': 'eval'}, sources.evaluation)
     extra_set = test_set = unlabeled_set = None
-    if args.extra_val:
-        extra_set = with_views({'image': 'eval'}, *match_extra(args, train.class_names, num_classes))
+    if extra is not None:
+        extra_set = with_views({'image': 'eval'}, *extra)
     if sources.test is not None:
         test_set = with_views({'image': 'eval'}, sources.test)
     if unlabeled_index is not None:
@@ -651,23 +635,20 @@ def build_datasets(
 
 # --- Step -------------------------------------------------------------------------------------------------------------
 
-def logit_margin_penalty(logits: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean over `[U, K]` of what the top logit exceeds the others by beyond the margin (arXiv 2403.15567)."""
-    return F.relu(logits.amax(1, keepdim=True) - logits - margin).mean()
-
-
 def supervised_step(
         model: nn.Module,
         labeled: dict,
         calmix: CalibrateMix | None,
         accelerator: Accelerator,
         args: argparse.Namespace,
+        adjustment: LogitAdjustment | None = None,
 ) -> dict[str, torch.Tensor]:
     """Cross-entropy on the labeled images alone."""
     logits = model(labeled['image'])[1].float()
     if calmix is not None:
         calmix.aum.update(*accelerator.gather((labeled['index'], logits.detach(), labeled['target'])))
-    loss = F.cross_entropy(logits, labeled['target'], label_smoothing=args.label_smoothing)
+    z = logits if adjustment is None else adjustment.adjust_labeled(logits)
+    loss = F.cross_entropy(z, labeled['target'], label_smoothing=args.label_smoothing)
     return dict(loss=loss, loss_labeled=loss)
 
 
@@ -680,6 +661,7 @@ def semi_supervised_step(
         num_updates: int,
         accelerator: Accelerator,
         args: argparse.Namespace,
+        adjustment: LogitAdjustment | None = None,
         average: Callable | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses of a step: the base method's, and after warmup the mixup loss from a second pass over mixed images only.
@@ -692,6 +674,7 @@ def semi_supervised_step(
         method: The base method.
         calmix: None for the base method alone.
         num_updates: Updates done so far.
+        adjustment: Of the logits in the labeled and the pseudo-labeled loss, by class frequencies.
         average: The averaged network, for a method that takes it: it gets the weak images.
 
     Returns:
@@ -708,17 +691,20 @@ def semi_supervised_step(
     i_all, y_all, z_all, j_all, z_weak_all = accelerator.gather((i, y, out.logits.detach(), j, out.weak_logits))
     method.see_labeled(z_all, y_all, num_updates)
     first = accelerator.process_index * len(j)
-    weight = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)[first:first + len(j)]
+    weight_all = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)
+    weight = weight_all[first:first + len(j)]
     if method.own_losses:
         loss_labeled, loss_unlabeled, further = method.losses(model, labeled, unlabeled, out)
     else:
-        loss_labeled = F.cross_entropy(out.logits, y, label_smoothing=args.label_smoothing)
+        z, z_strong = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
+        loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
         target = method.target(out.weak_logits, pseudo_label, j)
-        loss_unlabeled = (F.cross_entropy(out.strong_logits, target, reduction='none') * weight).mean()
+        loss_unlabeled = (F.cross_entropy(z_strong, target, reduction='none') * weight).mean()
         further = method.further_loss(out.strong_logits, weight, accelerator)
     loss = loss_labeled + lambda_u(num_updates, args) * loss_unlabeled + further
     if args.logit_margin_penalty:
-        loss = loss + args.logit_margin_penalty * logit_margin_penalty(out.strong_logits, args.logit_margin)
+        penalty = logit_margin_penalty(out.strong_logits, pseudo_label, weight, accelerator, args)
+        loss = loss + args.logit_margin_penalty * penalty
 
     loss_mixup = torch.zeros_like(loss)
     if calmix is not None:
@@ -816,23 +802,6 @@ class Monitor:
         self.sums, self.seen = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
 
 
-@torch.no_grad()
-def share_batch_norm(model: nn.Module, accelerator: Accelerator, how: str) -> None:
-    """Makes the running batch-norm statistics the same on all processes, in one collective.
-
-    Done after every update, so that the averaged weights, an evaluation and a checkpoint are those of all processes.
-    """
-    # Frozen ones are in evaluation mode. A mean over processes could change their last digits.
-    buffers = [buffer for module in model.modules() if module.training
-               for name, buffer in module.named_buffers(recurse=False) if name in ('running_mean', 'running_var')]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    flat = accelerator.reduce(flat, 'mean') if how == 'reduce' else broadcast(flat)
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-        buffer.copy_(part.view_as(buffer))
-
-
 def ask_average(run: Run, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Features and logits of the averaged network, in evaluation mode."""
     with run.accelerator.autocast():
@@ -851,12 +820,12 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
         # Gradients are exchanged in the last backward pass only.
         with nullcontext() if last else accelerator.no_sync(run.model):
             if args.algorithm == 'supervised':
-                terms = supervised_step(run.model, labeled, run.calmix, accelerator, args)
+                terms = supervised_step(run.model, labeled, run.calmix, accelerator, args, run.adjustment)
             else:
                 average = partial(ask_average, run) if run.method.takes_average else None
                 terms = semi_supervised_step(
                     run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
-                    args, average,
+                    args, run.adjustment, average,
                 )
             accelerator.backward(terms['loss'] / args.grad_accum_steps)
         run.monitor.add(terms, run.num_updates)
@@ -932,6 +901,8 @@ def train_one_epoch(
             rate = (run.num_updates - first) / (time.perf_counter() - started)
             left = round((total - run.num_updates) / rate)
             skipped = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
+            if args.calibratemix and run.calmix.weight_rate > 0:
+                skipped = f'  mixup weight {float(run.calmix.weight):.3f}{skipped}'
             if bar.disable:
                 _logger.info(
                     f'epoch {epoch} update {run.num_updates}/{total}  {progress_words(means)}  '
@@ -991,29 +962,30 @@ def record_evaluation(
         split: str,
         data_config: DataConfig,
         args: argparse.Namespace,
-) -> None:
-    """Logs an evaluation; the main process writes summary.csv, last/ and, if it is the best so far, best/.
-
-    Of the meters, `evaluation` is of the named split and chooses best/; the others are only told.
+) -> dict[str, float]:
+    """Logs an evaluation and returns its metrics; the main process writes summary.csv, last/ and, if it is the best so
+    far, best/. Of the meters, `evaluation` is of the named split and chooses best/; the others are only told.
     """
-    metrics = meters['evaluation'].compute()
+    metrics = measure(meters['evaluation'], run.labeled_by_class)
     best = judge(run, metrics, args)
     _logger.info(
         f'epoch {epoch} evaluation of {metrics["count"]:.0f} images of {split}: error {metrics["error"]:.2f} %, '
         f'ECE {metrics["ece"]:.2f} %, NLL {metrics["nll"]:.4f}, confidence {metrics["confidence"]:.2f} %'
-        + (f' (best {args.eval_metric} so far)' if best else '')
+        + tell_tail(metrics) + (f' (best {args.eval_metric} so far)' if best else '')
     )
     further = {}
     for name, source in (('extra_val', args.extra_val), ('test', args.test_split)):
         if name in meters:
-            found = further[name] = dict(source=source, **meters[name].compute())
+            found = further[name] = dict(source=source, **measure(meters[name], run.labeled_by_class))
             _logger.info(f'epoch {epoch} evaluation of {found["count"]:.0f} images of {source}: error '
-                         f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}')
+                         f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}{tell_tail(found)}')
     if not run.accelerator.is_main_process:
-        return
+        return metrics
     row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
     row.update((f'train_{name}', train_metrics[name]) for name in TRAIN_COLUMNS)
-    row.update((f'eval_{name}', metrics[name]) for name in EVAL_COLUMNS)
+    row.update((f'eval_{name}', metrics[name]) for name in (*EVAL_COLUMNS, 'tail_error') if name in metrics)
+    if args.calibratemix:
+        row['calmix_weight'] = float(run.calmix.weight)
     write_summary(folder / 'summary.csv', row)
     run.accelerator.log(row, step=run.num_updates)
     bins = {key: value.tolist() for key, value in meters['evaluation'].bins()._asdict().items()}
@@ -1027,6 +999,7 @@ def record_evaluation(
         class_names=run.identity.class_names,
         **metrics,
         bins=bins,
+        classes=by_class(meters['evaluation'], run.labeled_by_class),
         **further,
     )
     if out_of_patience(run, args):
@@ -1034,6 +1007,7 @@ def record_evaluation(
     write_weights(run, folder / 'last', data_config, content)
     if best:
         write_weights(run, folder / 'best', data_config, content)
+    return metrics
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -1111,7 +1085,8 @@ def build_run(
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     model, optimizer = accelerator.prepare(model, optimizer)
-    for module in (method, calmix):
+    adjustment = build_adjustment(args, datasets.labels.trained, num_classes)
+    for module in (method, calmix, adjustment):
         if module is not None:
             module.to(accelerator.device)
     return Run(
@@ -1127,6 +1102,7 @@ def build_run(
         torch.stack([datasets.labels.index, datasets.labels.trained]),
         num_classes,
         datasets.identity,
+        adjustment=adjustment,
     )
 
 
@@ -1197,10 +1173,9 @@ def train_and_evaluate(
                         name: validate(run.eval_model, feed, accelerator, run.num_classes, eval_batch_size(args), stop)
                         for name, feed in eval_feeds.items() if name != 'test' or epoch == args.epochs - 1
                     }
-                    metrics = meters['evaluation'].compute()
                     skipped_images = tell_skipped(run, [*train_feeds, *eval_feeds.values()], args)
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
-                    record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
+                    metrics = record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
                     # In the first half of a run an average may be behind; one line of it is enough.
                     if run.ema is not None and not lag and 2 * run.num_updates >= total:
                         lag = average_lags(run.timm_model, run.eval_model, probe, accelerator, width)

@@ -60,6 +60,7 @@ from figures import (
     reliability_diagram,
     risk_coverage_diagram,
 )
+from imbalance import tail_error
 from inputs import open_pictures
 from labels import match_classes, read_labels
 from metrics import (
@@ -460,6 +461,7 @@ class Result:
     ood: dict[str, Outputs]
     class_names: list[str] | None = None
     chosen_by: str = ''  # what best/ was chosen by: a metric on a split
+    labeled_by_class: torch.Tensor | None = None  # images that it was trained on, [K] int64, where that is known
     scaled: dict[str, torch.Tensor] = field(default_factory=dict)  # logits by scaling, the first is 'none'
     parameters: dict[str, dict] = field(default_factory=dict)
     reports: dict[str, dict] = field(default_factory=dict)
@@ -560,8 +562,9 @@ def align(rows: list[list[str]], left: int = 2) -> str:
 
 def format_table(results: list[Result]) -> str:
     range_of = ' [95 %]' if 'ece_low' in results[0].reports['none'] else ''
-    rows = [['run', 'scaling', 'T', f'error %{range_of}', 'balanced acc', 'macro-F1', f'ECE %{range_of}', 'equal-mass',
-             'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC', 'best by']]
+    rows = [['run', 'scaling', 'T', f'error %{range_of}', 'balanced acc', 'macro-F1', 'rarest third error',
+             f'ECE %{range_of}', 'equal-mass', 'class-balanced', 'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC',
+             'best by']]
     any_at_bound = False
     for result in results:
         for scaling, report in result.reports.items():
@@ -574,15 +577,17 @@ def format_table(results: list[Result]) -> str:
                 '' if temperature is None else f'{temperature:.3f}' + '*' * at_bound,
                 interval(report, 'error'),
                 *(f'{report[key]:.2f}' for key in ('balanced_accuracy', 'macro_f1')),
+                '' if report['tail_error'] is None else f'{report["tail_error"]:.2f}',
                 interval(report, 'ece'),
-                *(f'{report[key]:.2f}' for key in ('ece_equal_mass', 'ece_classwise', 'ece_smooth')),
+                *(f'{report[key]:.2f}' for key in ('ece_equal_mass', 'ece_balanced', 'ece_classwise', 'ece_smooth')),
                 f'{report["nll"]:.4f}',
                 f'{report["brier"]:.4f}',
                 '' if report['auroc'] is None else f'{report["auroc"]:.2f}',
                 result.chosen_by,
             ])
-    if not any(result.chosen_by for result in results):
-        rows = [row[:-1] for row in rows]
+    empty = [i for i, cells in enumerate(zip(*rows[1:])) if rows[0][i] in ('best by', 'rarest third error')
+             and not any(cells)]
+    rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
     note = '\n* at its bound: the likelihood of the calibration images has no maximum'
     return align(rows) + (note if any_at_bound else '')
 
@@ -702,9 +707,10 @@ def write_classes(folder: Path, result: Result, names: list[str]) -> None:
     outputs = result.outputs
     columns = class_report(outputs.logits, outputs.target)._asdict()
     counts = {key: columns.pop(key).tolist() for key in ('images', 'predicted')}
+    labeled = {} if result.labeled_by_class is None else dict(labeled=result.labeled_by_class.tolist())
     rates = {key: ['' if math.isnan(value) else 100 * value for value in columns[key].tolist()] for key in columns}
     write_csv(folder / 'classes.csv', [
-        dict(number=k, name=name, **{key: values[k] for key, values in (counts | rates).items()})
+        dict(number=k, name=name, **{key: values[k] for key, values in (labeled | counts | rates).items()})
         for k, name in enumerate(names)
     ])
     matrix = confusion_matrix(outputs.logits, outputs.target)
@@ -773,9 +779,12 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
     for result in results:
         scale(result, data)
         for scaling, logits in result.scaled.items():
-            result.reports[scaling] = calibration_report(
+            report = result.reports[scaling] = calibration_report(
                 logits, result.outputs.target, bootstrap=args.bootstrap, seed=args.seed,
             )
+            labeled = result.labeled_by_class
+            classes = class_report(logits, result.outputs.target)
+            report['tail_error'] = None if labeled is None else tail_error(classes, labeled)
     ood = [measure_ood(result) for result in results]
     heading = f'{len(results[0].outputs.index)} images of {about["dataset"]} {about["split"]}'
     if fits(args):
@@ -863,6 +872,13 @@ def find_labels(
     return None, own
 
 
+def check_unlabeled(own_index: torch.Tensor, train: Source, data: Namespace) -> None:
+    """Raises UsageError, before anything is evaluated, where pseudo-calibration has no image that was not labeled."""
+    if unlabeled_split(data) == data.train_split and len(train) - len(own_index.unique()) < 2:
+        raise UsageError(f'--calibration pseudo: all {len(train)} images of {data.train_split} were labeled in '
+                         'training; leave it out, or give other pictures as --unlabeled-split (a folder will do)')
+
+
 def mix_unlabeled(
         evaluate: Callable[..., Outputs],
         source: Source,
@@ -941,11 +957,15 @@ def evaluate_checkpoint(
                 _logger.warning(f'{name}: {known} of {len(index)} calibration images are labeled images of its '
                                 'training, where it is right more often than elsewhere: expect too low a temperature')
         labeled = evaluate(train, index, targets)
+    own_index = None
+    if own_file is not None and images.unlabeled is not None:
+        own_index = read_labels(own_file, train, model.num_classes, names)[0]
+        check_unlabeled(own_index, train, images.data)
     tested = evaluate(images.test, targets=test_targets)
     if images.unlabeled is not None:
         known = [tested]
-        if own_file is not None:
-            known.append(evaluate(train, read_labels(own_file, train, model.num_classes, names)[0]))
+        if own_index is not None:
+            known.append(evaluate(train, own_index))
         mixed = mix_unlabeled(evaluate, images.unlabeled, torch.cat([part.digest for part in known]), name, args)
         if run.get('calibratemix'):
             _logger.warning(f'{name}: it was trained with --calibratemix. On mixtures it is then as right and as '
@@ -961,18 +981,32 @@ def evaluate_checkpoint(
         {ood_name: evaluate(source) for ood_name, source in images.ood.items()},
         names or images.test.class_names,
         tell_choice(name, checkpoint, images.data),
+        read_labeled_by_class(checkpoint, model.num_classes),
     )
+
+
+def read_metrics(checkpoint: Path | None) -> dict:
+    """What a run wrote about the weights in its folder, empty if there is nothing."""
+    file = checkpoint / 'metrics.json' if checkpoint is not None else None
+    if file is None or not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f'{file}: {error}') from error
+
+
+def read_labeled_by_class(checkpoint: Path | None, num_classes: int) -> torch.Tensor | None:
+    """Labeled images of each class in the run's training, `[K]` int64; None where that is not known."""
+    found = read_metrics(checkpoint).get('classes', {}).get('labeled', ())
+    return torch.tensor(found) if len(found) == num_classes else None
 
 
 def tell_choice(name: str, checkpoint: Path | None, data: Namespace) -> str:
     """What a best/ was chosen by, '' if it is none; warns if it was the split that is evaluated."""
-    file = checkpoint / 'metrics.json' if checkpoint is not None and checkpoint.name == 'best' else None
-    if file is None or not file.exists():
+    if checkpoint is None or checkpoint.name != 'best':
         return ''
-    try:
-        chosen_by = json.loads(file.read_text()).get('best_chosen_by', '')
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f'{file}: {error}') from error
+    chosen_by = read_metrics(checkpoint).get('best_chosen_by', '')
     split = chosen_by.partition(' on ')[2]
     if chosen_by and data.own and split_names(split) & split_names(data.val_split):
         _logger.warning(f'{name}: best/ was chosen by {chosen_by}, which is evaluated here: its score is too good. '

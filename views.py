@@ -3,6 +3,9 @@
 `build_views` works image by image through PIL, for images of any size. `BatchViews` works on batches of small decoded
 images as tensors, on any device, at several times the rate; each image of a batch still has its own operations and
 magnitudes, which torchvision's RandAugment does not give (one draw a batch).
+
+What an operation moves in, and what Cutout blanks, has the mean colour of the data set. Google's RandAugment has
+mid-grey there, USB's black, but for Cutout.
 """
 import math
 import random

@@ -3,10 +3,14 @@
 Importing this file is enough for `timm.create_model('wide_resnet28_2', num_classes=10)`; timm itself only has the
 ImageNet-sized `wide_resnet50_2` and `wide_resnet101_2`, which are bottleneck ResNets.
 
-Pre-activation networks (Zagoruyko & Komodakis 2016, arXiv 1605.07146) with the details that the published
-semi-supervised tables rest on: leaky ReLU with slope 0.1, a 3x3 stem with 16 channels and a bias, batch-norm momentum
-0.001 (the new batch counts 0.001; train_ssl.py raises it in shorter runs), Kaiming-normal (fan-out)
-convolutions and a Xavier-normal classifier.
+Pre-activation networks (Zagoruyko & Komodakis 2016, arXiv 1605.07146) with the details of the semi-supervised
+literature: leaky ReLU with slope 0.1, a 3x3 stem with 16 channels and a bias, batch-norm momentum 0.001 (the new batch
+counts 0.001; train_ssl.py raises it in shorter runs), Kaiming-normal (fan-out) convolutions and a Xavier-normal
+classifier.
+
+One detail differs between its codes. In the first block of stages 2 and later the first convolution sees the activated
+input, here and in Google's FixMatch. In the networks of USB, TorchSSL and kekmodel's FixMatch-pytorch, and so in USB's
+published table, it sees the raw one. Their weights fit in here one to one, and predict something else.
 """
 
 import torch

@@ -866,7 +866,7 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1,
                  split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400, apm_in_warmup=True)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
-                   apm_in_warmup=False)
+                   apm_in_warmup=False, weight=0.5)
     assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': dict(paper, gamma=0.5, topk=0)}
     parameters = inspect.signature(CalibrateMix).parameters
     assert parameters['preset'].default == 'paper'

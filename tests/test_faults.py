@@ -9,13 +9,11 @@ import fcntl
 import json
 import logging
 import math
-import multiprocessing
 import os
 import pty
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -28,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import FORKING, PATIENCE, ROOT, TINY, end_scripts, start_script
 from test_train import CALMIX, assert_same_run, summary
 
 import checkpoint
@@ -39,21 +37,6 @@ from program import RunError, UsageError
 
 # Long enough to be hit in the middle: 60 updates, CalibrateMix from the 30th on.
 RUN = (*TINY, *CALMIX, '--train-steps-per-epoch', '30')
-PATIENCE = 240  # seconds, for machines that are busy with other things
-FORKING = multiprocessing.get_context('forkserver')
-FORKING.set_forkserver_preload(['train_ssl'])
-
-
-def _run_as_script(argv: list[str], environment: dict[str, str], log: Path, before) -> None:
-    multiprocessing.set_start_method(None, force=True)  # for the data workers, the platform's own
-    os.setpgid(0, 0)
-    os.environ.update(environment, ACCELERATE_USE_CPU='true')
-    file = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.argv = [str(ROOT / 'train_ssl.py'), *argv]
-    before()
-    runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 class Job:
@@ -71,22 +54,13 @@ class Job:
             before=time.time,
             terminal: str | None = None,
     ):
-        argv = [str(flag) for flag in (*RUN, *flags, '--output', output, '--experiment', experiment)]
+        argv = ['train_ssl.py', *map(str, (*RUN, *flags, '--output', output, '--experiment', experiment))]
         self.folder = output / experiment
         number = len(list(output.glob('*.log')))
         self.logs = [output / f'{number + rank}.log' for rank in range(processes)]
-        environment = {}
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(('127.0.0.1', 0))
-                port = free.getsockname()[1]
-            environment = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(processes))
-        self.processes = []
-        for rank, log in enumerate(self.logs):
+        for log in self.logs:
             log.touch()
-            own = dict(environment, RANK=str(rank), LOCAL_RANK=str(rank)) if processes > 1 else {}
-            self.processes.append(FORKING.Process(target=_run_as_script, args=(argv, own, terminal or log, before)))
-            self.processes[-1].start()
+        self.processes = start_script(argv, [Path(terminal)] if terminal else self.logs, before=before)
 
     def log(self, rank: int = 0) -> str:
         return self.logs[rank].read_text()
@@ -96,15 +70,7 @@ class Job:
         wait_until(lambda: text in self.log(), lambda: f'{text!r} not in\n{self.log()}')
 
     def join(self, timeout: float = PATIENCE) -> list[int]:
-        """Exit statuses; minus the signal of a process that one ended."""
-        end = time.monotonic() + timeout
-        for process in self.processes:
-            process.join(max(0, end - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            if process.is_alive():
-                process.kill()
-        return codes
+        return end_scripts(self.processes, timeout)
 
 
 def wait_until(condition, message, timeout: float = PATIENCE) -> None:
@@ -112,17 +78,6 @@ def wait_until(condition, message, timeout: float = PATIENCE) -> None:
     while not condition():
         assert time.monotonic() < end, message()
         time.sleep(0.01)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def importable():
-    before = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *([before] if before else [])])
-    yield
-    if before is None:
-        del os.environ['PYTHONPATH']
-    else:
-        os.environ['PYTHONPATH'] = before
 
 
 @pytest.fixture(scope='module')

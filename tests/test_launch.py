@@ -200,6 +200,19 @@ def test_options_are_compared_on_training_images_that_no_run_trains_on():
     assert any(all(getattr(args, f'calmix_{name}') == value for name, value in own.items()) for args in runs)
 
 
+def test_strengths_are_compared_with_two_presets_on_training_images_that_no_run_trains_on():
+    runs, cells, others = trainings('ablation_strength'), [], set()
+    for args in runs:
+        assert_the_recipe(args, 'cifar10', 'wide_resnet28_2', 5e-4)
+        assert (args.train_split, args.val_split, args.num_labels) == ('train[:90%]', 'train[90%:]', 250)
+        cells.append((args.calibratemix, args.calmix_preset, args.calmix_weight, args.seed))
+        others.add(str({k: v for k, v in vars(args).items()
+                        if k not in ('calibratemix', 'calmix_preset', 'calmix_weight', 'seed', 'experiment')}))
+    mixing = itertools.product((True,), ('paper', 'ours'), (0.05, 0.15, 0.5, 1.0, 2.0))
+    expected = itertools.product([(False, 'paper', None), *mixing], (0, 1, 2))
+    assert sorted(map(str, cells)) == sorted(str((*variant, seed)) for variant, seed in expected) and len(others) == 1
+
+
 def test_a_warmup_keeps_its_share_of_any_number_of_epochs():
     for arguments, epochs in (((), 10), (('--epochs', '64'), 64), (('--epochs=12',), 12)):
         found = [args.calmix_warmup_epochs for args in trainings('ablation_warmup', *arguments, SCALE='cpu', SEEDS='0')]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from test_train import assert_same_run, rewind, run_on, summary, weights
 
+import backbone
 import checkpoint
 import methods
 import passes
@@ -146,12 +147,24 @@ def test_softmatch_stays_finite_for_one_row_equal_confidences_and_no_variance():
     assert method.var < 1e-12
 
 
-def test_freematch_equals_its_paper_step_by_step():
-    method = build('freematch', stat_momentum=0.9)
+def test_softmatch_stays_finite_where_a_class_has_no_probability_left_in_any_row():
+    """exp(-200) is 0 in float32, and with momentum 0 so is the class's mean: it is left out, and nothing is 0/0."""
+    method = build('softmatch', classes=3, stat_momentum=0.0)
+    assert method(torch.tensor([[200., 0, 0]]), torch.arange(1), 0).tolist() == [1]
+    rows = torch.tensor([[200., 0, 0], [math.log(0.6), math.log(0.4), -200]])
+    confidence = 0.4 / 0.2 / (0.6 / 0.8 + 0.4 / 0.2)  # of the second row, by the class means 0.8 and 0.2
+    mean, var = 0.8, 0.08  # of the plain confidences, 1 and 0.6
+    expected = [1, math.exp(-(confidence - mean) ** 2 / (2 * var / 4))]
+    assert method(rows, torch.arange(2), 0).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('bound', [1.0, 0.4])
+def test_freematch_equals_its_paper_step_by_step(bound):
+    method = build('freematch', stat_momentum=0.9, freematch_max_threshold=bound)
     tau, p_model, share = 1 / CLASSES, [1 / CLASSES] * CLASSES, [1 / CLASSES] * CLASSES
     for logits, index in random_steps(2):
         probs = logits.double().softmax(1).tolist()
-        tau = 0.9 * tau + 0.1 * sum(max(p) for p in probs) / len(probs)
+        tau = min(bound, 0.9 * tau + 0.1 * sum(max(p) for p in probs) / len(probs))
         p_model = [0.9 * m + 0.1 * sum(p[k] for p in probs) / len(probs) for k, m in enumerate(p_model)]
         tops = [p.index(max(p)) for p in probs]
         share = [0.9 * s + 0.1 * tops.count(k) / len(tops) for k, s in enumerate(share)]
@@ -161,6 +174,7 @@ def test_freematch_equals_its_paper_step_by_step():
         assert method.tau.item() == pytest.approx(tau)
         assert method.class_share.tolist() == pytest.approx(share)
 
+    assert (tau == bound) == (bound < 1)
     strong = torch.randn(12, CLASSES, requires_grad=True)
     weight = (torch.arange(12) % 3 > 0).float()
     chosen = strong.detach().softmax(1)[weight > 0].tolist()
@@ -173,6 +187,18 @@ def test_freematch_equals_its_paper_step_by_step():
     assert fairness.item() == pytest.approx(expected, rel=1e-4)
     fairness.backward()
     assert strong.grad[weight > 0].abs().sum() > 0 and (strong.grad[weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize('dataset, bound', [
+    ('svhn', 0.95), ('torch/SVHN', 0.95), ('hfds/ufldl-stanford/svhn:cropped_digits', 0.95), ('cifar10', 1), ('', 1),
+])
+def test_freematch_has_the_published_configurations_fairness_and_on_svhn_their_bound_of_the_threshold(dataset, bound):
+    args = train_ssl._parse_args(['--algorithm', 'freematch', '--dataset', dataset])
+    assert (args.freematch_fairness, args.freematch_max_threshold) == (0.001, bound)
+    told = backbone.describe_averages(torch.nn.Identity(), args)
+    assert ('thresholds of at most 0.95 (--freematch-max-threshold)' in told) == (bound < 1)
+    given = train_ssl._parse_args(['--dataset', dataset, '--freematch-max-threshold', '0.8'])
+    assert given.freematch_max_threshold == 0.8
 
 
 def test_freematch_fairness_without_any_counted_image_is_zero_with_finite_gradients():
@@ -252,9 +278,32 @@ def test_marginmatch_saves_the_real_classes_only_and_measures_them(train):
     assert F.cross_entropy(logits, source.targets).item() == pytest.approx(metrics['nll'], abs=1e-5)
 
 
+def penalty_of(logits, pseudo_label, weight, rows: str) -> torch.Tensor:
+    args = options(logit_margin=10.0, logit_margin_rows=rows)
+    return methods.logit_margin_penalty(logits, pseudo_label, weight, Accelerator(cpu=True), args)
+
+
 def test_the_logit_margin_penalty_adds_what_exceeds_the_margin():
     logits = torch.tensor([[12.0, 0.0, 3.0], [1.0, 0.0, 0.0]])
-    assert train_ssl.logit_margin_penalty(logits, 10.0).item() == pytest.approx(2 / 6)
+    assert penalty_of(logits, torch.tensor([1, 1]), torch.zeros(2), 'all').item() == pytest.approx(2 / 6)
+
+
+def test_the_logit_margin_penalty_of_agreeing_rows_is_that_of_a_loop_over_them():
+    generator = torch.Generator().manual_seed(0)
+    logits = (20 * torch.randn(40, CLASSES, generator=generator)).requires_grad_()
+    pseudo_label = torch.where(torch.arange(40) % 2 == 0, logits.argmax(1), 0)
+    weight = torch.tensor([1.0, 1.0, 0.0, 0.7])[torch.arange(40) % 4]
+    total, rows = 0., []
+    for i, row in enumerate(logits.tolist()):
+        if weight[i] == 1 and row.index(max(row)) == pseudo_label[i]:
+            rows.append(i)
+            total += sum(max(0, max(row) - z - 10) for z in row) / CLASSES
+    penalty = penalty_of(logits, pseudo_label, weight, 'agreeing')
+    assert 5 < len(rows) < 20 and penalty.item() == pytest.approx(total / len(rows), rel=1e-5)
+    penalty.backward()
+    assert logits.grad.abs().sum(1).nonzero().squeeze(1).tolist() == rows
+    none = penalty_of(logits, pseudo_label, torch.zeros(40), 'agreeing')
+    assert none.item() == 0 and none.requires_grad
 
 
 def test_the_unlabeled_loss_of_pseudo_label_grows_over_its_warmup():
@@ -294,7 +343,8 @@ def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, n
 def test_two_processes_keep_the_statistics_and_weights_of_one(train, tmp_path, name):
     """A network without batch-norm: an image's logits then do not depend on the batch it is in."""
     flags = ('--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15, '--stat-momentum', 0.9,
-             '--freematch-fairness', 1)
+             '--freematch-fairness', 1, '--logit-margin-penalty', 1, '--logit-margin', 0, '--logit-margin-rows',
+             'agreeing')
     folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
     one, two = (checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['method'] for folder in folders)
     fresh = build(name, classes=10).state_dict()

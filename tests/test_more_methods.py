@@ -582,6 +582,7 @@ def test_every_method_runs_with_pil_views_in_bfloat16_with_accumulation_and_cali
     (('meanteacher', '--no-model-ema'), '--no-model-ema: meanteacher needs the averaged network'),
     (('mixmatch', '--logit-margin-penalty', 1), '--logit-margin-penalty: mixmatch trains on mixed images'),
     (('remixmatch', '--weak-forward', 'no-grad'), '--weak-forward no-grad: with remixmatch there is no pass'),
+    (('pi_model', '--logit-adjustment', 1), '--logit-adjustment: pi_model has no plain pseudo-labeled loss'),
     (('vat', '--vat-eps', -1), '--vat-eps -1.0: expected 0 or more'),
     (('uda', '--temperature', 0), '--temperature 0.0: expected a number above 0'),
 ])

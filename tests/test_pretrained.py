@@ -83,6 +83,7 @@ def test_pretrained_weights_that_lack_a_part_are_told_and_those_of_another_model
     lost = [n for n in body if n.startswith('layer3')]
     assert f'{len(lost)} of {len(body)} tensors of {MODEL} are not in it, such as {lost[0]}' in caplog.text
     assert f'{len(body) - len(lost)} tensors are in it; the head of 10 outputs is new' in caplog.text
+    assert not [record for record in caplog.records if record.name.startswith('timm') and record.levelname == 'INFO']
     save_file({f'encoder.{k}': v for k, v in state.items()}, tmp_path / 'other.safetensors')
     with pytest.raises(UsageError, match=f'{len(body)} of {len(body)} tensors of .* is it of another model'):
         build('--pretrained-path', tmp_path / 'other.safetensors')

@@ -324,7 +324,7 @@ def test_the_marked_end_of_warmup_is_that_of_training(flags):
     args = train_ssl._parse_args(['--epochs', '8', '--train-steps-per-epoch', '100', *flags])
     datasets = SimpleNamespace(labeled=range(4), unlabeled=range(4), labeled_to_unlabeled=None)
     calmix = train_ssl.build_calmix(args, datasets, 3, SimpleNamespace(process_index=0, num_processes=1))
-    assert report.warmup_updates(vars(args)) == (None if calmix is None else calmix.warmup_steps)
+    assert report.end_of_warmup(vars(args)) == (None if calmix is None else calmix.warmup_steps)
 
 
 def test_pictures_one_for_each_row_and_the_curves(make_run, tmp_path):

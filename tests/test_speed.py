@@ -1,6 +1,9 @@
 """What is promised about speed and can be tested without a clock."""
 import copy
 import csv
+import ctypes
+import os
+import resource
 import sys
 
 import pytest
@@ -16,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import benchmark
 import data
 import methods
+import program
 import train_ssl
 from calibratemix import CalibrateMix
 
@@ -232,3 +236,19 @@ def test_usb_s_step_is_refused_where_usb_cannot_run(flags, told, monkeypatch, ca
         benchmark.main()
     assert exit_.value.code == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='this C library is not glibc')
+def test_memory_freed_on_a_cpu_is_kept_for_the_next_step_unless_the_environment_says_otherwise(monkeypatch):
+    for name in [name for name in os.environ if name.startswith('MALLOC_')]:
+        monkeypatch.delenv(name)
+    program.keep_freed_memory()
+    faults = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(2 ** 26, dtype=torch.uint8).fill_(1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[1] < 100, f'{faults} page faults in turn'
+    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '131072')
+    monkeypatch.setattr(ctypes, 'CDLL', lambda *args: pytest.fail('the environment is not obeyed'))
+    program.keep_freed_memory()

@@ -7,7 +7,9 @@ import subprocess
 from argparse import Namespace
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,10 +25,10 @@ import program
 import splits
 import train_ssl
 import validate
-from digests import digest_pictures, from_text, place_pictures, shared_pictures, to_text
-from labels import match_classes, read_labels
+from digests import Contents, digest_pictures, from_text, place_pictures, shared_pictures, to_text
+from labels import Labels, match_classes, read_labels
 from program import UsageError
-from sources import ArraySource, JoinedSource, PartSource, create_source, locate
+from sources import ArraySource, HFSource, JoinedSource, PartSource, create_source, is_published, locate
 from splits import hold_out
 
 OWN = ('--img-size', '8', '--model', 'wide_resnet10_1', '-b', '4', '--mu', '2', '--epochs', '1',
@@ -137,7 +139,8 @@ def test_a_validation_split_without_a_class_keeps_the_numbers_of_training(own, c
                                 'z, those of the run 1, 2, 10'),
     (('--val-split', 'train'), '24 of the 24 labeled training images are among the images to evaluate .train., such'),
     (('--train-split', 'train[:50%]', '--val-split', 'train[40%:]'), '2 of the 12 labeled'),
-    (('--val-split', 'copy'), '9 pictures of copy are the same as labeled ones of training, such as .*copy.*png'),
+    (('--val-split', 'copy'), '9 pictures of copy are the same as labeled ones .*: .*copy.*png .as .*train.*png'
+                              '.* and 6 more; take'),
     (('--val-fraction', '0.2', '--test-split', 'copy'), '7 pictures of copy are the same'),
     (('--test-split', 'val'), '--test-split val: best/ is chosen on it'),
     (('--num-labels', '6', '--train-split', 'fewer'), 'images are of classes that the training split does not have: 1'),
@@ -153,6 +156,69 @@ def test_what_does_not_belong_together_is_refused_by_name(own, train_own, flags,
                 shutil.copy(own / 'train' / name / f'00{i}.png', own / 'copy' / name / f'other{i}.png')
     with pytest.raises(UsageError, match=message):
         train_own('run', '--data-dir', own, *flags)
+
+
+def copy_pictures(own: Path, split: str, pictures: dict[str, str]) -> Path:
+    """Further pictures for a split of classes 1, 2 and 10: copies by their path below it, of paths below the root."""
+    for name in ('1', '2', '10'):
+        (own / split / name).mkdir(parents=True, exist_ok=True)
+    for at, of in pictures.items():
+        shutil.copy(own / of, own / split / at)
+    return own
+
+
+@pytest.mark.parametrize('where', ['val', 'train', 'test', 'extra'])
+def test_one_labeled_picture_among_the_evaluated_ones_is_refused(own, train_own, where):
+    """Of any evaluated set; in the training split it is a copy in the part that is held out."""
+    flags = {'val': (), 'train': ('--val-fraction', '0.5'), 'test': ('--test-split', 'test'),
+             'extra': ('--extra-val', own.parent / 'other')}[where]
+    if where == 'extra':
+        write_set(own.parent / 'other', dict(val={'1': 2, '2': 2}), seed=1)
+        shutil.copy(own / 'train' / '2' / '004.png', own.parent / 'other' / 'val' / '1' / 'copy.png')
+    elif where == 'train':
+        copy_pictures(own, 'train', {f'2/copy{i}.png': f'train/2/00{i}.png' for i in range(8)})
+    else:
+        copy_pictures(own, where, {'1/copy.png': 'train/2/004.png'})
+    named = 'held-out are the same as' if where == 'train' else r'1 pictures of .* \(as .*train/2/004.png\); take'
+    with pytest.raises(UsageError, match=named):
+        train_own('run', '--data-dir', own, *flags)
+    if where == 'val':
+        train_own('other', '--data-dir', own, '--train-split', 'train[:25%]')  # without that picture
+
+
+def test_what_else_is_seen_before_it_is_evaluated_is_told_with_its_number(own, train_own, caplog):
+    copy_pictures(own, 'pool', {f'1/{i}.png': f'val/10/00{i}.png' for i in range(2)})
+    copy_pictures(own, 'pool', {'1/again.png': 'val/10/000.png', '2/own.png': 'train/1/000.png'})
+    copy_pictures(own, 'test', {'1/a.png': 'val/1/000.png', '2/b.png': 'fewer/2/001.png'})
+    copy_pictures(own, 'test', {'10/c.png': 'more/10/002.png'})
+    write_set(own.parent / 'other', dict(val={'1': 2, '2': 2}), seed=1)
+    shutil.copy(own / 'test' / '10' / 'c.png', own.parent / 'other' / 'val' / '1' / 'copy.png')
+    train_own('run', '--data-dir', own, '--unlabeled-split', 'pool+fewer', '--test-split', 'test', '--extra-val',
+              own.parent / 'other')
+    told = [line for line in caplog.messages if 'too: ' in line]
+    assert len(told) == 4
+    assert told[0].startswith('2 of the 9 images to evaluate (val) are in the unlabeled set too: the network sees')
+    assert told[1].startswith('1 of the 3 images to evaluate (test) are in the unlabeled set too')
+    assert told[2] == ('1 of the 3 images of test are in val too: they are evaluated before the end, and best/ is '
+                       'chosen on them by top1')
+    assert told[3].startswith('1 of the 3 images of test are in --extra-val') and told[3].endswith('before the end')
+
+
+def test_of_a_published_set_a_few_are_told_and_many_refused(own, monkeypatch, caplog):
+    assert [is_published(name) for name in ('cifar10', 'hfds/mnist', 'torch/CIFAR10', f'hfds/{own}', f'{own}', 'x.csv',
+                                            'torch/image_folder', '')] == [True] * 3 + [False] * 5
+    pixels = noise(64, 4)
+    train, test = ArraySource(pixels[:40], [0] * 40, None, 'a'), ArraySource(pixels[34:], [0] * 30, None, 'b')
+    labels = Labels(torch.arange(38), torch.zeros(38), None, torch.zeros(38))
+    args = train_ssl._parse_args(['--dataset', 'cifar10', '--val-split', 'test'])
+    with pytest.raises(UsageError, match=r'4 pictures of test .*: row 0 of b \(as row 34 of a\), .* and 1 more; take'):
+        splits.check_overlap(args, splits.Sources(train, train, test), labels, None)
+    labels.index = torch.arange(37)
+    splits.check_overlap(args, splits.Sources(train, train, test), labels, None)
+    assert '3 pictures of test are the same as labeled ones' in caplog.text and 'the set is published so' in caplog.text
+    args.dataset = f'{own}'
+    with pytest.raises(UsageError, match='3 pictures of test'):
+        splits.check_overlap(args, splits.Sources(train, train, test), labels, None)
 
 
 def test_copies_of_imagenet_are_matched_by_number_where_they_share_no_name(monkeypatch, caplog):
@@ -183,7 +249,7 @@ def test_names_are_kept_with_labels_weights_metrics_checkpoint_and_margins(own, 
     table = pq.read_table(folder / 'margins.parquet')
     assert json.loads(table.schema.metadata[b'class_names']) == names
     source = create_source('', str(own), 'train')
-    assert table['digest'].to_pylist() == to_text(digest_pictures(source, torch.arange(24))[0]) + [None] * 24
+    assert table['digest'].to_pylist() == to_text(digest_pictures(source, torch.arange(24))) + [None] * 24
 
 
 @pytest.mark.parametrize('flags', [(), ('--num-classes', '4')])
@@ -231,7 +297,7 @@ def test_labels_that_begin_at_one_are_told(caplog):
 def test_pictures_are_found_by_content_wherever_a_set_holds_them(own, caplog):
     source = create_source('', str(own), 'train')
     index = torch.tensor([3, 20, 7])
-    known = digest_pictures(source, index)[0]
+    known = digest_pictures(source, index)
     assert torch.equal(from_text(to_text(known)), known)
     rows = torch.arange(3)
     assert place_pictures('file', source, index, rows, known).tolist() == [3, 20, 7] and not caplog.text
@@ -249,26 +315,55 @@ def test_pictures_are_found_by_content_wherever_a_set_holds_them(own, caplog):
 def test_equal_pictures_keep_places_of_their_own():
     pixels = noise(2, 4)
     source = ArraySource(pixels[[0, 0, 1]], [0, 1, 0], None, 'toy')
-    known = digest_pictures(source, torch.tensor([0, 1]))[0]
+    known = digest_pictures(source, torch.tensor([0, 1]))
     moved = ArraySource(pixels[[1, 0, 0]], [0, 1, 0], None, 'toy')
     assert place_pictures('file', moved, torch.tensor([0, 1]), torch.arange(2), known).tolist() == [1, 2]
 
 
-def test_shared_pictures_are_those_of_a_slow_comparison(own, shared_data, monkeypatch):
-    table, files = create_source('', str(shared_data / 'cifar10'), 'test[:60]'), create_source('', str(own), 'train')
-    for source in (table, files, toy(range(60), None), JoinedSource([table, files])):
-        other = PartSource(source, torch.tensor([5, 11, 2]))
-        assert other.sizes().tolist() == [len(data) for data in map(raw, [source.data(i) for i in (5, 11, 2)])]
-        found = shared_pictures(source, *digest_pictures(other, torch.arange(3)))
-        assert found.tolist() == [2, 5, 11]
-    monkeypatch.setattr(digests, 'SEARCH_BYTES', 100)
-    assert shared_pictures(table, *digest_pictures(table, torch.arange(3))) is None
+@pytest.mark.parametrize('kind', ['table', 'files', 'arrays', 'joined', 'part'])
+def test_shared_pictures_are_those_of_a_slow_comparison(own, kind, monkeypatch):
+    """Beside tables of other chunks and of large_binary, cells that are short or empty, and a file that is gone."""
+    encoded = [path.read_bytes() for path in sorted(own.glob('train/*/*.png'))]
+    tables = [table_of(cells, kind) for cells, kind in ((encoded[:9], pa.binary()), (
+        [*encoded[4:7], b'', b'short', *encoded[20:], *encoded[20:22]], pa.large_binary()))]
+    files = create_source('', str(own), 'train'), create_source('', str(own), 'val')
+    (own / 'train' / '10' / '003.png').unlink()
+    for i in range(2):
+        shutil.copy(own / 'train' / '2' / f'00{i}.png', own / 'val' / '1' / f'00{i}.png')
+    arrays = ArraySource(noise(9, 5)[[3, 4, 4, 7]], [0] * 4, None, ''), ArraySource(noise(9, 5), [0] * 9, None, '')
+    joined = JoinedSource([tables[0], files[1]]), JoinedSource([tables[1], files[0]])
+    one, other = dict(table=tables, files=files, arrays=arrays, joined=joined, part=(
+        PartSource(joined[0], torch.tensor([12, 9, 5, 3])), PartSource(joined[1], torch.arange(20))))[kind]
+    content = [[raw(source.data_of([i])) for i in range(len(source))] for source in (one, other)]
+    for source, data in zip((one, other), content):
+        assert source.sizes(np.arange(len(source))).tolist() == list(map(len, data))
+        assert source.sizes(np.array([2, 1])).tolist() == [len(data[2]), len(data[1])]
+        tails = [int.from_bytes(d[-20:-12], 'little', signed=True) if len(d) >= 20 else 0 for d in data]
+        if kind != 'arrays':
+            assert source.tails(np.arange(len(source))).tolist() == tails
+    expected = [(i, content[1].index(data)) for i, data in enumerate(content[0]) if data and data in content[1]]
+    found = shared_pictures(Contents(one), Contents(other))
+    assert list(zip(*(index.tolist() for index in found))) == expected and len(expected) > 1
+    index = torch.tensor([i for i, _ in expected[::-1]])
+    assert shared_pictures(Contents(one, index), Contents(other))[0].tolist() == index.tolist()
+    monkeypatch.setattr(digests, 'COMPARED_BYTES', len(content[0][expected[0][0]]) + 1)
+    assert len(shared_pictures(Contents(one), Contents(other))[0]) <= 1
+    monkeypatch.setattr(digests, 'COMPARED_MOST', 2)
+    assert Contents(one, index).told == ('' if len(index) < 3 else f' (2 of {len(index)} looked at)')
 
 
-def raw(data) -> bytes:
+def table_of(cells: list[bytes], kind: pa.DataType) -> HFSource:
+    table = pa.table(dict(image=pa.chunked_array([pa.array(cells[:4], kind), pa.array(cells[4:], kind)])))
+    return HFSource(datasets.Dataset(table), 'table', labeled=False)
+
+
+def raw(found) -> bytes:
+    [data] = found
     if isinstance(data, np.ndarray):
         return data.tobytes()
-    return data if isinstance(data, bytes) else Path(data).read_bytes()
+    if isinstance(data, bytes):
+        return data
+    return Path(data).read_bytes() if Path(data).exists() else b''
 
 
 @pytest.mark.parametrize('change', ['another name', 'gone', 'another class order'])

@@ -1,7 +1,9 @@
 """The training script: its losses, its data flow, its files, and its answers to mistakes."""
+import copy
 import csv
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -186,6 +188,48 @@ def test_gradients_flow_from_labeled_strong_and_mixed_images_and_not_from_weak_o
         terms['loss'].backward()
         grads.append(model.fc.weight.grad.clone())
     assert terms['loss_mixup'] > 0 and not torch.allclose(*grads)
+
+
+def test_preset_authors_code_is_their_two_pass_loop_at_twice_the_learning_rate_and_half_the_decay():
+    """Their objective, written out: base losses on one pass, the same again beside the mixed images on another."""
+    torch.manual_seed(0)
+    ours, (labeled, unlabeled) = Toy().eval(), toy_batches()  # eval: no coupling through batch statistics
+    theirs = copy.deepcopy(ours)
+    calmix, args = CalibrateMix(6, 12, 4, 'authors-code', warmup_steps=0), step_args(threshold=0.4)
+    mix, seen = calmix.mix, []
+    calmix.mix = lambda *arguments: seen.append(mix(*arguments)) or seen[-1]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=decay)
+                  for model, lr, decay in ((ours, 0.06, 0.05), (theirs, 0.03, 0.1))]
+
+    def base(model):
+        z, z_weak, z_strong = (model(x)[1] for x in (labeled['image'], unlabeled['weak'], unlabeled['strong']))
+        confidence, pseudo_label = z_weak.detach().softmax(1).max(1)
+        counted = F.cross_entropy(z_strong, pseudo_label, reduction='none') * (confidence >= 0.4)
+        return F.cross_entropy(z, labeled['target']) + counted.mean(), pseudo_label
+
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        take_step(ours, labeled, unlabeled, args, calmix, step)['loss'].backward()
+        (first, pseudo_label), (second, _), mixup = base(theirs), base(theirs), 0.
+        for easy in (True, False):
+            group = []
+            for i in (seen[-1].easy == easy).nonzero().squeeze(1).tolist():
+                j, share = seen[-1].partner[i], seen[-1].gamma[i]
+                image = share * labeled['image'][i] + (1 - share) * unlabeled['weak'][j]
+                probs = theirs(image[None])[1][0].sigmoid()
+                parts = [-(probs[k].log() + (1 - probs).log().sum() - (1 - probs[k]).log()) / 4
+                         for k in (labeled['target'][i], pseudo_label[j])]
+                group.append(share * parts[0] + (1 - share) * parts[1])
+            mixup += sum(group) / len(group)
+        (first + second + mixup).backward()
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(2 * p.grad, q.grad, rtol=1e-4, atol=1e-6)
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert len(seen) == 3 and all(mixed.paired.all() for mixed in seen)
 
 
 def test_joint_forward_moves_the_statistics_as_one_pass_over_the_concatenation():
@@ -446,6 +490,7 @@ def test_the_summary_has_one_row_per_epoch_with_the_same_columns(shipped):
     rows = summary(shipped[0])
     assert [row['epoch'] for row in rows] == ['0', '1'] and [row['num_updates'] for row in rows] == ['4', '8']
     assert tuple(rows[0]) == checkpoint.SUMMARY_COLUMNS
+    assert [row.pop('eval_tail_error') for row in rows] == ['', '']  # balanced labels have no rarest classes
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     assert float(rows[0]['train_loss_mixup']) == 0 and float(rows[1]['train_loss_mixup']) > 0
 
@@ -761,7 +806,10 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):
 
 
 def test_a_mistake_on_two_processes_is_told_once_and_both_exit_with_2(tmp_path):
-    result = run_script('train_ssl.py', *TINY, '--val-split', 'dev', '--output', tmp_path, processes=2)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+               str(ROOT / 'train_ssl.py'), *TINY, '--val-split', 'dev', '--output', str(tmp_path)]
+    environment = dict(os.environ, ACCELERATE_USE_CPU='true')
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     assert result.stderr.count('train_ssl.py: error: digits: no split dev') == 1
     assert 'exitcode  : 2 ' in result.stderr and 'SIGABRT' not in result.stderr

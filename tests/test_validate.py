@@ -25,6 +25,7 @@ import scaling
 import sources
 import validate
 from data import ViewDataset
+from labels import write_labels
 from program import RunError, UsageError
 from seeds import item_seed
 from sources import create_source
@@ -205,7 +206,7 @@ def test_the_table_and_its_file_have_a_row_for_each_checkpoint_and_scaling(compa
         line, selective = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
         keys = ('coverage_at_95', 'coverage_at_99', 'accuracy_at_80', 'accuracy_at_90', 'aurc')
         assert selective.split()[2:] == [f'{float(row[key]):.2f}' for key in keys]
-        for key in ('balanced_accuracy', 'macro_f1'):
+        for key in ('balanced_accuracy', 'macro_f1', 'ece_balanced'):
             assert f'{float(row[key]):.2f}' in line
         assert f'{float(row["ece"]):.2f} [{float(row["ece_low"]):.2f}, {float(row["ece_high"]):.2f}]' in line
         assert f'{float(row["nll"]):.4f}' in line
@@ -589,6 +590,16 @@ def test_mistakes_are_told_in_one_line(arguments, told, run_folder, evaluate, tm
     with pytest.raises(UsageError, match=told) as raised:
         evaluate(*arguments)
     assert '\n' not in str(raised.value)
+
+
+def test_pseudo_calibration_of_a_run_that_had_all_labels_is_refused_before_anything_is_evaluated(
+        run_copy, evaluate, monkeypatch,
+):
+    train = create_source('digits', None, 'train')
+    write_labels(run_copy / 'labels.json', torch.arange(len(train)), train.targets)
+    monkeypatch.setattr(validate, 'collect', lambda *args: pytest.fail('images were evaluated'))
+    with pytest.raises(UsageError, match=f'all {len(train)} images of train were labeled in training; leave it out'):
+        evaluate('--checkpoint', run_copy / 'best', '--calibration', 'pseudo')
 
 
 def test_other_classes_than_the_models_are_refused(run_folder, broken_folder, evaluate):
