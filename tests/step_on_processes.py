@@ -60,7 +60,8 @@ def run(name: str, flags: list[str], accelerator: Accelerator) -> dict[str, torc
             for batch, kinds in zip(joined_batches(step), views)
         )
         terms = train_ssl.semi_supervised_step(
-            model, labeled, unlabeled, method, None, step, accelerator, args, average if method.takes_average else None,
+            model, labeled, unlabeled, method, None, step, accelerator, args,
+            average=average if method.takes_average else None,
         )
         accelerator.backward(terms['loss'])
         optimizer.step()

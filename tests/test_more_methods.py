@@ -444,7 +444,7 @@ def test_fifty_steps_of_own_losses_equal_the_paper_s_equations_image_by_image(na
         torch.manual_seed(step)
         terms = train_ssl.semi_supervised_step(
             model, labeled, unlabeled, method, None, step, Accelerator(cpu=True), args,
-            teacher if method.takes_average else None,
+            average=teacher if method.takes_average else None,
         )
         terms['loss'].backward()
         torch.manual_seed(step)
@@ -538,7 +538,7 @@ def test_own_losses_are_finite_for_one_image_one_class_and_equal_images_and_tell
             unlabeled['weak'][0] += value
             terms = train_ssl.semi_supervised_step(
                 model, labeled, unlabeled, method, None, 3, Accelerator(cpu=True), args,
-                model if method.takes_average else None,
+                average=model if method.takes_average else None,
             )
             terms['loss'].backward()
             assert model.weight.grad.isfinite().all() == (not value) or name == 'defixmatch'
@@ -561,7 +561,7 @@ def test_a_step_compiles_the_network_no_more_often_than_it_first_had_to(name):
                 batch[key] = torch.randn(len(batch[key]), 3, 8, 8)
         terms = train_ssl.semi_supervised_step(
             model, labeled, unlabeled, method, None, step, Accelerator(cpu=True), args,
-            network if method.takes_average else None,
+            average=network if method.takes_average else None,
         )
         terms['loss'].backward()
         seen.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
