@@ -285,9 +285,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 @pytest.mark.parametrize('name', NEW)
 def test_a_run_on_the_digits_learns(train, name):
-    """More than 40 % right of ten classes after 200 updates from 60 labels."""
-    folder = train('run', '--algorithm', name, '--num-labels', 60, '-b', 8, '--mu', 1, '--epochs', 1,
-                   '--train-steps-per-epoch', 200, '--val-split', 'test[:200]')
+    """More than 40 % right of ten classes after 200 updates from 60 labels.
+
+    The published unlabeled factors of the two that mix are made for more images a step and a slow start.
+    """
+    slower = dict(mixmatch=('--lambda-u', 10, '--lr', 0.01), remixmatch=('--lr', 0.01)).get(name, ())
+    folder = train('run', '--algorithm', name, '--num-labels', 60, '-b', 8, '--mu', 1, '--epochs', 1, *slower,
+                   '--train-steps-per-epoch', 200, '--val-split', 'test[:200]', '--log-interval', 200)
     assert json.loads((folder / 'last/metrics.json').read_text())['error'] < 60
 
 
