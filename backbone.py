@@ -25,7 +25,7 @@ from timm.models import (
     load_state_dict,
     resolve_model_input_args,
 )
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, ParseKwargs
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import transforms
@@ -64,8 +64,10 @@ def fit_to_length(args: argparse.Namespace) -> None:
     """Sets --stat-momentum and --model-ema-warmup where they are not given; for --bn-momentum see `build_model`.
 
     The warmup of the averaged weights follows the same rule: a decay d looks back over 1/(1-d) updates, and needs no
-    warmup where that is at most a hundredth of the run.
+    warmup where that is at most a hundredth of the run. The bound of FreeMatch's threshold follows the data set.
     """
+    if args.freematch_max_threshold is None:
+        args.freematch_max_threshold = 0.95 if 'svhn' in args.dataset.lower() else 1.
     updates = args.epochs * args.train_steps_per_epoch
     if args.stat_momentum is None:
         args.stat_momentum = 1 - newest_share(updates)
@@ -552,6 +554,29 @@ MODEL_KEYS = ('in_chans', 'num_classes', 'model_kwargs', 'img_size', 'crop_pct',
               'std')
 
 
+def add_weights_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags of a program that evaluates, on what the weights of its --checkpoint belong to."""
+    flag = argparse.BooleanOptionalAction
+    group.add_argument('-m', '--model', metavar='NAME', default=None,
+                       help='timm model of a weight file (default: that of the args.yaml beside it), or with '
+                            '--pretrained the model itself')
+    group.add_argument('--pretrained', action=flag, default=False, help='timm\'s pretrained weights of --model')
+    group.add_argument('--use-ema', action=flag, default=False,
+                       help='the averaged weights in a weight file (folders of train_ssl.py hold nothing else)')
+    group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default=None, metavar='K=V',
+                       help='further arguments of the model\'s constructor')
+
+
+def check_weights_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 unless these flags and --checkpoint name weights, and --crop-pct is a share."""
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
+    if not args.checkpoint and not args.model:
+        parser.error('give --checkpoint RUN/best, or --model NAME --pretrained')
+    if args.model and not args.checkpoint and not args.pretrained:
+        parser.error(f'--model {args.model}: its weights are random; add --pretrained or --checkpoint FILE')
+
+
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of MODEL_KEYS that say how images are made ready."""
     flag = argparse.BooleanOptionalAction
@@ -581,8 +606,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
                        help='of --amp (default: the run\'s, else bfloat16; timm\'s is float16)')
     group.add_argument('--channels-last', action=flag, default=False, help='channels-last memory layout')
     group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
-    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
-                       help='loading processes, per process (default: 4)')
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=None,
+                       help='loading processes, per process, no more than there are processors (default: 4 at most)')
     group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
 
 

@@ -170,9 +170,11 @@ def create_batches(options: argparse.Namespace, device: torch.device) -> tuple[d
         return torch.randint(high, (number,), generator=generator).to(device)
 
     b, u = options.batch_size, options.batch_size * options.mu
-    labeled = dict(image=images(b), target=integers(NUM_CLASSES, b), index=integers(options.num_images, b))
-    unlabeled = dict(weak=images(u), strong=images(u), target=integers(NUM_CLASSES, u),
-                     index=integers(options.num_images, u))
+    def index(number):
+        return torch.randperm(options.num_images, generator=generator)[:number].to(device)
+
+    labeled = dict(image=images(b), target=integers(NUM_CLASSES, b), index=index(b), repeated=False)
+    unlabeled = dict(weak=images(u), strong=images(u), target=integers(NUM_CLASSES, u), index=index(u), repeated=False)
     return labeled, unlabeled
 
 
@@ -290,7 +292,7 @@ def step_rows(options: argparse.Namespace, device: torch.device) -> dict[str, li
     memory = {}
     for name in ('fixmatch', 'calibratemix', 'calibratemix no-grad'):
         tensors = [*run.timm_model.state_dict().values(), *labeled.values(), *unlabeled.values()]
-        held = sum(tensor.nbytes for tensor in tensors)
+        held = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
         held += sum(buffer.nbytes for buffer in steps[name].run.calmix.buffers()) if 'calib' in name else 0
         memory[name] = peak_memory(steps[name], held, device)
     images = options.batch_size * (1 + options.mu)

@@ -33,8 +33,8 @@ What to know before it runs in your own loop:
 
 * Device: `calmix.to(device)` moves its tables, which are buffers; it has no parameters. No step waits for the device.
 * Checkpoints: save and load `calmix.state_dict()` as you do the model's, or a resumed run starts with empty tables.
-* An index is the position of one image in its set. Where a few labeled images are repeated to fill a batch, each copy
-  has the index of its image. Indices, labels and pseudo-labels are int64 tensors, images of a floating dtype.
+* An index is the position of an image in its set; a copy that fills up a batch has its image's. Indices, labels and
+  pseudo-labels are int64 tensors, images of a floating dtype.
 * If labeled images are in the unlabeled set too, give `labeled_to_unlabeled`, or one may be mixed with itself.
 * By default the first 102,400 steps do not mix. A shorter run never does, and nothing here can warn of that, as the
   length of your run is not known. So set `warmup_steps`; in the paper it is a tenth of all steps.
@@ -100,10 +100,9 @@ def margins(logits: Tensor) -> Tensor:
     """
     _expect(logits.ndim == 2 and logits.shape[-1] > 1, 'logits', '[B, K] with K >= 2', list(logits.shape))
     logits = logits.detach().float()
-    first, top = logits.max(1, keepdim=True)
-    second = logits.scatter(1, top, -torch.inf).amax(1, keepdim=True)
+    best, top = logits.topk(2)
     # The strongest rival of every class is the top one, but of the top one the second.
-    return (logits - first).scatter_(1, top, first - second)
+    return logits - best[:, :1].expand_as(logits).scatter(1, top[:, :1], best[:, 1:])
 
 
 def margin(logits: Tensor, label: Tensor) -> Tensor:
@@ -145,19 +144,21 @@ class MarginBank(nn.Module):
 
     def _check(self, index: Tensor) -> None:
         _expect_int64(index=index)
-        if not index.is_cuda:  # there `gather` checks it, for negative ones too
-            bad = index[(index < 0) | (index >= self.num_samples)]
-            if len(bad):
-                raise IndexError(f'index {int(bad[0])} is outside of the bank of {self.num_samples} samples')
+        if len(index) and not index.is_cuda:  # there `gather` checks it, for negative ones too
+            for end in (int(index.min()), int(index.max())):
+                if not 0 <= end < self.num_samples:
+                    raise IndexError(f'index {end} is outside of the bank of {self.num_samples} samples')
 
     @torch.no_grad()
-    def update(self, index: Tensor, logits: Tensor, label: Tensor) -> None:
+    def update(self, index: Tensor, logits: Tensor, label: Tensor, repeated: bool | None = None) -> None:
         """Adds one visit per row. Rows whose margins are not finite (a float16 pass that overflowed) change nothing.
 
         Args:
             index: `[B]` int64 in [0, N); may repeat.
             logits: `[B, K]` of the weak view, any floating dtype.
             label: `[B]` int64, the labels or the current pseudo-labels.
+            repeated: Whether an index may stand twice. False, if you know it, spares a GPU half of the work. None: it
+                is looked up, or on CUDA, which would have to be waited for, taken as so.
 
         Raises:
             IndexError: If an index is outside of [0, N) (on CUDA: a device-side assertion).
@@ -171,48 +172,46 @@ class MarginBank(nn.Module):
         m = margins(logits) if self.value.ndim == 2 else margin(logits, label)[:, None]
         if self.value.ndim == 2:
             _expect(m.shape[1] == self.value.shape[1], 'logits', f'{self.value.shape[1]} classes', m.shape[1])
-        self._add(index, m, label)
+        self._add(index, m, label, repeated)
 
-    def _add(self, row: Tensor, m: Tensor, label: Tensor) -> None:
-        """Adds visits with margins m, `[B, K]` or `[B, 1]`, to rows of the tables. It overwrites m."""
+    def _add(self, row: Tensor, m: Tensor, label: Tensor, repeated: bool | None) -> None:
+        """Adds visits with margins m, `[B, K]` or `[B, 1]`, to rows of the tables."""
         if len(row) == 0:
             return
-        count = self.count.gather(0, row)
+        count, old = self.count.gather(0, row), self.value.index_select(0, row).float().view(m.shape)
         # A bound far below the largest float32, so that no difference of two margins overflows either. NaN fails it.
-        visit = (m.amin(1) > -1e19) & (m.amax(1) < 1e19)
-        t, fade, visits = count, 1, visit[:, None]
-        # Work that most batches do not need is left out where asking costs nothing. A GPU would have to be waited for.
-        if row.is_cuda or not visit.all():
-            m.masked_fill_(~visits, 0)
-        repeated = row.is_cuda or len(row.unique()) < len(row)
+        visit = m.abs().amax(1) < 1e19
+        label = torch.where(visit, label.int(), self.label[row])
+        # As a step from the old value: after many visits 1 - rate is too coarse in float32, and its error adds up.
+        step = torch.where(visit[:, None], m, old).sub_(old)
+        rate = visit * self.smoothing
+        if repeated is None:
+            repeated = row.is_cuda or len(row.unique()) < len(row)
         if repeated:
             # The recursion unrolled: a place in the batch is the t-th visit to its sample, and what it adds is faded by
-            # the visits to the same sample at later places.
-            place = torch.arange(len(row), device=row.device, dtype=torch.int32)
+            # the visits to the same sample at later places. All of it, and the last visit's label, goes to each place.
             same = row[:, None] == row  # [B, B], symmetric
-            visits = same & visit
-            t = count + visits.float().tril(-1).sum(1)
-            fade = torch.where(visits & (place[:, None] < place), 1 - self.smoothing / (1 + t), 1).prod(1)
-            first = torch.where(same, place, len(row)).amin(1).long()
-            last = torch.where(visits, place, -1).amax(1).long()
-            label = label[last.clamp(min=0)]
-        old = self.value.index_select(0, row).float().view(m.shape)
-        # As a step from the old value: after many visits 1 - rate is too coarse in float32, and its error adds up.
-        step = m.sub_(old).mul_((visit * self.smoothing / (1 + t) * fade)[:, None])
-        if repeated:
-            step = torch.zeros_like(step).index_add_(0, first, step).index_select(0, first)
+            earlier = same.tril(-1)
+            rate = rate / (1 + count + (earlier & visit).sum(1))
+            step.mul_((rate * (1 - earlier.T * rate).prod(1))[:, None])
+            place = torch.arange(1, len(row) + 1, device=row.device)
+            last = (same * place.add(visit, alpha=len(row))).argmax(1)
+            step, label = torch.zeros_like(step).index_add_(0, last, step).index_select(0, last), label[last]
+        else:
+            step.mul_((rate / (1 + count))[:, None])
         new = old.add_(step).view(-1, *self.value.shape[1:])
-        largest = torch.finfo(self.value.dtype).max  # beyond it float16 would store inf, for good
+        if self.value.dtype == torch.float16:
+            new = new.clamp_(-65504, 65504).half()  # beyond it float16 would store inf, for good
         # Repeated rows write equal values, so the order of writing does not matter.
-        self.value.index_copy_(0, row, new.clamp_(-largest, largest).to(self.value.dtype))
-        self.count.index_copy_(0, row, count + visits.sum(1, dtype=torch.int32))
-        self.label.index_copy_(0, row, torch.where(visits.any(1), label.int(), self.label[row]))
+        self.value.index_copy_(0, row, new)
+        self.label.index_copy_(0, row, label)
+        self.count.index_add_(0, row, visit.int())
 
     def lookup(self, index: Tensor, label: Tensor | None = None) -> Tensor:
         """Current values, `[B]` float32: AUM, or with a table per class the APM of `label` `[B]`. Never seen: -inf."""
         self._check(index)
         value = self.value[index] if self.value.ndim == 1 else self.value[index, label]
-        return torch.where(self.count.gather(0, index) > 0, value.float(), -torch.inf)
+        return value.float().masked_fill(self.count.gather(0, index) == 0, -torch.inf)
 
     def median(self) -> Tensor:
         """Median over the samples seen so far, each at its last label: scalar float32, NaN when none was seen. O(N)."""
@@ -227,16 +226,14 @@ def split_easy_hard(score: Tensor, threshold: Tensor | None = None) -> Tensor:
 
     Without a threshold the batch is split at its own median, by rank: the easy half is the one rounded down, and ties
     go by position. With one, the scalar median of a whole bank, scores above it are easy, and those equal to it
-    alternate. So equal margins never all fall on one side. A score of -inf (never seen) ranks hardest. NaN raises a
-    ValueError that names its position (on CUDA: a device-side assertion).
+    alternate. So equal margins never all fall on one side. A score of -inf (never seen) ranks hardest. NaN, of which
+    banks have none, raises a ValueError that names its position. CUDA does not check: it would have to be waited for.
     """
-    nan = score.isnan()
-    if score.is_cuda:
-        torch._assert_async(~nan.any())  # reading the flag here would stall the device in every step
-    elif nan.any():
-        raise ValueError(f'score: NaN at position {int(nan.nonzero()[0])}')
+    if not score.is_cuda and score.isnan().any():
+        raise ValueError(f'score: NaN at position {int(score.isnan().nonzero()[0])}')
     if threshold is None:
-        return score.argsort(descending=True, stable=True).argsort() < len(score) // 2
+        easiest = score.argsort(descending=True, stable=True)[:len(score) // 2]
+        return torch.zeros_like(score, dtype=torch.bool).index_fill_(0, easiest, True)
     tie = score == threshold
     return (score > threshold) | (tie & (tie.cumsum(0) % 2 == 0))
 
@@ -256,17 +253,16 @@ def pair_dissimilar(similarity: Tensor, allowed: Tensor, topk: float) -> tuple[T
     num, candidates = allowed.shape[1], allowed.sum(1)
     if num == 0:
         return candidates, candidates > 0
-    if topk == 0:
-        partner = torch.rand(allowed.shape, device=allowed.device).masked_fill(~allowed, 2).argmin(1)
-        return partner, candidates > 0
-    # In float64, as float32 falls on the wrong side of some halves; on the CPU, as not every device has it.
-    k_of = (topk * torch.arange(num + 1, dtype=torch.float64)).round().clamp(min=1).long()
-    k = k_of.to(candidates.device, non_blocking=True)[candidates]
+    if topk == 0:  # at random from [-1, 0) where allowed, else from [0, 1)
+        return torch.rand(allowed.shape, device=allowed.device).add_(allowed, alpha=-1).argmin(1), candidates > 0
+    # In float64, as float32 falls on the wrong side of some halves. MPS has none.
+    wide = torch.float32 if allowed.device.type == 'mps' else torch.float64
+    k = (candidates.to(wide) * topk).round().clamp(min=1)
     # Sorted, so that a row's first k columns are its k least similar; no row needs more than k of all columns.
     # torch sorts NaN after inf: features that overflowed would bring in columns that are not allowed.
     similarity = similarity.nan_to_num(nan=torch.finfo(similarity.dtype).max).masked_fill(~allowed, torch.inf)
     lowest = similarity.topk(max(1, round(topk * num)), largest=False).indices
-    pick = (torch.rand(len(k), device=k.device) * k).long().minimum(k - 1)
+    pick = (torch.rand(len(k), device=k.device) * k).long()
     return lowest.gather(1, pick[:, None]).squeeze(1), candidates > 0
 
 
@@ -324,25 +320,17 @@ class CalibrateMix(nn.Module):
     ):
         super().__init__()
         _expect(preset in PRESETS, 'preset', f'one of {", ".join(PRESETS)}', repr(preset))
-        given = dict(
-            gamma=gamma, gamma_dist=gamma_dist, topk=topk, similarity=similarity, space=space, loss=loss, weight=weight,
-            weight_rate=weight_rate, split=split, pairing=pairing, min_confidence=min_confidence,
-            warmup_steps=warmup_steps, apm_in_warmup=apm_in_warmup,
-        )
-        for name, value in given.items():
-            value = PRESETS[preset][name] if value is None else value
+        given = dict(locals())
+        for name, value in PRESETS[preset].items():
+            value = value if given[name] is None else given[name]
             if name in CHOICES:
                 _expect(value in CHOICES[name], name, f'one of {", ".join(CHOICES[name])}', repr(value))
             setattr(self, 'loss_type' if name == 'loss' else name, value)  # `loss` is a method
-        for name in ('topk', 'min_confidence'):
-            _expect(0 <= getattr(self, name) <= 1, name, 'a share in [0, 1]', getattr(self, name))
-        if self.gamma_dist == 'fixed':
-            _expect(0 <= self.gamma <= 1, 'gamma', 'a number in [0, 1]', self.gamma)
-        else:
-            _expect(0 < self.gamma < torch.inf, 'gamma', 'a positive Beta parameter', self.gamma)
-        numbers = dict(num_labeled=num_labeled, num_unlabeled=num_unlabeled)
-        for name, number in dict(
-                numbers, weight=self.weight, weight_rate=self.weight_rate, warmup_steps=self.warmup_steps).items():
+        for name in ('topk', 'min_confidence') + ('gamma',) * (self.gamma_dist == 'fixed'):
+            _expect(0 <= getattr(self, name) <= 1, name, 'a number in [0, 1]', getattr(self, name))
+        _expect(0 < self.gamma < torch.inf or self.gamma_dist == 'fixed', 'gamma', 'a positive number', self.gamma)
+        for name in ('num_labeled', 'num_unlabeled', 'weight', 'weight_rate', 'warmup_steps'):
+            number = getattr(self, name, given[name])
             _expect(number >= 0, name, '0 or more', number)
 
         self.num_classes = num_classes
@@ -361,7 +349,7 @@ class CalibrateMix(nn.Module):
             self.max_weight = float(self.weight)
             del self.weight
             self.register_buffer('weight', torch.tensor(self.max_weight))
-            self.register_buffer('last_label', torch.full((num_unlabeled,), -1))
+            self.register_buffer('last_label', torch.full((num_unlabeled,), num_classes))
 
     def extra_repr(self) -> str:
         names = [name for name in PRESETS['paper'] if name != 'loss']
@@ -370,6 +358,7 @@ class CalibrateMix(nn.Module):
     def update(
             self, index: Tensor, label: Tensor, logits: Tensor,
             unlabeled_index: Tensor, pseudo_label: Tensor, unlabeled_logits: Tensor, step: int,
+            repeated: tuple[bool | None, bool | None] = (None, None),
     ) -> None:
         """Adds a step's margins to the banks (AUM of the labeled set, APM of the unlabeled set).
 
@@ -379,12 +368,13 @@ class CalibrateMix(nn.Module):
             index, unlabeled_index: `[B]` and `[U]` int64, positions in the labeled and in the unlabeled set.
             label, pseudo_label: `[B]` and `[U]` int64.
             logits, unlabeled_logits: `[B, K]` and `[U, K]`, of the weak views, any floating dtype.
-            step: Steps done so far; matters where the APM counts only after warmup.
+            step: Steps done so far, which tells whether the warmup is over.
+            repeated: Of the labeled and of the unlabeled batch, as for `MarginBank.update`.
         """
         _expect_int64(index=index, label=label, unlabeled_index=unlabeled_index, pseudo_label=pseudo_label)
-        self.aum.update(index, logits, label)
+        self.aum.update(index, logits, label, repeated[0])
         if self.apm_in_warmup or step >= self.warmup_steps:
-            self.apm.update(unlabeled_index, unlabeled_logits, pseudo_label)
+            self.apm.update(unlabeled_index, unlabeled_logits, pseudo_label, repeated[1])
         if self.weight_rate > 0:
             self.steer(unlabeled_index, pseudo_label, unlabeled_logits, step)
 
@@ -392,8 +382,8 @@ class CalibrateMix(nn.Module):
     def steer(self, unlabeled_index: Tensor, pseudo_label: Tensor, unlabeled_logits: Tensor, step: int) -> None:
         """Moves w so that the network becomes as sure as it is right; `update` calls it. Ours, not the paper's.
 
-        How often it is right is told without labels, by how often a pseudo-label differs from the one of the image's
-        last visit. With U images in the batch, S those of them that were visited before, c the confidence of an image,
+        How often it is right is told without labels, by how often a pseudo-label differs from that of the image's last
+        visit. With U images in the batch, S those of them that were visited before, c the confidence of an image,
         W the option `weight` and k = ERRORS_PER_CHANGE,
 
             w <- clip(w + r/U * sum_{i in S} (c_i - 1 + k * [pseudo-label of i has changed]), 0, W)
@@ -404,16 +394,17 @@ class CalibrateMix(nn.Module):
         """
         if len(unlabeled_index) == 0:
             return
-        confidence = unlabeled_logits.float().softmax(1).amax(1)  # NaN where the logits are not finite
-        visit, last = confidence.isfinite(), self.last_label[unlabeled_index]
+        none = self.num_classes  # in place of the label of an image that was never visited
+        last = self.last_label.gather(0, unlabeled_index) % (none + 1)
+        confidence = unlabeled_logits.float().softmax(1).amax(1)
+        visit = confidence > 0  # not so where it is NaN
         if step >= self.warmup_steps:
-            gap = confidence - 1 + ERRORS_PER_CHANGE * (last % self.num_classes != pseudo_label)
-            gap = torch.where(visit & (last >= 0), gap, 0).mean()
+            gap = confidence.add(last != pseudo_label, alpha=ERRORS_PER_CHANGE) - 1
+            gap = torch.where(visit & (last < none), gap, 0).mean()
             self.weight = (self.weight + self.weight_rate * gap).clamp(0, self.max_weight)
-        # A later row has the larger number, whatever the order of writing; the remainder is its label.
+        # Of rows with the same index the largest number stays, whatever the order of writing: the last visit's.
         row = torch.arange(1, len(visit) + 1, device=visit.device)
-        number = torch.where(visit, row * self.num_classes + pseudo_label, last % self.num_classes)
-        number = torch.where(visit | (last >= 0), number, -1)
+        number = torch.where(visit, row * (none + 1) + pseudo_label, last)
         self.last_label.index_fill_(0, unlabeled_index, -1).scatter_reduce_(0, unlabeled_index, number, 'amax')
 
     @torch.no_grad()
@@ -461,11 +452,12 @@ class CalibrateMix(nn.Module):
 
         gamma = torch.where(paired, self._draw_gamma(easy), 1)
         g = gamma.view(-1, *[1] * (images.ndim - 1))  # float32, so that half-precision images and targets weigh alike
-        mixed = (g * images + (1 - g) * unlabeled_images[partner]).to(images.dtype)
-        target = F.one_hot(label, self.num_classes) * gamma[:, None]
-        target += F.one_hot(pseudo_label[partner], self.num_classes) * (1 - gamma)[:, None]
-        group = torch.stack([easy & paired, ~easy & paired]).float()
-        weight = (group / group.sum(1, keepdim=True).clamp(min=1)).sum(0)
+        rest = 1 - g
+        mixed = (g * images + rest * unlabeled_images[partner]).to(images.dtype)
+        target = torch.zeros(len(gamma), self.num_classes, device=gamma.device)
+        target.scatter_(1, label[:, None], gamma[:, None])
+        target.scatter_add_(1, pseudo_label[partner, None], rest.view(-1, 1))
+        weight = paired / ((easy[:, None] == easy) & paired).sum(1).clamp(min=1)
         return Mixed(mixed, target, gamma, partner, paired, easy, weight)
 
     def find_easy(
@@ -501,7 +493,7 @@ class CalibrateMix(nn.Module):
         with torch.autocast(a.device.type, enabled=False):
             a, b = a.flatten(1).float(), b.flatten(1).float()
             if self.similarity == 'cosine':
-                a, b = F.normalize(a), F.normalize(b)
+                a, b = F.normalize(torch.cat([a, b])).split([len(a), len(b)])
             return -torch.cdist(a, b) if self.similarity == 'euclidean' else a @ b.T
 
     def _draw_gamma(self, easy: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -37,8 +37,8 @@ from methods import lambda_u, warmup_updates
 from program import RunError, UsageError, mend_folder, replace_file, replace_folder
 from schedule import step_scheduler
 from shards import load_whole, whole_bank
-from sources import unlabeled_split
-from splits import Identity, Sources
+from sources import Source, unlabeled_split
+from splits import Identity, Sources, use_bits
 
 _logger = logging.getLogger('train')
 
@@ -174,6 +174,22 @@ def read_run(checkpoint: Path) -> dict:
         raise UsageError(f'--checkpoint {checkpoint}: this is a state to resume from; weights are in best/ and last/')
     path = checkpoint.parent / 'args.yaml'
     return read_args(path) if path.exists() else {}
+
+
+def use_kept_bits(checkpoint: Path | None, sources: Iterable[Source | None]) -> None:
+    """Takes deep greyscale as the run of a checkpoint folder took it, whatever these pictures hold."""
+    if checkpoint is None or not checkpoint.is_dir():
+        return
+    file = checkpoint / 'config.json'
+    try:
+        bits = json.loads(file.read_text()).get('grey_bits', 8)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f'{file}: cannot be read: {" ".join(str(error).split())}') from error
+    if not isinstance(bits, int) or not 8 <= bits <= 32:
+        raise UsageError(f'{file}: grey_bits is {bits}; expected a whole number from 8 to 32')
+    for source in sources:
+        if source is not None and len(source):
+            use_bits(source, bits)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -543,12 +559,15 @@ def write_weights(run: Run, folder: Path, data_config: DataConfig, metrics: dict
     names = run.identity.class_names
     if names and len(names) < run.num_classes:  # timm's form where not every class has a name
         names = dict(enumerate(names))
+    about = dict(label_names=names) if names else {}
+    if run.identity.bits > 8:
+        about['grey_bits'] = run.identity.bits  # timm passes over it
 
     def write(part: Path) -> None:
         save_for_hf(
             exportable(run),
             part,
-            model_config=dict(label_names=names) if names else None,
+            model_config=about or None,
             safe_serialization=True,
             data_config=dict(vars(data_config)),
         )

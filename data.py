@@ -270,9 +270,18 @@ def _end_with_parent(worker: int) -> None:
     threading.Thread(target=obey_parent_only, daemon=True).start()
 
 
-def limit_workers(asked: int) -> int:
-    """Workers to load with: no more than the processors that this process may use. Tells if they are fewer."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def count_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def limit_workers(asked: int | None) -> int:
+    """Workers to load with: no more than the processors, and four if no number was asked for. Tells if they are fewer
+    than asked for.
+    """
+    processors = count_processors()
+    if asked is None:
+        return min(4, processors)
     if asked > processors:
         _logger.info(f'--workers {asked}: {processors} instead, one for each processor that there is')
     return min(asked, processors)
@@ -373,6 +382,8 @@ class Feed:
                 self.skipped.update(skipped)
                 check_classes_left(self.loader.dataset, self.skipped)
             numbers = batch.pop('numbers', None)
+            # Known here without a wait for the device.
+            repeated = len(batch['index'].unique()) < len(batch['index'])
             batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             if numbers is not None:
                 batch.update(self.loader.dataset.batch_views(batch.pop('pixels'), numbers))
@@ -380,4 +391,4 @@ class Feed:
                 if value.dtype == torch.uint8:  # a view; the others are whole numbers of 64 bits
                     image = value.to(torch.float32, memory_format=self.memory_format)
                     batch[key] = image.sub_(self.mean).div_(self.std)
-            yield batch
+            yield dict(batch, repeated=repeated)

@@ -18,6 +18,7 @@ SAMPLE = 256  # unlabeled images whose content is kept
 SEARCH_MOST = 200_000  # images that a moved picture is looked for among
 COMPARED_MOST = 50_000  # images of a set that are compared with another set's; of more, as many that are spread over it
 COMPARED_BYTES = 2 ** 28  # that are read of each of the two
+COMPARED_FILES = 5000  # of each of the two that are opened where a number is to be told and nothing is refused
 
 
 def spread(number: int, most: int) -> torch.Tensor:
@@ -62,13 +63,11 @@ class Contents:
     Attributes:
         whole: All positions, `[n]` int64.
         index: Those that are compared, `[m]` int64.
-        told: How many these are, for messages; empty if they are all.
     """
 
     def __init__(self, source: Source, index: torch.Tensor | None = None):
         index = torch.arange(len(source)) if index is None else index
         self.source, self.whole, self.index = source, index, index[spread(len(index), COMPARED_MOST)]
-        self.told = f' ({len(self.index)} of {len(index)} looked at)' if len(self.index) < len(index) else ''
         self.known = {}
 
     def read(self, what: Callable, rows: np.ndarray) -> np.ndarray:
@@ -88,18 +87,38 @@ def _tails(source: Source, index: torch.Tensor) -> np.ndarray:
     return source.tails(index.numpy())
 
 
-def shared_pictures(one: Contents, other: Contents) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of one set that are in another too, by content: their positions in both, `[n]` int64 each.
+def shared_pictures(
+        one: Contents,
+        other: Contents,
+        most_files: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Images of one set that are in another too, by content.
 
-    An image that is several times in the second set is found at one place there. Read whole are only images that agree
-    in size and in some bytes with one of the other set, and of these no more than COMPARED_BYTES in either.
+    Read whole are only images that agree in size and in some bytes with one of the other set, and of these no more than
+    COMPARED_BYTES in either.
+
+    Args:
+        one, other: The sets.
+        most_files: Of more files of sizes that both sets have, those of some sizes are compared.
+
+    Returns:
+        Positions in both, `[n]` int64 each, where an image that is several times in the second set is found at one
+        place there; and 'at least ' if not all could be compared, else ''.
     """
+    least = any(len(contents.index) < len(contents.whole) for contents in (one, other))
     rows = [np.arange(len(contents.index)) for contents in (one, other)]
     for what in (_sizes, _tails, digest_pictures):
+        files = max((len(row) for row, contents in zip(rows, (one, other)) if contents.source.in_files()), default=0)
+        if what is _tails and most_files is not None and files > most_files:
+            sizes = [contents.read(_sizes, row) for row, contents in zip(rows, (one, other))]
+            known = np.unique(sizes[0])
+            known = known[spread(len(known), max(len(known) * most_files // files, 1)).numpy()]
+            rows, least = [row[np.isin(size, known)] for row, size in zip(rows, sizes)], True
         if what is digest_pictures:
             for side, contents in enumerate((one, other)):
                 size = int(contents.read(_sizes, rows[side]).sum())
                 fit = len(rows[side]) * COMPARED_BYTES // max(size, 1)
+                least = least or fit < len(rows[side])
                 rows[side] = rows[side][spread(len(rows[side]), max(fit, 1)).numpy()]
         found = [contents.read(what, rows[side]) for side, contents in enumerate((one, other))]
         both = [np.isin(found[0], found[1]), np.isin(found[1], found[0])]
@@ -109,7 +128,7 @@ def shared_pictures(one: Contents, other: Contents) -> tuple[torch.Tensor, torch
     digests = [contents.read(digest_pictures, rows[side]) for side, contents in enumerate((one, other))]
     place = {digest: row for digest, row in zip(digests[1].tolist()[::-1], rows[1].tolist()[::-1])}
     second = torch.tensor([place[digest] for digest in digests[0].tolist()], dtype=torch.int64)
-    return one.index[torch.from_numpy(rows[0])], other.index[second]
+    return one.index[torch.from_numpy(rows[0])], other.index[second], 'at least ' * least
 
 
 def place_pictures(

@@ -139,8 +139,8 @@ def check_sizes(asked: str, wanted: np.ndarray, has: np.ndarray, factor: float, 
     for label, (number, there) in enumerate(zip(wanted, has)):
         name = names[label] if label < len(names or ()) else label
         if number < 1:
-            none = 'which has none' if there < 1 else 'more images or a factor nearer to 1 would'
-            raise UsageError(f'{asked}: leaves no image of class {name}; {none}')
+            remedy = 'it has none to draw from' if there < 1 else 'ask for more images, or for a factor nearer to 1'
+            raise UsageError(f'{asked}: leaves no image of class {name}; {remedy}')
         if number > there:
             raise UsageError(f'{asked}: asks for {number} images of class {name}, which has {there}; the most frequent '
                              f'class can have {largest_possible(has, factor)} at the most')

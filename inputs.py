@@ -10,7 +10,7 @@ from filelists import choose_file_column, read_rows
 from folders import list_pictures, tell
 from pictures import MAX_PIXELS
 from program import UsageError, readable
-from sources import KNOWN, HFSource, Source, create_source, tell_bits
+from sources import KNOWN, HFSource, Source, create_source, look_at
 from tables import find_tables, open_tables
 
 LISTS = ('.txt', '.csv', '.tsv', '.jsonl')
@@ -33,6 +33,9 @@ class PlainFolder(Source):
 
     def where(self, index: int) -> str:
         return readable(self.paths[index])
+
+    def ending_with(self, endings: Sequence[str]) -> Sequence[int]:
+        return [i for i, path in enumerate(self.paths) if path.lower().endswith(tuple(endings))]
 
 
 def read_list(file: Path, root: Path | None = None, column: str | None = None) -> PlainFolder:
@@ -68,7 +71,7 @@ def read_list(file: Path, root: Path | None = None, column: str | None = None) -
 
 def limited(source: Source, max_pixels: int) -> Source:
     """The source with its limit of pixels, and the depth of its greyscale pictures found."""
-    source.bits, source.max_pixels = tell_bits(source) if len(source) else 8, max_pixels
+    source.bits, source.max_pixels = look_at(source) if len(source) else 8, max_pixels
     return source
 
 

@@ -3,7 +3,7 @@ import functools
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 MAX_PIXELS = 178_956_970  # where Pillow refuses by itself
 Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit, as a flag can then move it, in spawned workers as well
 LOOKED_AT = 32  # pictures of a set by which its bits are told
+FRAMES_LOOKED_AT = 500  # files whose kind may hold several pictures, which are looked at for that
+FRAME_ENDINGS = ('.gif', '.tif', '.tiff', '.webp', '.apng')
 # What Pillow's plugins raise on a file that is broken.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, NotImplementedError, LookupError, TypeError, OverflowError,
                  struct.error, zlib.error)
@@ -88,6 +90,30 @@ def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
     return Image.fromarray((pixels >> (max(bits, bits_in_use(int(pixels.max()))) - 8)).astype(np.uint8))
 
 
+def count_frames(data: Callable[[int], bytes | str | np.ndarray], index: Sequence[int]) -> list[int]:
+    """Which of the pictures are several (pages of a TIFF, frames of a GIF), of which `decode_image` takes the first.
+
+    What a camera stores behind a JPEG, its preview, does not count.
+    """
+    several = []
+    for i in index:
+        try:
+            content = data(i)
+            if isinstance(content, np.ndarray):
+                continue
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                if image.format != 'MPO' and getattr(image, 'is_animated', False):
+                    several.append(i)
+        except DECODE_ERRORS:  # told where the picture is asked for, by name
+            continue
+    return several
+
+
+def spread_indices(length: int, most: int) -> list[int]:
+    """`most` of the numbers below a length, evenly spread, or all."""
+    return np.unique(np.linspace(0, length - 1, most).astype(int)).tolist()
+
+
 def find_bits(data: Callable[[int], bytes | str | np.ndarray], length: int) -> tuple[int, str]:
     """Bits of the range that a set's greyscale pictures of 16 or 32 bits use, and what is to be told about depth.
 
@@ -101,7 +127,7 @@ def find_bits(data: Callable[[int], bytes | str | np.ndarray], length: int) -> t
         The bits, 8 without such pictures, and a sentence, empty without any of 16 or 32 bits.
     """
     deep, colour = [], []
-    for index in np.unique(np.linspace(0, length - 1, LOOKED_AT).astype(int)).tolist():
+    for index in spread_indices(length, LOOKED_AT):
         try:
             content = data(index)
             if isinstance(content, np.ndarray):

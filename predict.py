@@ -38,7 +38,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.dataset_info import CustomDatasetInfo, DatasetInfoLabelMapper
-from timm.utils import ParseKwargs, setup_default_logging
+from timm.utils import setup_default_logging
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -46,12 +46,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from backbone import (
     add_device_arguments,
     add_image_arguments,
+    add_weights_arguments,
     agree_on_precision,
     check_model,
+    check_weights_arguments,
     evaluate_batches,
     load_model,
 )
-from checkpoint import read_run
+from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import SET_SCORES, class_scores, kept_level, scaled_probs, set_sizes, threshold_from_confidence
 from figures import Cell, contact_sheet
@@ -77,14 +79,8 @@ def create_predict_parser() -> argparse.ArgumentParser:
     group.add_argument('--checkpoint', metavar='PATH', default=None,
                        help='a folder of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '
                             'config.json; or a weight file of timm\'s train.py')
-    group.add_argument('-m', '--model', metavar='NAME', default=None,
-                       help='timm model of a weight file (default: that of the args.yaml beside it), or with '
-                            '--pretrained the model to predict with')
-    group.add_argument('--pretrained', action=flag, default=False, help='timm\'s pretrained weights of --model')
-    group.add_argument('--use-ema', action=flag, default=False, help='the averaged weights in a weight file')
+    add_weights_arguments(group)
     group.add_argument('--num-classes', type=int, metavar='N', default=None, help='classes of a weight file\'s model')
-    group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default=None, metavar='K=V',
-                       help='further arguments of the model\'s constructor')
 
     group = parser.add_argument_group('Pictures')
     group.add_argument('pictures', metavar='PICTURES', nargs='*', default=[],
@@ -157,12 +153,7 @@ def _parse_args(argv: list[str] | None = None) -> Namespace:
         value = getattr(args, name)
         if value is not None and not (0 < value < 1 or (name == 'min_confidence' and 0 <= value <= 1)):
             parser.error(f'--{name.replace("_", "-")} {value:g}: expected a number between 0 and 1, such as 0.9')
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
-    if not args.checkpoint and not args.model:
-        parser.error('give --checkpoint RUN/best, or --model NAME --pretrained')
-    if args.model and not args.checkpoint and not args.pretrained:
-        parser.error(f'--model {args.model}: its weights are random; add --pretrained or --checkpoint FILE')
+    check_weights_arguments(parser, args)
     if not args.pictures and args.dataset is None and args.data_dir is None:
         parser.error('give pictures: a folder, files, a list of files, or --dataset')
     if args.pictures and (args.dataset is not None or args.split is not None):
@@ -280,6 +271,10 @@ def read_decisions(args: Namespace, checkpoint: Path | None, config: DataConfig)
         try:
             saved = read_temperature(checkpoint) or {}
             found.temperature = saved.get('temperature', 1.)
+            if saved:
+                _logger.info(f'Confidences are those after temperature {found.temperature:.3f}, which was fitted '
+                             f'{saved.get("fitted", "with labels")} on {saved.get("images")} images of '
+                             f'{saved["split"]}')
             level = kept = None
             if args.target_accuracy is not None:
                 level = _find_kept(saved.get('thresholds'), args.target_accuracy, '--target-accuracy', where)
@@ -289,9 +284,9 @@ def read_decisions(args: Namespace, checkpoint: Path | None, config: DataConfig)
                     raise UsageError(f'--target-accuracy {args.target_accuracy:g}: no confidence reached {level} on '
                                      f'the {saved.get("images")} images of {saved["split"]}; give a lower one')
                 found.threshold = float(kept['threshold'])
-                told = f'{100 * kept["coverage"]:.0f} % of {saved.get("images")} images of {saved["split"]}'
-                _logger.info(f'Accepted from confidence {found.threshold:.4f} on: of {told} that were, '
-                             f'{100 * kept["accuracy"]:.1f} % were right (95 % interval '
+                _logger.info(f'Accepted from confidence {found.threshold:.4f} on: that were '
+                             f'{100 * kept["coverage"]:.0f} % of the {saved.get("images")} images of {saved["split"]}, '
+                             f'and {100 * kept["accuracy"]:.1f} % of them were right (95 % interval '
                              f'{100 * kept["accuracy_low"]:.1f} to {100 * kept["accuracy_high"]:.1f} %)')
             level = None
             if found.sets:
@@ -445,7 +440,7 @@ def predict(
     loader = create_loader(dataset, batches, args.workers if batches else 0, args.pin_mem)
     visible = accelerator.is_main_process
     with (
-        tqdm(total=len(source), unit='picture', dynamic_ncols=True, disable=not visible) as bar,
+        tqdm(total=len(source), unit='picture', dynamic_ncols=True, disable=None if visible else True) as bar,
         logging_redirect_tqdm() if visible else nullcontext(),
     ):
         for batch, logits in evaluate_batches(model, loader, size, config, accelerator, args.channels_last):
@@ -699,7 +694,9 @@ def split_folders(
 
 
 def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str], decisions: Decisions) -> None:
-    """Writes the most and the least sure pictures of each class, of the classes with the most pictures."""
+    """Writes the most and the least sure pictures of each class, with their files' names, of the classes with the most
+    pictures.
+    """
     confidence, first = found.probs[:, 0], np.where(found.good, found.classes[:, 0], -1)
     sure = accepted(found, decisions)
     classes = [k for k, _ in Counter(first[found.good].tolist()).most_common()]
@@ -710,7 +707,7 @@ def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str],
         image = source.image(int(row))
         image.thumbnail((192, 192))  # never enlarges
         note = f'{confidence[row]:.3f}' + ('' if sure[row] else f' {UNSURE}')
-        return Cell(image, names[first[row]], None, note)
+        return Cell(image, os.path.basename(printable(source.where(int(row)))), None, note)
 
     parts = []
     for k in classes[:SHEET_CLASSES]:
@@ -800,6 +797,7 @@ def main(args: Namespace) -> None:
     with once_a_machine(accelerator):  # downloads and caches are written once
         source = open_all(args)
         model, config, view = load_model(args, checkpoint, run)
+    use_kept_bits(checkpoint, [source])
     model.eval().to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -143,17 +143,21 @@ def takes_bar(stream: TextIO) -> bool:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, without abbreviations: an error is one line, and of several processes of a machine one tells it."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, stray: str = '', **kwargs):
+        """`stray` says how what stands there without a flag is given."""
         super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.stray = stray
 
     def error(self, message: str) -> None:
+        message = message.replace('unrecognized arguments:', 'no flag takes') + self.stray * (
+            message.startswith('unrecognized arguments:'))
         own = os.environ.get('LOCAL_RANK', '0') == '0'
         self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n' if own else None)
 
     def at_least(self, args: argparse.Namespace, **least: int) -> None:
-        """Exits at the first of these arguments that is smaller than allowed."""
+        """Exits at the first of these arguments that is given and smaller than allowed."""
         for name, value in least.items():
-            if getattr(args, name) < value:
+            if getattr(args, name) is not None and getattr(args, name) < value:
                 self.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {value} or more')
 
     def check_flags(self, argv: Sequence[str]) -> None:

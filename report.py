@@ -41,6 +41,7 @@ from program import ArgumentParser, UsageError
 COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
 SHOWN = {'error': 'error %', 'ece': 'ECE %', 'nll': 'NLL'}  # in the table; less is better in all of them
 METRICS = ('error', 'ece', 'ece_10', 'nll', 'brier', 'confidence')
+CLASS_METRICS = ('balanced_accuracy', 'macro_f1', 'ece_balanced', 'tail_error')  # where all runs have them
 DIGITS = {'nll': 3, 'brier': 3}
 NAMES = {'supervised': 'Supervised', 'pseudo_label': 'Pseudo-Label', 'fixmatch': 'FixMatch', 'flexmatch': 'FlexMatch',
          'softmatch': 'SoftMatch', 'freematch': 'FreeMatch', 'marginmatch': 'MarginMatch'}
@@ -271,17 +272,22 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def run_row(run: dict) -> dict:
+def measured(runs: list[dict]) -> list[str]:
+    """The metrics that go into the files: those of classes only if every run has them."""
+    return [*METRICS, *(key for key in CLASS_METRICS if all(key in run['metrics'] for run in runs))]
+
+
+def run_row(run: dict, metrics: list[str]) -> dict:
     settings = dict(run['settings'])
     first = {key: settings.pop(key) for key in ('dataset', 'algorithm', 'variant', 'labels')}
-    metrics = {key: f'{run["metrics"][key]:.4f}' for key in METRICS}
-    return dict(first, seed=run['args']['seed'], **metrics, updates=run['metrics']['num_updates'],
+    values = {key: f'{run["metrics"][key]:.4f}' for key in metrics}
+    return dict(first, seed=run['args']['seed'], **values, updates=run['metrics']['num_updates'],
                 warmup_updates=end_of_warmup(run['args']), **settings, run=run['run'])
 
 
-def cell_row(keys: list[str], values: tuple, runs: list[dict]) -> dict:
+def cell_row(keys: list[str], values: tuple, runs: list[dict], metrics: list[str]) -> dict:
     row = dict(zip(keys, values), n=len(runs))
-    for metric in METRICS:
+    for metric in metrics:
         mean, deviation = mean_and_deviation([run['metrics'][metric] for run in runs])
         row[f'{metric}_mean'] = f'{mean:.4f}'
         row[f'{metric}_sd'] = '' if deviation is None else f'{deviation:.4f}'
@@ -380,8 +386,8 @@ def write_report(
     latex = as_latex(*table) + (f'\n% {missing}' if missing else '')
     (output / 'table.md').write_text(markdown + '\n', encoding='utf-8')
     (output / 'table.tex').write_text(latex + '\n', encoding='utf-8')
-    write_csv(output / 'table.csv', [cell_row(keys, values, found) for values, found in cells.items()])
-    write_csv(output / 'runs.csv', [run_row(run) for run in runs])
+    write_csv(output / 'table.csv', [cell_row(keys, values, found, measured(runs)) for values, found in cells.items()])
+    write_csv(output / 'runs.csv', [run_row(run, measured(runs)) for run in runs])
     write_csv(output / 'comparison.csv', [
         {'run': run['run'], **{key: f'{run["metrics"][key]:.4f}' for key in COLUMNS[1:]}} for run in runs
     ])

@@ -1,10 +1,32 @@
-"""The learning rate over the updates of a run."""
+"""The optimizer, and its learning rate over the updates of a run."""
 import argparse
 import math
 
 import torch
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from program import UsageError
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    asked = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            **asked,
+        )
+    except (ValueError, IndexError, TypeError, ImportError) as error:
+        raise UsageError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
+    for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
+        raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
+    return optimizer
 
 
 class SevenSixteenthsCosine(Scheduler):

@@ -50,12 +50,12 @@ class BankShard(MarginBank):
         own = index % parts == rank
         return torch.where(own, index // parts, 0), own
 
-    def _add(self, row: torch.Tensor, m: torch.Tensor, label: torch.Tensor) -> None:
+    def _add(self, row: torch.Tensor, m: torch.Tensor, label: torch.Tensor, repeated: bool | None) -> None:
         row, own = self._own(row)
         if row.is_cuda:  # shapes must not depend on values there; what is not finite is no visit
-            super()._add(row, m.masked_fill(~own[:, None], torch.nan), label)
+            super()._add(row, m.masked_fill(~own[:, None], torch.nan), label, True)
         else:
-            super()._add(row[own], m[own], label[own])
+            super()._add(row[own], m[own], label[own], repeated)
 
     def lookup(self, index: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
         self._check(index)
@@ -90,8 +90,12 @@ def whole_bank(bank: MarginBank, accelerator: Accelerator) -> MarginBank:
 def load_whole(calmix: CalibrateMix, state: dict[str, torch.Tensor]) -> None:
     """Loads a state dict with the whole unlabeled bank; of a bank in parts each process takes its own rows."""
     rank, parts = calmix.apm.part if isinstance(calmix.apm, BankShard) else (0, 1)
+    steered = ('weight', 'last_label')  # only where the weight is steered, which a resume may turn on or off
+    fresh = calmix.state_dict()
+    found = {key: table for key, table in state.items() if key in fresh or key not in steered}
+    missing = {key: fresh[key] for key in steered if key in fresh and key not in state}
     calmix.load_state_dict({
-        key: table[rank::parts] if key.startswith('apm.') else table for key, table in state.items()
+        key: table[rank::parts] if key.startswith('apm.') else table for key, table in {**found, **missing}.items()
     })
 
 

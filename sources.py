@@ -27,8 +27,18 @@ from torchvision import datasets as tv_datasets
 
 import filelists
 from folders import from_stored, image_folder, index_table, is_hidden, tell, webvision_splits
-from pictures import DECODE_ERRORS, MAX_PIXELS, decode_image, find_bits
-from program import RunError, UsageError, readable
+from pictures import (
+    DECODE_ERRORS,
+    FRAME_ENDINGS,
+    FRAMES_LOOKED_AT,
+    LOOKED_AT,
+    MAX_PIXELS,
+    count_frames,
+    decode_image,
+    find_bits,
+    spread_indices,
+)
+from program import RunError, UsageError, name_some, readable
 from tables import (
     LFS_POINTER,
     VAL_SPLITS,
@@ -45,6 +55,11 @@ from tables import (
 )
 
 _logger = logging.getLogger(__name__)
+
+
+class NoEvaluationSplit(UsageError):
+    """A data set that has no split named as one for evaluation."""
+
 
 BUNDLED = Path(__file__).resolve().parent / 'digits'
 _IMAGENET = dict(img_size=224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, numbering='imagenet')
@@ -164,13 +179,14 @@ class Source:
         """Bytes of undecoded images, as `[n]` int64; 0 for what is not there. A subclass need not read them for it."""
         return np.array([_size(data) for data in self.data_of(index.tolist())], np.int64)
 
+    def in_files(self) -> bool:
+        """Whether images have to be opened to be looked into; those of tables and arrays lie in memory, or as if."""
+        return False
+
     def tails(self, index: np.ndarray) -> np.ndarray:
         """A number for each undecoded image by a few bytes near its end, as `[n]` int64: equal for equal images, and
         seldom for others. There PNG has its checksum, and compressed data its most random part."""
         return np.array([_tail(data) for data in self.data_of(index.tolist())], np.int64)
-
-    def bits_at(self, index: int) -> int:
-        return self.bits
 
     def image(self, index: int, least: int | None = None) -> Image.Image:
         """RGB picture of an index; `least` as of `decode_image`.
@@ -179,7 +195,7 @@ class Source:
             ImageError: If it cannot be decoded.
         """
         try:
-            return decode_image(self.data(index), least, self.bits_at(index), self.max_pixels)
+            return decode_image(self.data(index), least, self.bits, self.max_pixels)
         except DECODE_ERRORS as error:
             reason = 'a pointer of Git LFS, without the data (git lfs pull)' if self._is_pointer(index) else error
             raise ImageError(f'image {index} ({self.where(index)}) cannot be decoded: {reason}') from error
@@ -193,6 +209,10 @@ class Source:
         except (OSError, ValueError):
             return False
         return isinstance(data, bytes) and data.startswith(LFS_POINTER)
+
+    def ending_with(self, endings: Sequence[str]) -> Sequence[int]:
+        """Positions of the images whose files' names end so, in lower case, as far as they have names."""
+        return []
 
     def file_paths(self) -> list[str] | None:
         """The file behind every image, or its name where the set holds the bytes; None if it has no such names."""
@@ -272,6 +292,14 @@ class HFSource(Source):
         paths = pc.struct_field(column, 'path')
         return None if paths.null_count else [*map(from_stored, paths.to_pylist())]
 
+    def ending_with(self, endings: Sequence[str]) -> Sequence[int]:
+        column = self.dataset.with_format('arrow')[:].column(self.input_key)
+        if not pa.types.is_struct(column.type):
+            return []
+        ends = pc.ascii_lower(pc.utf8_slice_codeunits(pc.struct_field(column, 'path'), -max(map(len, endings)), None))
+        found = [pc.ends_with(ends, ending) for ending in endings]
+        return np.logical_or.reduce([mask.fill_null(False).to_numpy() for mask in found]).nonzero()[0]
+
     def data(self, index: int) -> bytes | str:
         cell = self.dataset[index][self.input_key]
         if isinstance(cell, dict):
@@ -294,6 +322,9 @@ class HFSource(Source):
         for cells in self.dataset.with_format('arrow')[:].column(self.input_key).chunks:  # joined, they would be copied
             yield start, cells.field('bytes') if pa.types.is_struct(cells.type) else cells
             start += len(cells)
+
+    def in_files(self) -> bool:
+        return any(cells.null_count for _, cells in self._cells())
 
     def sizes(self, index: np.ndarray) -> np.ndarray:
         sizes = [pc.binary_length(cells).fill_null(-1).to_numpy(zero_copy_only=False) for _, cells in self._cells()]
@@ -352,7 +383,7 @@ class JoinedSource(Source):
     name; images of classes that it lacks count as unlabeled."""
 
     def __init__(self, parts: Sequence[Source]):
-        self.parts = parts
+        self.parts, self.bits = parts, max(part.bits for part in parts)
         self.targets = torch.cat([part.targets for part in parts])
         self.starts = np.cumsum([0, *map(len, parts)]).tolist()
         labeled = [(start, part) for start, part in zip(self.starts, parts) if (part.targets >= 0).any()]
@@ -388,6 +419,9 @@ class JoinedSource(Source):
             found[rows] = getattr(part, what)(index[rows] - start)
         return found
 
+    def in_files(self) -> bool:
+        return any(part.in_files() for part in self.parts)
+
     def sizes(self, index: np.ndarray) -> np.ndarray:
         return self._of_parts('sizes', index)
 
@@ -397,10 +431,6 @@ class JoinedSource(Source):
     def where(self, index: int) -> str:
         part, index = self._find(index)
         return part.where(index)
-
-    def bits_at(self, index: int) -> int:
-        part, index = self._find(index)
-        return part.bits_at(index)
 
     def file_paths(self) -> list[str] | None:
         paths = [part.file_paths() for part in self.parts]
@@ -413,7 +443,7 @@ class PartSource(Source):
     def __init__(self, source: Source, index: torch.Tensor):
         self.source, self.index = source, index
         self.targets, self.class_names = source.targets[index], source.class_names
-        self.max_pixels = source.max_pixels
+        self.bits, self.max_pixels = source.bits, source.max_pixels
 
     def data(self, index: int) -> bytes | str | np.ndarray:
         return self.source.data(int(self.index[index]))
@@ -421,14 +451,14 @@ class PartSource(Source):
     def data_of(self, index: Sequence[int]) -> Iterable[bytes | str | np.ndarray]:
         return self.source.data_of(self.index[torch.as_tensor(index)].tolist())
 
+    def in_files(self) -> bool:
+        return self.source.in_files()
+
     def sizes(self, index: np.ndarray) -> np.ndarray:
         return self.source.sizes(self.index.numpy()[index])
 
     def tails(self, index: np.ndarray) -> np.ndarray:
         return self.source.tails(self.index.numpy()[index])
-
-    def bits_at(self, index: int) -> int:
-        return self.source.bits_at(int(self.index[index]))
 
     def file_paths(self) -> list[str] | None:
         paths = self.source.file_paths()
@@ -657,10 +687,11 @@ def find_splits(
             raise UsageError(f'--dataset {name}: no such file')
         return table_splits(files)
     root = Path(name or data_dir or '')
+    if data_dir and not name and not root.is_dir():
+        raise UsageError(f'--data-dir {data_dir}: no such folder')
     if not (name or data_dir) or not root.is_dir():
-        given = f'--dataset {name}' if name else f'--data-dir {data_dir or ""}'
         raise UsageError(
-            f'{given}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
+            f'--dataset {name}: neither a known data set nor a folder; known are {", ".join(SHORT_NAMES)}, '
             'hfds/<hub name or folder>, torch/<torchvision\'s name>, the path of a folder, .parquet files, and '
             'tables of file and label (.csv, .tsv, .jsonl)'
         )
@@ -758,8 +789,10 @@ def create_source(
     if split is None:
         split = next((s for s in VAL_SPLITS if s in splits), None)
         if split is None:
-            raise UsageError(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
-                             f'{"--val-split" if labeled else "--ood-split (predict.py: --split)"}')
+            asked = ('--val-split, or hold out a part of the training split (train_ssl.py --val-fraction 0.2)'
+                     if labeled else '--ood-split (predict.py: --split)')
+            raise NoEvaluationSplit(f'{shown}: none of the splits {there} is named as one for evaluation; name it with '
+                                    f'{asked}')
     base = split if split in splits else split.partition('[')[0]  # a folder's name may have a bracket
     bracket = split[len(base):]
     for asked, rest in ((split, ''), (base, bracket)):
@@ -770,6 +803,8 @@ def create_source(
             break
     if base not in splits:
         hint = '; a folder of images elsewhere is named by its absolute path' if os.sep in split else ''
+        if split == 'train' and labeled and not name and holds_classes(Path(data_dir), list(splits)):
+            hint = '. If these are classes: --val-fraction 0.2 takes them so, and holds out a fifth to measure on'
         raise UsageError(f'{shown}: no split {split}; it has {there}{hint}')
     if val_labels:
         opened = filelists.ground_truth(Path(val_labels), Path(data_dir or name) / base, input_key, target_key)
@@ -780,7 +815,7 @@ def create_source(
             raise UsageError(f'{shown}: no slices such as {split} of torchvision\'s arrays')
         opened.split = split
         return opened
-    bits = tell_bits(HFSource(opened, f'{shown} {base}', input_key, labeled=False))  # its slices are scaled alike
+    bits = look_at(HFSource(opened, f'{shown} {base}', input_key, labeled=False))  # its slices are scaled alike
     start = 0
     if bracket:
         try:
@@ -805,17 +840,26 @@ def create_source(
     return source
 
 
-def tell_bits(source: Source) -> int:
-    """Bits of the source's greyscale pictures; see `find_bits`."""
+def look_at(source: Source) -> int:
+    """Looks at pictures of a source: returns the bits of deep greyscale (see `find_bits`), and tells of these, and of
+    files that hold several pictures."""
     bits, note = find_bits(source.data, len(source))
-    tell(note and f'{getattr(source, "name", "") or source.where(0)}: {note}')
+    name = getattr(source, 'name', '')
+    tell(note and f'{name or source.where(0)}: {note}')
+    likely = source.ending_with(FRAME_ENDINGS)
+    looked_at = {*spread_indices(len(source), LOOKED_AT)}
+    looked_at |= {int(likely[i]) for i in spread_indices(len(likely), FRAMES_LOOKED_AT)} if len(likely) else set()
+    several = count_frames(source.data, sorted(looked_at))
+    if several:
+        tell(f'{name and f"{name}: "}{len(several)} of {len(looked_at)} files looked at hold several frames or pages, '
+             f'such as {source.where(several[0])}; the first of each is taken')
     return bits
 
 
 def plain_folder(folder: str, max_pixels: int = MAX_PIXELS) -> Source:
     """All images below a folder, without labels."""
     source = HFSource(image_folder(Path(folder), flat=True), folder, labeled=False)
-    source.bits, source.max_pixels = tell_bits(source), max_pixels
+    source.bits, source.max_pixels = look_at(source), max_pixels
     return source
 
 
@@ -827,11 +871,19 @@ def unlabeled_split(args: argparse.Namespace) -> str:
     return f'{split}+{UNLABELED_DIR}' if args.unlabeled_dir else split
 
 
+def holds_classes(root: Path, folders: Sequence[str]) -> bool:
+    """Whether these folders of a folder, not one of which is named as a split is, may be those of classes."""
+    named = any(folder in ('train', 'labeled', 'extra', *VAL_SPLITS) or is_unlabeled(folder) for folder in folders)
+    described = find_tables(root) or any(root.glob('metadata.*'))
+    return len(folders) > 1 and not named and not described and not {'+', '['} & set(root.name)
+
+
 def settle_sources(args: argparse.Namespace) -> None:
     """Settles the flags that name a run's images, so that its args.yaml names the same ones from any working folder.
 
     Files and folders get absolute paths, and a folder as --dataset becomes the --data-dir that it means. Where a folder
-    has a split labeled and no train, labeled and unlabeled are the training and the unlabeled split by default.
+    has a split labeled and no train, labeled and unlabeled are the training and the unlabeled split by default. With
+    --val-fraction a folder of class folders will do: it is the training split, in the folder above it.
     """
     for name_key, dir_key in (('dataset', 'data_dir'), ('extra_val', 'extra_val_dir')):
         name, folder = getattr(args, name_key) or '', getattr(args, dir_key)
@@ -854,16 +906,21 @@ def settle_sources(args: argparse.Namespace) -> None:
     if not (args.dataset or args.data_dir) or not root.is_dir():
         return
     splits = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    if args.val_fraction is not None and args.train_split == 'train' and holds_classes(root, splits):
+        args.dataset, args.data_dir, args.train_split = '', str(root.parent), root.name
+        tell(f'{root}: no folder in it is named as a split, so its {len(splits)} folders are taken for classes: '
+             f'{name_some(splits)}', logging.INFO)
+        return
     if not any(split == 'labeled' or is_unlabeled(split) for split in splits) or find_tables(root):
         return
     if args.train_split == 'train' and 'train' not in splits and 'labeled' in splits:
         args.train_split = 'labeled'
-        tell(f'{root}: no split train; --train-split labeled is taken')
+        tell(f'{root}: no split train; --train-split labeled is taken', logging.INFO)
     unlabeled = next(filter(is_unlabeled, splits), None)
     if args.unlabeled_split is None and unlabeled:
         if args.train_split == 'labeled':
             args.unlabeled_split = unlabeled
-            tell(f'{root}: --unlabeled-split {unlabeled} is taken, as it lies beside labeled')
+            tell(f'{root}: --unlabeled-split {unlabeled} is taken, as it lies beside labeled', logging.INFO)
         else:
             tell(f'{root}: split {unlabeled} is not used; --unlabeled-split {args.train_split}+{unlabeled} takes it')
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from digests import MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
+from digests import COMPARED_FILES, MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
+from folders import tell
 from imbalance import draw_unlabeled, draws_unlabeled
 from labels import Labels, label_seed, match_classes
 from program import UsageError, name_some
@@ -79,7 +80,19 @@ def open_sources(args: argparse.Namespace) -> Sources:
         raise UsageError(f'--test-split {name}: best/ is chosen on it; choose by another one: --val-fraction holds out '
                          'a part of the training split')
     test = open_source(args, args.test_split) if args.test_split else None
+    bits = max(train.bits, unlabeled.bits)
+    for source in (train, unlabeled, evaluation, test):
+        if source is not None:
+            use_bits(source, bits)
     return Sources(train, unlabeled, evaluation, test, held_out)
+
+
+def use_bits(source: Source, bits: int) -> None:
+    """Takes a source's deep greyscale as of the bits that training found in its pictures; 8: it found none."""
+    if bits > 8 and source.bits != bits:
+        rest = ' and the others of its set' if len(source) > 1 else ''
+        tell(f'{source.where(0)}{rest}: greyscale of more than 8 bits is taken as {bits} bits, as in training')
+        source.bits = bits
 
 
 def evaluation_name(args: argparse.Namespace, evaluation: Source) -> str:
@@ -146,7 +159,7 @@ def tell_missing(what: str, source: Source, other: str, classes: torch.Tensor, n
                                                    'out a part of every class' if '[' in what else ''))
 
 
-def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_classes: int):
+def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_classes: int, bits: int):
     """The second evaluation set, the images of it that show a class of the run `[n]`, and their labels `[n]`, int64.
 
     Copies of ImageNet and WebVision number their classes alike, and the mini variant has the first 50.
@@ -155,6 +168,7 @@ def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_cla
         UsageError: If no class is shared.
     """
     extra = create_source(args.extra_val, args.extra_val_dir, None, max_pixels=args.max_pixels)
+    use_bits(extra, bits)
     numbering = known_facts(args.dataset).get('numbering')
     alike = numbering is not None and numbering == known_facts(args.extra_val).get('numbering')
     alike = alike and len(extra.class_names or ()) == 1000 and len(class_names or ()) in (50, 1000)
@@ -213,6 +227,7 @@ class Identity:
     Attributes:
         class_names: In the run's order, or None.
         sizes: Images of the training split, the unlabeled set and the evaluation set.
+        bits: Of the training images' deep greyscale, see `pictures.find_bits`.
         rows: Labeled images that are digested, `[d]` int64 rows of the labeled set.
         digests: Theirs, `[d]` int64.
         sample: Digests of images spread over the unlabeled set, `[s]` int64.
@@ -220,13 +235,14 @@ class Identity:
     """
     class_names: list[str] | None
     sizes: list[int]
+    bits: int
     rows: torch.Tensor
     digests: torch.Tensor
     sample: torch.Tensor
     place: Callable[[int], str]
 
     def state(self) -> dict:
-        return {key: getattr(self, key) for key in ('class_names', 'sizes', 'digests', 'sample')}
+        return {key: getattr(self, key) for key in ('class_names', 'sizes', 'bits', 'digests', 'sample')}
 
     def check(self, old: dict, what: str, same_places: bool) -> None:
         """Raises UsageError unless a checkpoint's data are these; tells of an evaluation set of another size.
@@ -243,6 +259,9 @@ class Identity:
         for name, then, now in zip(('training split', 'unlabeled set'), old['sizes'], self.sizes):
             if then != now:
                 raise UsageError(f'{what}: the data has changed: the {name} had {then} images and has {now}')
+        if old.get('bits', self.bits) != self.bits:  # not in older checkpoints
+            raise UsageError(f'{what}: the data has changed: greyscale was taken as {old["bits"]} bits, and is now '
+                             f'taken as {self.bits}')
         if old['sizes'][2] != self.sizes[2]:
             _logger.warning(f'{what}: the evaluation set had {old["sizes"][2]} images and has {self.sizes[2]}')
         order = torch.equal(old['digests'].sort().values, self.digests.sort().values)
@@ -275,6 +294,7 @@ def identify(
     return Identity(
         sources.train.class_names,
         [len(sources.train), 0 if unlabeled_index is None else len(unlabeled_index), len(sources.evaluation)],
+        sources.train.bits,
         rows,
         digests,
         sample,
@@ -334,28 +354,29 @@ def check_overlap(
     if unlabeled_index is not None:
         unlabeled = Contents(sources.unlabeled, unlabeled_index)
         for images in evaluated:
-            found = find_shared(images, unlabeled)
+            found, least = find_shared(images, unlabeled)
             if len(found):
-                _logger.warning(f'{len(found)} of the {len(images.contents.whole)} images to evaluate ({images.name}'
-                                f'{images.contents.told}) are in the unlabeled set{unlabeled.told} too: the network '
-                                'sees them in training, without their labels')
+                _logger.warning(f'{least}{len(found)} of the {len(images.contents.whole)} images to evaluate '
+                                f'({images.name}) are in the unlabeled set too: the network sees them in training, '
+                                'without their labels')
     for images in evaluated if sources.test is not None else []:
         tested = evaluated[1]
-        found = [] if images is tested else find_shared(tested, images.contents, images.same_set)
+        if images is tested:
+            continue
+        found, least = find_shared(tested, images.contents, images.same_set)
         if len(found):
             used = f', and best/ is chosen on them by {args.eval_metric}' if images is evaluated[0] else ''
-            _logger.warning(f'{len(found)} of the {len(tested.contents.whole)} images of {tested.name}'
-                            f'{tested.contents.told} are in {images.name}{images.contents.told} too: they are '
-                            f'evaluated before the end{used}')
+            _logger.warning(f'{least}{len(found)} of the {len(tested.contents.whole)} images of {tested.name} are in '
+                            f'{images.name} too: they are evaluated before the end{used}')
 
 
-def find_shared(images: Evaluated, others: Contents, same_set: bool = True) -> torch.Tensor:
-    """Which evaluated images are among others, by position or content, `[n]` int64."""
-    found = shared_pictures(images.contents, others)[0]
+def find_shared(images: Evaluated, others: Contents, same_set: bool = True) -> tuple[torch.Tensor, str]:
+    """Which evaluated images are among others, by position or content, `[n]` int64, and 'at least ' or ''."""
+    found, _, least = shared_pictures(images.contents, others, COMPARED_FILES)
     if images.same_set and same_set:
         place = locate(others.source, images.contents.source)[others.whole]
         found = torch.cat([found, place[place >= 0]])
-    return found.unique()
+    return found.unique(), least
 
 
 def refuse_labeled(images: Evaluated, labeled: Contents) -> None:
@@ -369,13 +390,13 @@ def refuse_labeled(images: Evaluated, labeled: Contents) -> None:
             raise UsageError(f'{len(both)} of the {len(labeled.whole)} labeled training images are among the images to '
                              f'evaluate ({images.name}), such as {where(labeled, both[0])}: give slices that do not '
                              'overlap, or --val-fraction to hold out a part of the training split')
-    found, same = shared_pictures(images.contents, labeled)
+    found, same, least = shared_pictures(images.contents, labeled)
     if not len(found):
         return
     pairs = [f'{where(images.contents, i)} (as {where(labeled, j)})' for i, j in zip(found[:3], same)]
     more = f' and {len(found) - 3} more' if len(found) > 3 else ''
-    told = (f'{len(found)} pictures of {images.name}{images.contents.told} are the same as labeled ones{labeled.told} '
-            f'of training: {", ".join(pairs)}{more}')
+    told = (f'{least}{len(found)} pictures of {images.name} are the same as labeled ones of training: '
+            f'{", ".join(pairs)}{more}')
     if not images.published or len(found) > PUBLISHED_MOST * len(images.contents.index):
         raise UsageError(f'{told}; take them out of one of the two')
     _logger.warning(f'{told}; the set is published so, and they count')

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
 from torch import nn
 from tqdm import tqdm
@@ -127,7 +127,7 @@ from program import (
     setup_accelerator,
     takes_bar,
 )
-from schedule import build_scheduler, step_scheduler
+from schedule import build_optimizer, build_scheduler, step_scheduler
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import MAX_PIXELS, known_facts, unlabeled_split
@@ -156,6 +156,7 @@ def create_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
     parser = ArgumentParser(
         description='Semi-supervised training of any timm classifier, with CalibrateMix.',
+        stray='; pictures are given as --data-dir FOLDER',
         epilog=f'Exit status: 0 finished, 2 a mistake in the arguments, 1 a fault, {STOPPED} stopped by SIGTERM, '
                'SIGINT or SIGUSR1 after the update at hand, with a checkpoint that --resume auto goes on from. A '
                'second signal ends the run at once.',
@@ -176,9 +177,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dataset-download', action=flag, default=False, help='let torchvision download (torch/)')
     group.add_argument('--train-split', metavar='NAME', default='train', help='training split (default: train)')
     group.add_argument('--val-split', metavar='NAME', default=None,
-                       help='evaluation split (default: the first of validation, val, valid, test that exists). A '
-                            'picture that is a labeled one too, by place or content, is refused; of published data '
-                            'sets up to a tenth are told')
+                       help='evaluation split (default: the first of validation, val, valid, test that exists)')
     group.add_argument('--val-fraction', type=float, metavar='SHARE', default=None,
                        help='evaluate on, and choose best/ by, this share of every class of the training split, which '
                             'is then in neither the labeled nor the unlabeled set')
@@ -267,9 +266,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--dist-timeout', type=float, metavar='SECONDS', default=1800.,
                        help='how long to wait for a process that does not answer, or does not start (default: 1800); '
                             'one that died is noticed at once')
-    group.add_argument('-j', '--workers', type=int, metavar='N', default=4,
+    group.add_argument('-j', '--workers', type=int, metavar='N', default=None,
                        help='loading processes of the unlabeled set, per process, no more than there are processors '
-                            '(default: 4)')
+                            '(default: 4 at most)')
     group.add_argument('--aug-device', default='auto', choices=['auto', 'pil', 'cpu', 'cuda'],
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
@@ -447,10 +446,8 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
                  'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha'):
-        if not getattr(args, name) >= 0:
+        if getattr(args, name) is not None and not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
-    if args.freematch_max_threshold is None:
-        args.freematch_max_threshold = 0.95 if 'svhn' in args.dataset.lower() else 1.
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
@@ -516,24 +513,6 @@ def share_batch(args: argparse.Namespace, num_processes: int) -> None:
         args.batch_size = args.global_batch_size // parts
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    asked = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
-    try:
-        optimizer = create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            **asked,
-        )
-    except (ValueError, IndexError, TypeError, ImportError) as error:
-        raise UsageError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
-    for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
-        raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
-    return optimizer
-
-
 def build_calmix(
         args: argparse.Namespace,
         datasets: Datasets,
@@ -596,7 +575,7 @@ def build_datasets(
     if args.algorithm != 'supervised':
         unlabeled_index, position = place_labeled(args, sources, labels, num_classes)
     identity = identify(sources, labels, unlabeled_index)
-    extra = match_extra(args, train.class_names, num_classes) if args.extra_val else None
+    extra = match_extra(args, train.class_names, num_classes, train.bits) if args.extra_val else None
     check_overlap(args, sources, labels, unlabeled_index, extra and extra[:2])
     recipe = dict(
         img_size=data_config.input_size[1],
@@ -670,7 +649,7 @@ def semi_supervised_step(
         model: Returns features and logits.
         labeled: image `[B, C, S, S]` (and what other views the method has), target `[B]`, index `[B]`.
         unlabeled: weak and strong `[U, C, S, S]` (likewise), target `[U]` (for monitoring only; -1: unknown), index
-            `[U]`.
+            `[U]`. Both may say whether an index stands twice, as repeated.
         method: The base method.
         calmix: None for the base method alone.
         num_updates: Updates done so far.
@@ -688,7 +667,9 @@ def semi_supervised_step(
     confidence, pseudo_label = out.weak_logits[:, :num_classes].softmax(1).max(1)
 
     # What a method or the bank keeps is kept of the joined batch, on every process alike.
-    i_all, y_all, z_all, j_all, z_weak_all = accelerator.gather((i, y, out.logits.detach(), j, out.weak_logits))
+    i_all, y_all, z_all, j_all, z_weak_all, pseudo_label_all = accelerator.gather(
+        (i, y, out.logits.detach(), j, out.weak_logits, pseudo_label),
+    )
     method.see_labeled(z_all, y_all, num_updates)
     first = accelerator.process_index * len(j)
     weight_all = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)
@@ -701,28 +682,31 @@ def semi_supervised_step(
         target = method.target(out.weak_logits, pseudo_label, j)
         loss_unlabeled = (F.cross_entropy(z_strong, target, reduction='none') * weight).mean()
         further = method.further_loss(out.strong_logits, weight, accelerator)
-    loss = loss_labeled + lambda_u(num_updates, args) * loss_unlabeled + further
+    loss = loss_labeled.add(loss_unlabeled, alpha=lambda_u(num_updates, args))
+    if isinstance(further, torch.Tensor):
+        loss = loss + further
     if args.logit_margin_penalty:
         penalty = logit_margin_penalty(out.strong_logits, pseudo_label, weight, accelerator, args)
         loss = loss + args.logit_margin_penalty * penalty
 
-    loss_mixup = torch.zeros_like(loss)
+    terms = {}
     if calmix is not None:
-        pseudo_label_all = z_weak_all[:, :num_classes].argmax(1)
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
-        calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates)
+        alone = accelerator.num_processes == 1  # else the others' images are not known without a wait
+        repeated = tuple(batch.get('repeated') if alone else None for batch in (labeled, unlabeled))
+        calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates, repeated)
         if num_updates >= calmix.warmup_steps:
             easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
             loss_mixup = mixup_loss(model, calmix, labeled, unlabeled, out, pseudo_label, confidence, easy, accelerator)
             loss = loss + calmix.weight * loss_mixup
+            terms['loss_mixup'] = loss_mixup.detach()
 
-    known = unlabeled['target'] >= 0
+    # A pseudo-label is never -1, which stands for an unknown label.
+    right = torch.stack([pseudo_label == unlabeled['target'], unlabeled['target'] >= 0])
+    right, known = right.mean(1, dtype=torch.float32).unbind()
     return dict(
-        loss=loss,
-        loss_labeled=loss_labeled.detach(), loss_unlabeled=loss_unlabeled.detach(), loss_mixup=loss_mixup.detach(),
-        mask_rate=weight.mean(),
-        pseudo_label_right=((pseudo_label == unlabeled['target']) & known).float().mean(),
-        pseudo_label_known=known.float().mean(),
+        loss=loss, loss_labeled=loss_labeled.detach(), loss_unlabeled=loss_unlabeled.detach(), **terms,
+        mask_rate=weight.mean(), pseudo_label_right=right, pseudo_label_known=known,
     )
 
 
@@ -768,23 +752,23 @@ class Monitor:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.sums = torch.zeros(len(self.TERMS) + 1, device=accelerator.device)
-        self.bad = torch.full((len(self.TERMS) + 1,), -1., device=accelerator.device)
-        self.seen = self.sums.clone()
+        self.bad = torch.full((len(self.TERMS) + 2,), -1., device=accelerator.device)
+        self.seen, self.one = self.sums.clone(), torch.ones((), device=accelerator.device)
 
     def add(self, terms: dict[str, torch.Tensor], step: int) -> None:
         # A GPU would be waited for by new_tensor, and by a number that is assigned to an element.
-        row = torch.stack([torch.ones_like(terms['loss']), *(
-            terms[name] if name in terms else torch.zeros_like(terms['loss']) for name in self.TERMS
-        )]).detach()
-        note = torch.cat([row.new_full((1,), step), row[1:]])
-        self.bad = torch.where((self.bad[0] < 0) & ~terms['loss'].isfinite(), note, self.bad)
-        self.sums = self.sums + row
+        loss = terms['loss'].detach()
+        absent = None if terms.keys() >= set(self.TERMS) else torch.zeros_like(loss)
+        row = [terms.get(name, absent) for name in self.TERMS]
+        row = torch.stack([loss.new_full((), step), self.one, *row]).detach()
+        self.bad = torch.where((self.bad[0] < 0) & (loss - loss != 0), row, self.bad)  # NaN != 0 too
+        self.sums = self.sums + row[1:]
 
     def check(self) -> None:
         """Raises RunError, on every process, if the loss of one was not finite."""
         for rank, bad in enumerate(self.accelerator.gather(self.bad[None]).tolist()):
             if bad[0] >= 0:
-                parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.TERMS[1:4], bad[2:5]))
+                parts = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.TERMS[1:4], bad[3:6]))
                 raise RunError(f'the loss is not finite at update {bad[0]:.0f} on process {rank} ({parts}); {ADVICE}')
 
     def read(self, since_last: bool = False) -> dict[str, float]:
@@ -827,7 +811,8 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
                     run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
                     args, run.adjustment, average,
                 )
-            accelerator.backward(terms['loss'] / args.grad_accum_steps)
+            loss = terms['loss']
+            accelerator.backward(loss / args.grad_accum_steps if args.grad_accum_steps > 1 else loss)
         run.monitor.add(terms, run.num_updates)
     if args.clip_grad is not None:
         accelerator.unscale_gradients(run.optimizer)

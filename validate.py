@@ -37,19 +37,21 @@ import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from timm.utils import ParseKwargs, setup_default_logging
+from timm.utils import setup_default_logging
 from torch import nn
 
 from backbone import (
     add_device_arguments,
     add_image_arguments,
+    add_weights_arguments,
     agree_on_precision,
     check_model,
+    check_weights_arguments,
     class_names_of,
     evaluate_batches,
     load_model,
 )
-from checkpoint import read_run
+from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import LEVELS, measure_decisions
 from figures import (
@@ -89,6 +91,7 @@ from seeds import item_seed
 from sources import (
     SOURCE_FLAGS,
     ImageError,
+    NoEvaluationSplit,
     PartSource,
     Source,
     locate,
@@ -114,22 +117,16 @@ OOD_SCORES = ('msp', 'energy', 'margin')
 
 def create_validate_parser() -> argparse.ArgumentParser:
     flag = argparse.BooleanOptionalAction
-    parser = ArgumentParser(description='Calibration report of trained classifiers.')
+    parser = ArgumentParser(description='Calibration report of trained classifiers.',
+                            stray='; weights are given as --checkpoint RUN/last')
     group = parser.add_argument_group('Checkpoints')
     group.add_argument('--checkpoint', metavar='PATH', nargs='+', default=[],
                        help='folders of weights: RUN/best or RUN/last of train_ssl.py, or any that timm saved with a '
                             'config.json; or weight files of timm\'s train.py. Several are compared. best/ was chosen '
                             'by the score on the run\'s evaluation split: on that split, report last/')
-    group.add_argument('-m', '--model', metavar='NAME', default=None,
-                       help='timm model of the weight files (default: that of the args.yaml beside them), or with '
-                            '--pretrained the model to evaluate')
-    group.add_argument('--pretrained', action=flag, default=False, help='timm\'s pretrained weights of --model')
-    group.add_argument('--use-ema', action=flag, default=False,
-                       help='the averaged weights in weight files (folders of train_ssl.py hold nothing else)')
+    add_weights_arguments(group)
     group.add_argument('--num-classes', type=int, metavar='N', default=None,
                        help='classes of the model; given, it may have more classes than the data set has names')
-    group.add_argument('--model-kwargs', nargs='*', action=ParseKwargs, default=None, metavar='K=V',
-                       help='further arguments of the model\'s constructor')
 
     group = parser.add_argument_group('Dataset', 'What is not given is taken from the args.yaml of the run.')
     group.add_argument('--dataset', metavar='NAME', default=None, help='as train_ssl.py --dataset')
@@ -219,12 +216,7 @@ def _parse_args(argv: list[str] | None = None) -> Namespace:
             parser.error(f'{flag}: what it asks for is stored by --save-temperature with --calibration-split')
         if not all(0 < level < 1 for level in levels or ()):
             parser.error(f'{flag} {" ".join(f"{level:g}" for level in levels)}: expected numbers between 0 and 1')
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
-    if not args.checkpoint and not args.model:
-        parser.error('give --checkpoint RUN/best, or --model NAME --pretrained')
-    if args.model and not args.checkpoint and not args.pretrained:
-        parser.error(f'--model {args.model}: its weights are random; add --pretrained or --checkpoint FILE')
+    check_weights_arguments(parser, args)
     if args.calibration_split is not None and args.calibration_from_labeled is not None:
         parser.error('--calibration-split and --calibration-from-labeled: give one of them')
     if args.unlabeled_split is not None and args.calibration is None:
@@ -308,7 +300,14 @@ def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None
     """A split of the data, or what --val-fraction held out; `run` is the folder whose args.yaml names the data."""
     if split == HELD_OUT:
         return open_held_out(data, checkpoints)
-    return open_source(data, split) if run is None else open_run_source(data, split, run)
+    try:
+        return open_source(data, split) if run is None else open_run_source(data, split, run)
+    except NoEvaluationSplit:
+        if split is not None or getattr(data, 'val_fraction', None) is None:
+            raise
+        _logger.info(f'There is no evaluation split, so that --split {HELD_OUT} is taken: what --val-fraction held out')
+        data.val_split = HELD_OUT
+        return open_held_out(data, checkpoints)
 
 
 def split_names(split: str) -> set[str]:
@@ -516,6 +515,10 @@ def scale(result: Result, data: Namespace) -> None:
         if at_bound:
             _logger.warning(f'{result.name}: the temperature without labels is at its bound of {value:g}, since the '
                             f'likelihood of {len(result.mixed.index)} mixtures has no maximum')
+        elif value < 1:  # seen on solar cells, alike as they are, and after training with mixing
+            _logger.warning(f'{result.name}: the temperature without labels is {value:.2f}, which makes it surer than '
+                            'it was. Where mixtures are too easy to tell, that is wrong: compare it with one from '
+                            'labels (--calibration-split)')
     elif fit_on is None:
         value = saved_temperature(result.checkpoint, data)
         if value is not None:
@@ -909,6 +912,43 @@ def mix_unlabeled(
     return evaluate(source, kept.index, kept.logits.argmax(1), partial(PairDataset, partner=partner))
 
 
+def labels_to_use(
+        images: Images,
+        model: nn.Module,
+        run: dict,
+        args: Namespace,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels of the images to evaluate and, if there are any, of those to fit on, as the model numbers its classes.
+
+    Raises:
+        UsageError: Unless all are classes of the model.
+    """
+    given = run.get('num_classes') if args.num_classes is None else args.num_classes
+    by_number = args.num_classes is not None and not run
+    tested = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
+    if images.calibration is None:
+        return tested, None
+    fitted = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number)
+    if class_names_of(model) is None and images.calibration.class_names != images.test.class_names:
+        raise UsageError(f'--calibration-split {args.calibration_split}: it has other classes than split '
+                         f'{images.data.val_split}')
+    return tested, fitted
+
+
+def mixing_flags(run: dict) -> list[str]:
+    """The arguments by which a run of train_ssl.py or of timm's train.py was trained on mixed images."""
+    found = [f'--{key.replace("_", "-")}' for key in ('calibratemix', 'mixup', 'cutmix', 'cutmix_minmax')
+             if run.get(key)]
+    return found + [f'--algorithm {name}' for name in ('mixmatch', 'remixmatch') if run.get('algorithm') == name]
+
+
+def tell_mixing(name: str, run: dict) -> None:
+    """Warns of a temperature from mixtures where the network was trained on mixtures."""
+    if mixing_flags(run):
+        _logger.warning(f'{name}: it was trained with {", ".join(mixing_flags(run))}. On mixtures it is then as right '
+                        'and as unsure as it was taught to be, and the temperature without labels comes out too low')
+
+
 def evaluate_checkpoint(
         name: str,
         checkpoint: Path | None,
@@ -920,14 +960,9 @@ def evaluate_checkpoint(
 ) -> Result:
     """A model's outputs on all sets of images, on every process."""
     model, config, view = load_model(args, checkpoint, run)
-    given = run.get('num_classes') if args.num_classes is None else args.num_classes
-    names, by_number = class_names_of(model), args.num_classes is not None and not run
-    test_targets = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
-    if images.calibration is not None:
-        fit_targets = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number)
-        if names is None and images.calibration.class_names != images.test.class_names:
-            raise UsageError(f'--calibration-split {args.calibration_split}: it has other classes than split '
-                             f'{images.data.val_split}')
+    use_kept_bits(checkpoint, [images.test, images.calibration, images.unlabeled, *images.ood.values()])
+    names = class_names_of(model)
+    test_targets, fit_targets = labels_to_use(images, model, run, args)
     model.eval().to(accelerator.device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -943,33 +978,25 @@ def evaluate_checkpoint(
 
     if data.own:
         tell_trained(name, checkpoint.parent / 'labels.json', images.data, images.test)
-    labeled = mixed = None
+    labeled = mixed = own = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
     if labels_file is not None or (own_file is not None and images.unlabeled is not None):
         with once_a_machine(accelerator):
             train = open_source(data, data.train_split)
+        use_kept_bits(checkpoint, [train])
+        own = own_file and read_labels(own_file, train, model.num_classes, names)
     if labels_file is not None:
-        index, targets, _ = read_labels(labels_file, train, model.num_classes, names)
-        if args.calibration_from_labeled is not None and own_file is not None:
-            trained = read_labels(own_file, train, model.num_classes, names)[0]
-            known = int(torch.isin(index, trained).sum())
-            if known:
-                _logger.warning(f'{name}: {known} of {len(index)} calibration images are labeled images of its '
-                                'training, where it is right more often than elsewhere: expect too low a temperature')
-        labeled = evaluate(train, index, targets)
-    own_index = None
-    if own_file is not None and images.unlabeled is not None:
-        own_index = read_labels(own_file, train, model.num_classes, names)[0]
-        check_unlabeled(own_index, train, images.data)
+        found = own if labels_file == own_file else read_labels(labels_file, train, model.num_classes, names)
+        if args.calibration_from_labeled is not None and own is not None:
+            tell_known(name, int(torch.isin(found[0], own[0]).sum()), len(found[0]))
+        labeled = evaluate(train, *found[:2])
+    if own is not None and images.unlabeled is not None:
+        check_unlabeled(own[0], train, images.data)
     tested = evaluate(images.test, targets=test_targets)
     if images.unlabeled is not None:
-        known = [tested]
-        if own_index is not None:
-            known.append(evaluate(train, own_index))
+        known = [tested] if own is None else [tested, evaluate(train, own[0])]
         mixed = mix_unlabeled(evaluate, images.unlabeled, torch.cat([part.digest for part in known]), name, args)
-        if run.get('calibratemix'):
-            _logger.warning(f'{name}: it was trained with --calibratemix. On mixtures it is then as right and as '
-                            'unsure as it was taught to be, and the temperature without labels comes out too low')
+        tell_mixing(name, run)
     return Result(
         name,
         checkpoint,
@@ -983,6 +1010,13 @@ def evaluate_checkpoint(
         tell_choice(name, checkpoint, images.data),
         read_labeled_by_class(checkpoint, model.num_classes),
     )
+
+
+def tell_known(name: str, known: int, number: int) -> None:
+    """Warns of calibration images that are labeled ones of the training."""
+    if known:
+        _logger.warning(f'{name}: {known} of {number} calibration images are labeled images of its training, where it '
+                        'is right more often than elsewhere: expect too low a temperature')
 
 
 def read_metrics(checkpoint: Path | None) -> dict:

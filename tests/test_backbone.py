@@ -276,7 +276,7 @@ def test_a_folder_of_photographs_trains_without_a_model_at_imagenets_mean(tmp_pa
 def test_there_are_no_more_workers_than_processors_and_the_change_is_told(monkeypatch, caplog):
     monkeypatch.setattr(data.os, 'sched_getaffinity', lambda _: {0, 1}, raising=False)
     with caplog.at_level(logging.INFO, 'train'):
-        assert [data.limit_workers(asked) for asked in (0, 2, 4)] == [0, 2, 2]
+        assert [data.limit_workers(asked) for asked in (0, 2, 4, None)] == [0, 2, 2, 2]
     assert caplog.messages == ['--workers 4: 2 instead, one for each processor that there is']
 
 

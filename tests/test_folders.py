@@ -1,7 +1,9 @@
 """Image folders and pictures as users have them: one test per promise of how they are read."""
 import io
+import logging
 import os
 import pickle
+import re
 import struct
 import tempfile
 import zlib
@@ -377,11 +379,29 @@ def test_a_folder_named_by_its_path_is_the_split_that_lies_there(tmp_path):
     assert len(opened(tmp_path, str(tmp_path / 'train') + '[:1]')) == 1 and len(opened(tmp_path, 'x[1]')) == 1
 
 
+def test_a_folder_of_class_folders_is_the_training_split_of_a_run_that_holds_a_part_out(tmp_path, caplog):
+    make(tmp_path, *(f'zoo/{name}/{i}.png' for name in 'ab' for i in range(4)), 'zoo2/test/a/1.png', 'zoo2/b/1.png')
+    asked = train_ssl._parse_args(['--data-dir', str(tmp_path / 'zoo')])
+    with pytest.raises(UsageError, match='no split train; it has a, b. If these are classes: --val-fraction 0.2'):
+        splits.open_sources(asked)
+    asked = train_ssl._parse_args(['--data-dir', str(tmp_path / 'zoo'), '--val-fraction', '0.25'])
+    with caplog.at_level(logging.INFO):
+        opened = splits.open_sources(asked)
+    assert (opened.train.class_names, opened.train.targets.tolist().count(-1)) == (['a', 'b'], 2)
+    assert sorted(opened.evaluation.targets.tolist()) == [0, 1]
+    assert (asked.data_dir, asked.train_split) == (str(tmp_path), 'zoo')
+    assert 'so its 2 folders are taken for classes: a, b' in caplog.text
+    asked = train_ssl._parse_args(['--data-dir', str(tmp_path / 'zoo2'), '--val-fraction', '0.25'])
+    with pytest.raises(UsageError, match='no split train; it has b, test$'):
+        splits.open_sources(asked)
+
+
 def test_labeled_and_unlabeled_are_the_splits_where_there_is_no_train(tmp_path, caplog):
     make(tmp_path, 'labeled/a/1.png', 'labeled/b/2.png', 'val/a/5.png', 'val/b/6.png')
     make(tmp_path, 'unlabeled/3.png', 'unlabeled/4.png')
     args = train_ssl._parse_args(['--data-dir', str(tmp_path)])
-    opened = splits.open_sources(args)
+    with caplog.at_level(logging.INFO):
+        opened = splits.open_sources(args)
     train, unlabeled = opened.train, opened.unlabeled
     assert train.targets.tolist() == [0, 1] and unlabeled.targets.tolist() == [-1, -1]
     assert (args.train_split, args.unlabeled_split) == ('labeled', 'unlabeled')
@@ -497,6 +517,23 @@ def test_colour_of_16_bits_that_comes_out_nearly_black_is_told(tmp_path, caplog)
         opened(tmp_path)
         assert len(caplog.messages) == told
     assert 'colour of 16 bits' in caplog.text and 'no value is above 15 of 255' in caplog.text
+
+
+@pytest.mark.parametrize('form', ['gif', 'tiff', 'webp'])
+def test_files_of_several_pages_are_counted_and_give_the_first(tmp_path, form, caplog):
+    """Of all files of such a kind, also where none is among those that any set has looked at."""
+    frames = [Image.new('L', (4, 4), value) for value in (250, 90, 10)]
+    for i in range(100):
+        save(tmp_path / 'train' / 'a' / f'{i}.png')
+    for i, number in enumerate((1, 3, 2)):
+        frames[0].save(tmp_path / 'train' / 'a' / f'{i}.{form}', save_all=True, append_images=frames[1:number])
+    source = opened(tmp_path)
+    inputs.open_pictures(str(tmp_path / 'train'))
+    told = [line for line in caplog.messages if 'several' in line]
+    several = str(tmp_path / 'train' / 'a' / f'1.{form}')
+    assert len(told) == 2 and told[0] == f'{tmp_path} train: {told[1]}'
+    assert re.fullmatch(rf'2 of \d+ files looked at hold .*, such as {several}; the first of each is taken', told[1])
+    assert abs(int(np.asarray(source.image(source.file_paths().index(several))).max()) - 250) < 3
 
 
 def test_a_huge_picture_is_refused_with_the_flag_that_allows_it(tmp_path):

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -219,9 +220,12 @@ def test_without_a_calibration_the_confidences_are_believed_and_this_is_said(mod
     assert all(row['confidence'] == row['raw_confidence'] for row in good)
 
 
-def test_the_temperature_changes_confidences_and_not_predictions(model, photos, run, tmp_path):
+def test_the_temperature_changes_confidences_and_not_predictions_and_is_told(model, photos, run, tmp_path, caplog):
     plain = run(photos / 'b', '--checkpoint', model)
-    rows = run(photos / 'b', '--checkpoint', with_calibration(model, tmp_path / 'scaled'))
+    assert 'after temperature' not in caplog.text
+    with caplog.at_level(logging.INFO):
+        rows = run(photos / 'b', '--checkpoint', with_calibration(model, tmp_path / 'scaled'))
+    assert 'after temperature 2.000, which was fitted with labels on 100 images of val' in caplog.text
     assert [row['label'] for row in rows] == [row['label'] for row in plain]
     assert [row['raw_confidence'] for row in rows] == [row['confidence'] for row in plain]
     assert all(float(row['confidence']) < float(row['raw_confidence']) for row in rows if not row['error'])
@@ -409,8 +413,14 @@ def test_the_contact_sheet_shows_both_ends_of_each_class(model, photos, run, tmp
         if not row['error']:
             by_class.setdefault(row['label'], []).append(float(row['confidence']))
     assert sum(len(cells) for _, cells in parts) == 12
+    files = {}
+    for row in rows:
+        files.setdefault(row['label'], set()).add(Path(row['filename']).name)
     for label, confidence in by_class.items():
-        shown = [float(cell.note.split()[0]) for _, cells in parts for cell in cells if cell.label == label]
+        title = f'{" ".join(label.split())}: the '
+        cells = [cell for heading, cells in parts for cell in cells if heading.startswith(title)]
+        assert {cell.label for cell in cells} <= files[label]
+        shown = [float(cell.note.split()[0]) for cell in cells]
         most = -(-len(confidence) // 2)
         ranked = sorted(confidence, reverse=True)
         assert shown == pytest.approx(ranked[:most] + ranked[most:][::-1], abs=6e-4)

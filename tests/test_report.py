@@ -110,6 +110,23 @@ def test_means_and_deviations_over_seeds_are_numpy_s(make_run, tmp_path):
     assert 'n = 3 seeds' in table
 
 
+def test_figures_of_rare_classes_go_into_the_files_where_all_runs_have_them(make_run, tmp_path):
+    def columns(name):
+        with open(tmp_path / 'out' / name, newline='') as file:
+            return {key: value for key, value in next(csv.DictReader(file)).items() if 'tail' in key or 'bal' in key}
+
+    folders = [make_run(str(seed), '--imbalance-factor', '50', seed=seed) for seed in range(2)]
+    for seed, (folder, tail) in enumerate(zip(folders, (40., 60.))):
+        path = folder / 'last' / 'metrics.json'
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), balanced_accuracy=70. + seed, tail_error=tail)))
+    write(*folders, output=tmp_path / 'out')
+    assert columns('runs.csv') == dict(balanced_accuracy='70.0000', tail_error='40.0000')
+    assert columns('table.csv') == dict(balanced_accuracy_mean='70.5000', balanced_accuracy_sd='0.7071',
+                                        tail_error_mean='50.0000', tail_error_sd='14.1421')
+    write(*folders, make_run('older', seed=2), output=tmp_path / 'out')
+    assert columns('runs.csv').keys() == {'imbalance_factor'}
+
+
 def test_a_run_of_an_older_version_without_an_argument_is_in_the_cell_of_the_newer_ones(make_run, tmp_path):
     old, new, other = make_run('old'), make_run('new', seed=1), make_run('other', '--label-noise', '0.2')
     args = yaml.safe_load((old / 'args.yaml').read_text())

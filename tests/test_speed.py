@@ -159,7 +159,8 @@ def test_no_step_waits_for_a_gpu(flags):
 
         for module in (model, method, calmix):
             on_fake_gpu(module)
-        monitor.sums, monitor.bad = torch.zeros(8, device='cuda'), torch.zeros(8, device='cuda')
+        monitor.sums, monitor.bad = torch.zeros(8, device='cuda'), torch.zeros(9, device='cuda')
+        monitor.one = torch.ones((), device='cuda')
         labeled = dict({name: images(6) for name in method.labeled_views}, target=integers(4, 6), index=integers(10, 6))
         unlabeled = dict({name: images(12) for name in method.views}, target=integers(4, 12), index=integers(40, 12))
         with NoBlockingCopies():

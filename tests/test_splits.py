@@ -21,6 +21,7 @@ from PIL import Image
 import checkpoint
 import digests
 import mislabeled
+import predict
 import program
 import splits
 import train_ssl
@@ -221,6 +222,39 @@ def test_of_a_published_set_a_few_are_told_and_many_refused(own, monkeypatch, ca
         splits.check_overlap(args, splits.Sources(train, train, test), labels, None)
 
 
+def test_deep_greyscale_is_scaled_as_in_training_wherever_it_is_evaluated(tmp_path, train_own, evaluate, caplog):
+    """Training holds values up to 4095, so 12 bits; the other pictures alone would point to 8 or 10."""
+    generator = np.random.default_rng(0)
+
+    def save(path, pixels):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+    for split, largest, form in (('train', 4096, 'png'), ('val', 200, 'tiff'), ('ood', 900, 'tiff')):
+        for i in range(6):
+            pixels = generator.integers(0, largest, (8, 8), dtype=np.uint16)
+            save(tmp_path / 'deep' / split / 'ab'[i % 2] / f'{i}.{form}', pixels)
+            save(tmp_path / 'flat' / split / 'ab'[i % 2] / f'{i}.png', (pixels >> 4).astype(np.uint8))
+    run = train_own('run', '--data-dir', tmp_path / 'deep', '--in-chans', '1')
+    assert 'val/a/0' in caplog.text and 'taken as 12 bits, as in training' in caplog.text
+    assert json.loads((run / 'last' / 'config.json').read_text())['grey_bits'] == 12
+    logged = json.loads((run / 'last' / 'metrics.json').read_text())
+    found = {}
+    for kind in ('deep', 'flat'):
+        flags = ('--checkpoint', run / 'last', '--data-dir', tmp_path / kind)
+        found[kind] = [evaluate(*flags, '--split', 'val')['nll']]
+        ending = 'tiff' if kind == 'deep' else 'png'
+        run_in_process(predict, tmp_path / kind / 'ood' / 'a' / f'0.{ending}', '--checkpoint', run / 'last', '-j', 0,
+                       '--results-dir', tmp_path / 'table', '--device', 'cpu', '--no-console-results')
+        found[kind] += (tmp_path / 'table' / 'predictions.csv').read_text().splitlines()[1].split(',')[1:]
+    assert found['deep'] == found['flat'] and found['deep'][0] == pytest.approx(logged['nll'], abs=1e-6)
+    state = checkpoint.read_checkpoint(next(run.glob('checkpoint-*.safetensors')))
+    assert state['identity']['bits'] == 12
+    (run / 'last' / 'config.json').write_text('{"grey_bits": "twelve"}')
+    with pytest.raises(UsageError, match='grey_bits is twelve; expected a whole number'):
+        checkpoint.use_kept_bits(run / 'last', [])
+
+
 def test_copies_of_imagenet_are_matched_by_number_where_they_share_no_name(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     words = toy([0, 49, 50, 999], [f'word {i}' for i in range(1000)])
@@ -342,14 +376,19 @@ def test_shared_pictures_are_those_of_a_slow_comparison(own, kind, monkeypatch):
         if kind != 'arrays':
             assert source.tails(np.arange(len(source))).tolist() == tails
     expected = [(i, content[1].index(data)) for i, data in enumerate(content[0]) if data and data in content[1]]
-    found = shared_pictures(Contents(one), Contents(other))
-    assert list(zip(*(index.tolist() for index in found))) == expected and len(expected) > 1
+    *found, least = shared_pictures(Contents(one), Contents(other), 50)
+    assert list(zip(*(index.tolist() for index in found))) == expected and len(expected) > 1 and not least
+    assert one.in_files() == (kind in ('files', 'joined', 'part'))
     index = torch.tensor([i for i, _ in expected[::-1]])
     assert shared_pictures(Contents(one, index), Contents(other))[0].tolist() == index.tolist()
     monkeypatch.setattr(digests, 'COMPARED_BYTES', len(content[0][expected[0][0]]) + 1)
-    assert len(shared_pictures(Contents(one), Contents(other))[0]) <= 1
-    monkeypatch.setattr(digests, 'COMPARED_MOST', 2)
-    assert Contents(one, index).told == ('' if len(index) < 3 else f' (2 of {len(index)} looked at)')
+    found, _, least = shared_pictures(Contents(one), Contents(other))
+    assert len(found) <= 1 and {*found.tolist()} <= {*index.tolist()} and least == 'at least '
+    monkeypatch.undo()
+    found, _, least = shared_pictures(Contents(one), Contents(other), 1)
+    assert {*found.tolist()} <= {*index.tolist()} and least == 'at least ' * one.in_files()
+    monkeypatch.setattr(digests, 'COMPARED_MOST', 1)
+    assert shared_pictures(Contents(one), Contents(other))[2] == 'at least '
 
 
 def table_of(cells: list[bytes], kind: pa.DataType) -> HFSource:

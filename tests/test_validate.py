@@ -290,6 +290,17 @@ def test_pseudo_calibration_equals_a_plain_loop_and_never_sees_labeled_or_evalua
     assert found['temperature'] == pytest.approx(temperature, rel=1e-4)
 
 
+def test_a_temperature_without_labels_that_makes_a_model_surer_is_told(caplog):
+    logits = torch.tensor([[1., 0.]] * 9 + [[0., 1.]])
+    for factor, told in ((1., True), (4., False)):
+        some = validate.Outputs(torch.arange(10), torch.zeros(10).long(), torch.arange(10), factor * logits)
+        result = validate.Result('run', None, None, some, None, None, some, {})
+        caplog.clear()
+        validate.scale(result, Namespace())
+        assert result.parameters['pseudo']['temperature'] == pytest.approx(factor / np.log(9), rel=1e-3)
+        assert ('0.46, which makes it surer than it was' in caplog.text) == told
+
+
 def test_classes_and_their_confusions_are_counted_by_name(comparison):
     table = pq.read_table(comparison[0] / 'run' / 'predictions.parquet')
     pairs = list(zip(table['target'].to_pylist(), table['predicted'].to_pylist()))
@@ -329,6 +340,21 @@ def test_a_temperature_without_labels_is_saved_and_warns_of_networks_trained_wit
     )
     shown = evaluate('--checkpoint', run_copy / 'best')
     assert report(shown)['scaled']['saved']['temperature'] == saved['temperature']
+
+
+@pytest.mark.parametrize('run, flags', [
+    (dict(calibratemix=True, algorithm='fixmatch'), ['--calibratemix']),
+    (dict(calibratemix=False, algorithm='remixmatch'), ['--algorithm remixmatch']),
+    (dict(mixup=0.2, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0), ['--mixup', '--cutmix']),  # timm's train.py
+    (dict(mixup=0.0, cutmix=0.0, cutmix_minmax=[0.2, 0.8], mixup_prob=1.0), ['--cutmix-minmax']),
+    (dict(mixup=0.0, cutmix=0.0, cutmix_minmax=None, mixup_prob=1.0), []),
+    (dict(calibratemix=False, algorithm='fixmatch'), []),
+    ({}, []),
+])
+def test_the_warning_of_mixing_names_the_arguments_and_says_nothing_of_other_runs(caplog, run, flags):
+    validate.tell_mixing('a run', run)
+    assert len(caplog.messages) == bool(flags)
+    assert not flags or f'a run: it was trained with {", ".join(flags)}. ' in caplog.text
 
 
 def test_out_of_distribution_rows_are_those_of_the_logits(run_folder, photographs, comparison):
@@ -600,6 +626,19 @@ def test_pseudo_calibration_of_a_run_that_had_all_labels_is_refused_before_anyth
     monkeypatch.setattr(validate, 'collect', lambda *args: pytest.fail('images were evaluated'))
     with pytest.raises(UsageError, match=f'all {len(train)} images of train were labeled in training; leave it out'):
         evaluate('--checkpoint', run_copy / 'best', '--calibration', 'pseudo')
+
+
+def test_where_no_split_is_one_for_evaluation_what_the_run_held_out_is_evaluated(tmp_path, monkeypatch):
+    for name in 'ab':
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'train' / name / '0.png')
+    run = Namespace(**dict(sources.SOURCE_FLAGS, data_dir=str(tmp_path), val_fraction=None))
+    with pytest.raises(UsageError, match=r'splits train is named .* \(train_ssl.py --val-fraction 0.2\)'):
+        validate.open_split(run, None, [None], None)
+    run.val_fraction = 0.5
+    monkeypatch.setattr(validate, 'open_held_out', lambda *args: 'what was held out')
+    assert validate.open_split(run, None, [None], None) == 'what was held out'
+    assert run.val_split == 'held-out'
 
 
 def test_other_classes_than_the_models_are_refused(run_folder, broken_folder, evaluate):
