@@ -44,7 +44,7 @@ from calibratemix import CalibrateMix, MarginBank, pair_dissimilar
 from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
 from figures import complexity_diagram
-from methods import ALGORITHMS, has_extra_class
+from methods import ALGORITHMS, num_outputs
 from program import ArgumentParser, setup_accelerator
 from schedule import build_scheduler
 from seeds import seeded
@@ -137,7 +137,7 @@ def create_run(
     args = train_ssl._parse_args(argv)
     accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
     torch.manual_seed(0)
-    timm_model = build_model(args, NUM_CLASSES + has_extra_class(args)).to(accelerator.device)
+    timm_model = build_model(args, num_outputs(args, NUM_CLASSES)).to(accelerator.device)
     if args.channels_last:
         timm_model.to(memory_format=torch.channels_last)
     model = Cheap(timm_model.num_features) if cheap else FeaturesAndLogits(timm_model)

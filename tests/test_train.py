@@ -974,7 +974,7 @@ def test_the_command_line_puts_out_what_the_config_file_says_of_the_same_choice(
     assert (asked.batch_size, asked.global_batch_size) == (None, 64)
     assert (asked.num_labels, asked.labels_per_class) == (None, 3)
     plain = train_ssl._parse_args(['--algorithm', 'pseudo_label'])
-    lambda_asked, lambda_plain = (methods.lambda_u(methods.PseudoLabel, 1000, args) for args in (asked, plain))
+    lambda_asked, lambda_plain = (methods.lambda_u(1000, args) for args in (asked, plain))
     assert lambda_asked == lambda_plain < 0.01
     assert train_ssl._parse_args(['-c', str(path)]).batch_size == 8
 
