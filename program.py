@@ -362,6 +362,9 @@ def setup_accelerator(
         raise UsageError(f'--device {device}: not available here; Accelerate found {found}')
     if found == 'cpu':
         keep_freed_memory()
+    elif found == 'cuda':  # as in timm's train.py
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     if sync_bn and found != 'cuda':
         raise UsageError(f'--sync-bn: needs GPUs, and the device is {found}')
     if amp and not accelerator.native_amp:

@@ -1006,7 +1006,8 @@ def tell_batch(args: argparse.Namespace, processes: int, device: str) -> str:
     own = ' and '.join(str(number) for _, number in kinds)
     steps = f' from each of {args.grad_accum_steps} batches' if args.grad_accum_steps > 1 else ''
     return (f'an update takes {joined} images: {own}{steps} on '
-            + (f'each of {processes} processes' if processes > 1 else 'one process') + f', device {device}')
+            + (f'each of {processes} processes' if processes > 1 else 'one process') + f', device {device}'
+            + (', with TF32 and cudnn.benchmark' if device.startswith('cuda') else ''))
 
 
 def describe(

@@ -566,6 +566,18 @@ def test_processes_that_would_each_be_alone_are_refused(monkeypatch):
         program.setup_accelerator()
 
 
+def test_a_gpu_gets_the_settings_of_timms_training_script(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(program.Accelerator, 'device', torch.device('cuda'))
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = False
+        program.setup_accelerator('cuda')
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='two processes would take two GPUs')
 def test_the_launchers_line_for_one_machine_works_on_cpus_as_it_stands(tmp_path):
     tiny = list(TINY)
