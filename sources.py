@@ -779,7 +779,7 @@ def create_source(
                          target_key)
     if unlabeled_dir:
         if filelists.is_file_table(name):
-            known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files.__contains__
+            known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files().__contains__
         else:  # below a folder of the training split or one for evaluation
             root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
             used = splits.keys() & {*(part.partition('[')[0] for part in parts), *VAL_SPLITS}
