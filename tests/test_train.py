@@ -718,12 +718,13 @@ def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted
 
 def test_two_processes_draw_the_same_labels_and_fill_the_same_bank_as_one(train, tmp_path):
     """Frozen weights, no batch-norm: each image's margins then do not depend on its batch."""
-    flags = (*CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0, '--calmix-weight-rate', 0.1)
+    flags = (*CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0, '--calmix-weight-rate', 0.1,
+             '--train-split', 'train[:60]')  # few images, so that some are visited twice and move the weight
     folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
     assert (folders[0] / 'labels.json').read_bytes() == (folders[1] / 'labels.json').read_bytes()
     one, two = (checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['calmix'] for folder in folders)
     assert one['apm.count'].sum() == 8 * 16 and one['aum.count'].sum() == 8 * 8
-    assert (one['last_label'] != 10).sum() == 8 * 16
+    assert (one['last_label'] != 10).sum() == 60 and 0 < one['weight'] < 1
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
 
