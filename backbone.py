@@ -32,7 +32,7 @@ from torchvision import transforms
 
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from data import DataConfig, Feed
-from methods import has_extra_class
+from methods import num_outputs
 from program import RunError, UsageError
 from scaling import DOMINANT
 from sources import ImageError, Source, known_facts
@@ -99,7 +99,7 @@ def describe_averages(model: nn.Module, args: argparse.Namespace) -> str:
     momenta = sorted({norm.momentum for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.momentum})
     norm = f'; batch-norm momentum {" and ".join(f"{value:.3g}" for value in momenta)}' if momenta else ''
     statistics = ''
-    if args.algorithm in ('softmatch', 'freematch'):
+    if args.algorithm in ('softmatch', 'freematch', 'adamatch', 'remixmatch'):
         statistics = f'; --stat-momentum {args.stat_momentum:.4g}'
     if args.algorithm == 'freematch' and args.freematch_max_threshold < 1:
         statistics += f', thresholds of at most {args.freematch_max_threshold:g} (--freematch-max-threshold)'
@@ -130,19 +130,25 @@ def build_ema(model: nn.Module, args: argparse.Namespace) -> Average:
 
 
 @torch.no_grad()
-def average_lags(student: nn.Module, average: nn.Module, feed: Feed, accelerator: Accelerator) -> str:
+def average_lags(
+        student: nn.Module,
+        average: nn.Module,
+        feed: Feed,
+        accelerator: Accelerator,
+        width: int | None = None,
+) -> str:
     """A line to tell if the averaged network fits labeled images far worse than the one in training; else ''.
 
     Either the average or its batch-norm statistics then hold a network of long ago. The student is asked in training
     mode, so that its own statistics do not matter; they and all modes are as before afterwards. Far worse is a
-    cross-entropy of more than twice the student's and half a nat, over all processes.
+    cross-entropy of more than twice the student's and half a nat, over all processes and the first `width` outputs.
     """
     buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
     mode = student.training
     sums = torch.zeros(3, device=accelerator.device)
     for batch in feed:
         with accelerator.autocast():
-            logits = [model(batch['image']).float() for model in (student.train(), average.eval())]
+            logits = [model(batch['image'])[:, :width].float() for model in (student.train(), average.eval())]
         losses = [F.cross_entropy(z, batch['target'], reduction='sum') for z in logits]
         sums += torch.stack([*losses, sums.new_full((), len(batch['target']))])
     student.train(mode)
@@ -507,9 +513,10 @@ def check_head(model: nn.Module, args: argparse.Namespace, input_size: tuple[int
     except MISFITS as error:
         raise UsageError(f'--model {args.model}: its head has no forward_features and forward_head(pre_logits=True) '
                          f'as timm\'s have: {reason_of(error)}') from error
-    if has_extra_class(args) and not isinstance(model.get_classifier(), (nn.Linear, nn.Conv2d)):
-        raise UsageError(f'--model {args.model}: an extra class (marginmatch, --aum-threshold-samples) needs a head '
-                         f'that is one linear layer, and this one\'s is {type(model.get_classifier()).__name__}')
+    if num_outputs(args, 0) and not isinstance(model.get_classifier(), (nn.Linear, nn.Conv2d)):
+        raise UsageError(f'--model {args.model}: an extra class (marginmatch, --aum-threshold-samples) and the turns '
+                         'of remixmatch need a head that is one linear layer, and this one\'s is '
+                         f'{type(model.get_classifier()).__name__}')
     if features.ndim != 2 or logits.shape != own.shape or not torch.allclose(logits, own, atol=1e-4):
         raise UsageError(f'--model {args.model}: its head is no layer on top of its pre-logits features, which are '
                          f'{list(features.shape)} for two images')

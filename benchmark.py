@@ -4,6 +4,7 @@
     python benchmark.py                          # wide_resnet28_2, batch 64, mu 7, 32 px: about half an hour on a CPU
     python benchmark.py --quick                  # every row on a small network, in a minute
     python benchmark.py --rows complexity --picture complexity.png    # how CalibrateMix's own cost grows
+    python benchmark.py --rows operators         # how many small operators a step takes, and who calls them
     python benchmark.py --rows usb               # beside the step of USB, once pip install semilearn has been run
     python benchmark.py --device cuda --amp --channels-last --model resnet50 --img-size 224
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -33,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import predict
 import train_ssl
@@ -41,7 +44,7 @@ from calibratemix import CalibrateMix, MarginBank, pair_dissimilar
 from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
 from figures import complexity_diagram
-from methods import ALGORITHMS, has_extra_class
+from methods import ALGORITHMS, num_outputs
 from program import ArgumentParser, setup_accelerator
 from schedule import build_scheduler
 from seeds import seeded
@@ -64,6 +67,8 @@ TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'views of tensors / views through PIL, images a second': -3.,
     'predict.py / timm\'s inference, images a second': -0.95,
     'step of 2 processes on half the batch / of 1 on all': 0.60,
+    **{f'operators, {method} + {preset}: all of ours': 150
+       for method in ('fixmatch', 'flexmatch', 'softmatch', 'freematch') for preset in ('paper', 'steered')},
     'two-pass step / ours, joint': -1.9,
     'two-pass step / ours, no-grad': -2.6,
 }
@@ -132,7 +137,7 @@ def create_run(
     args = train_ssl._parse_args(argv)
     accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
     torch.manual_seed(0)
-    timm_model = build_model(args, NUM_CLASSES + has_extra_class(args)).to(accelerator.device)
+    timm_model = build_model(args, num_outputs(args, NUM_CLASSES)).to(accelerator.device)
     if args.channels_last:
         timm_model.to(memory_format=torch.channels_last)
     model = Cheap(timm_model.num_features) if cheap else FeaturesAndLogits(timm_model)
@@ -147,7 +152,8 @@ def create_run(
     method = ALGORITHMS[args.algorithm](options.num_images, NUM_CLASSES, args).to(accelerator.device)
     calmix = None
     if args.calibratemix:
-        calmix = CalibrateMix(options.num_images, options.num_images, NUM_CLASSES, warmup_steps=0)
+        calmix = CalibrateMix(options.num_images, options.num_images, NUM_CLASSES, args.calmix_preset, warmup_steps=0,
+                              labeled_to_unlabeled=torch.arange(options.num_images))
         calmix.to(accelerator.device)
     monitor = train_ssl.Monitor(accelerator)
     run = Run(
@@ -526,6 +532,76 @@ def by_size(rows: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
     }
 
 
+OWNERS = {  # of the operators of a step, by the file and the function that they are called from
+    ('calibratemix.py', 'update'): 'bank update',
+    ('calibratemix.py', 'steer'): 'steered weight',
+    ('calibratemix.py', 'find_easy'): 'split',
+    ('calibratemix.py', 'pair_dissimilar'): 'pairing',
+    ('calibratemix.py', '_similarity'): 'pairing',
+    ('calibratemix.py', 'mix'): 'mix',
+    ('calibratemix.py', 'loss'): 'mix',
+    ('methods.py', 'forward'): 'method',
+    ('methods.py', 'further_loss'): 'method',
+    ('train_ssl.py', 'add'): 'monitor',
+    ('model_ema.py', 'update'): 'average',
+    ('data.py', '__iter__'): 'feed',
+    ('sgd.py', 'step'): 'optimizer',
+}
+OURS = ('bank update', 'steered weight', 'split', 'pairing', 'mix', 'method', 'monitor', 'average', 'feed')
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts operators by their owners; views and allocations, which compute nothing, are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        view = any(out.alias_info is not None and not out.alias_info.is_write for out in function._schema.returns)
+        name = function._schema.name
+        if not view and 'empty' not in name and name not in ('aten::_unsafe_view', 'aten::_local_scalar_dense'):
+            frame, owner = sys._getframe(1), None
+            while frame is not None and owner is None:
+                code = frame.f_code
+                owner = OWNERS.get((os.path.basename(code.co_filename), code.co_name))
+                frame = frame.f_back
+            self.counts[owner or 'losses and network, with backward'] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operator_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Small operators of an update, by who calls them, on a network of two products.
+
+    No image stands twice in the batch. What an update on a GPU launches is the same but for three things: indices are
+    not checked by operators there, fields of a batch are copied to it, and several processes cannot know that no image
+    stands twice (see `MarginBank.update`).
+    """
+    config = DataConfig((3, options.img_size, options.img_size), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
+
+    def feed(batch):
+        fields = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        images = {key: (value * 255).byte() for key, value in fields.items() if value.ndim == 4}
+        skipped = torch.full_like(fields['index'], -1)
+        loader = (dict(fields, **images, skipped=skipped) for _ in itertools.count())
+        return iter(Feed(loader, config, device, options.channels_last))
+
+    rows, batches = {}, create_batches(options, device)
+    for algorithm in ('fixmatch', 'flexmatch', 'softmatch', 'freematch'):
+        for preset in ('', 'paper', 'steered'):
+            flags = ['--calibratemix', '--calmix-preset', preset] if preset else []
+            run, args = create_run(options, '--algorithm', algorithm, *flags, cheap=True)
+            feeds = [feed(batch) for batch in batches]
+            for _ in range(2):  # in the first update the optimizer makes its state
+                train_ssl.train_one_update(run, *feeds, args)
+            with OperatorCount() as counted:
+                train_ssl.train_one_update(run, *feeds, args)
+            name = f'operators, {algorithm} {preset and "+ " + preset}'.rstrip()
+            rows.update((f'{name}: {owner}', [count]) for owner, count in counted.counts.items())
+            rows[f'{name}: all of ours'] = [sum(counted.counts[owner] for owner in OURS)]
+    return rows
+
+
 # --- Table ------------------------------------------------------------------------------------------------------------
 
 def summarise(rows: dict[str, list[float]], targets: dict[str, float]) -> list[dict]:
@@ -564,8 +640,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--repeats', type=int, metavar='N', default=None, help='measurements of a row (default: 7)')
     parser.add_argument('--quick', action='store_true',
                         help='wide_resnet10_1, batch 8, 16 px and smaller banks: shows that each row works')
-    parser.add_argument('--rows', nargs='+', choices=[*ROWS, 'complexity', 'usb'], default=ROWS,
-                        help='default: all but complexity and usb, which have no targets')
+    parser.add_argument('--rows', nargs='+', choices=[*ROWS, 'operators', 'complexity', 'usb'], default=ROWS,
+                        help='default: all but operators, complexity and usb, which are not times or have no targets')
     parser.add_argument('-j', '--workers', type=int, metavar='N', default=2, help='loading processes (default: 2)')
     parser.add_argument('--picture', metavar='FILE', default='complexity.png', help='of --rows complexity')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
@@ -616,6 +692,8 @@ def main() -> None:
         rows.update(view_rows(options))
     if 'loader' in options.rows:
         rows.update(loader_rows(options, device))
+    if 'operators' in options.rows:
+        rows.update(operator_rows(options, device))
     if 'predict' in options.rows:
         rows.update(predict_rows(options, device))
     if 'usb' in options.rows:

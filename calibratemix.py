@@ -33,16 +33,13 @@ What to know before it runs in your own loop:
 
 * Device: `calmix.to(device)` moves its tables, which are buffers; it has no parameters. No step waits for the device.
 * Checkpoints: save and load `calmix.state_dict()` as you do the model's, or a resumed run starts with empty tables.
-* An index is the position of an image in its set; a copy that fills up a batch has its image's. Indices, labels and
-  pseudo-labels are int64 tensors, images of a floating dtype.
+* An index is the position of an image in its set, also of a copy that fills a batch. Indices and labels are int64.
 * If labeled images are in the unlabeled set too, give `labeled_to_unlabeled`, or one may be mixed with itself.
-* By default the first 102,400 steps do not mix. A shorter run never does, and nothing here can warn of that, as the
-  length of your run is not known. So set `warmup_steps`; in the paper it is a tenth of all steps.
-* The second pass sees the mixed images only, one for each labeled image. In training mode they move batch norm's
-  running statistics as a second batch of the step. To avoid that, set each batch norm's `momentum` to 0 meanwhile.
+* By default the first 102,400 steps do not mix: set `warmup_steps`. In the paper it is a tenth of all steps.
+* The second pass, of the mixed images only, moves batch norm's running statistics as a second batch of the step. To
+  avoid that, set each batch norm's `momentum` to 0 meanwhile.
 * On several processes, gather the six tensors that `update` takes, so that the tables are the same on all. `mix` and
   `loss` work on a process's own batch. Keep `calmix` out of the wrapped model, or DDP sends its tables each step.
-* Partners and Beta coefficients are drawn from torch's global generators, which `torch.manual_seed` seeds.
 
 Tested with Python 3.8 and torch 2.0 (on the CPU alone), and with Python 3.11 and torch 2.14.
 """
@@ -57,13 +54,10 @@ from torch import Tensor, nn
 __all__ = ['PRESETS', 'CalibrateMix', 'MarginBank', 'Mixed', 'margin', 'margins', 'pair_dissimilar', 'split_easy_hard']
 
 # The paper counts a warmup of 100 of its 1024 epochs of 1024 steps; the authors' code 150,000 steps of 2^20.
-PRESETS = {
-    'paper': dict(
-        gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1.0,
-        weight_rate=0.0, split='batch', pairing='targeted', min_confidence=0.0, warmup_steps=100 * 1024,
-        apm_in_warmup=True,
-    ),
-}
+PRESETS = {'paper': dict(
+    gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1.0,
+    weight_rate=0.0, split='batch', pairing='targeted', min_confidence=0.0, warmup_steps=100 * 1024, apm_in_warmup=True,
+)}
 PRESETS['authors-code'] = dict(
     PRESETS['paper'], gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
     apm_in_warmup=False, weight=0.5,  # after warmup they have 2 * base + mix: this at twice the learning rate
@@ -87,16 +81,14 @@ def _expect(ok: bool, name: str, expected: str, got: object) -> None:
 
 def _expect_int64(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        if got != torch.int64:
-            raise TypeError(f'{name}: expected an int64 tensor, got {got}')
+        if getattr(tensor, 'dtype', None) != torch.int64:
+            raise TypeError(f'{name}: expected an int64 tensor, got {getattr(tensor, "dtype", type(tensor).__name__)}')
 
 
 def margins(logits: Tensor) -> Tensor:
     """Margin of every class, `z_c - max_{j != c} z_j` (Pleiss et al. 2020, arXiv 2001.10528, eq. 1).
 
-    Takes logits, not probabilities, `[B, K]` of any floating dtype; other shapes, or less than two classes, raise a
-    ValueError. Returns `[B, K]` float32, detached. Only the top class's is positive.
+    Logits (not probabilities) `[B, K]` of any floating dtype, K at least 2 or ValueError -> `[B, K]` float32, detached.
     """
     _expect(logits.ndim == 2 and logits.shape[-1] > 1, 'logits', '[B, K] with K >= 2', list(logits.shape))
     logits = logits.detach().float()
@@ -115,22 +107,19 @@ class MarginBank(nn.Module):
 
     A visit with margin m after t earlier ones updates `v <- m * d/(1+t) + v * (1 - d/(1+t))`. With d = 1 that is the
     mean over all visits, the AUM of the labeled set (Pleiss et al. 2020). With d = 0.997 it is the APM of the unlabeled
-    set (MarginMatch, CVPR 2023), kept for every class because the pseudo-label may change. An index that stands twice
-    in a batch is two visits, one after the other. An update costs O(B^2 + B * K), whatever N is.
-    The tables are the buffers `value`, `count` and `label`. A ValueError names a wrong argument.
+    set (MarginMatch, CVPR 2023), kept for every class because the pseudo-label may change. An update costs
+    O(B^2 + B * K), whatever N is. The tables are the buffers `value`, `count` and `label`.
 
     Args:
         num_samples: N, the size of the set.
         num_classes: K to keep the margin of every class, `[N, K]`; None to keep that of the given label, `[N]`.
         smoothing: d, in (0, 1].
         dtype: Storage, torch.float32 or torch.float16; arithmetic is float32. A float16 entry is at most 65504. After
-            some thousand visits it no longer follows its mean, as a visit would move it by less than 1/2000 of itself.
+            some thousand visits it stands still, as a visit would move it by less than 1/2000 of itself.
     """
 
-    def __init__(
-            self, num_samples: int, num_classes: int | None = None,
-            smoothing: float = 1.0, dtype: torch.dtype = torch.float32,
-    ):
+    def __init__(self, num_samples: int, num_classes: int | None = None, smoothing: float = 1.0,
+                 dtype: torch.dtype = torch.float32):
         super().__init__()
         _expect(num_samples >= 0, 'num_samples', '0 or more', num_samples)
         _expect(num_classes is None or num_classes >= 2, 'num_classes', 'None or at least 2', num_classes)
@@ -154,16 +143,13 @@ class MarginBank(nn.Module):
         """Adds one visit per row. Rows whose margins are not finite (a float16 pass that overflowed) change nothing.
 
         Args:
-            index: `[B]` int64 in [0, N); may repeat.
+            index: `[B]` int64 in [0, N). One that stands twice is two visits, one after the other.
             logits: `[B, K]` of the weak view, any floating dtype.
             label: `[B]` int64, the labels or the current pseudo-labels.
-            repeated: Whether an index may stand twice. False, if you know it, spares a GPU half of the work. None: it
-                is looked up, or on CUDA, which would have to be waited for, taken as so.
+            repeated: Whether one may. None: it is looked up; on CUDA, which would have to be waited for, taken as so.
 
-        Raises:
-            IndexError: If an index is outside of [0, N) (on CUDA: a device-side assertion).
-            TypeError: If index or label is not an int64 tensor.
-            ValueError: If the shapes do not fit together.
+        Raises IndexError (index outside of [0, N); on CUDA a device-side assertion), TypeError (index or label not an
+        int64 tensor), ValueError (shapes that do not fit together).
         """
         self._check(index)
         _expect_int64(label=label)
@@ -226,8 +212,8 @@ def split_easy_hard(score: Tensor, threshold: Tensor | None = None) -> Tensor:
 
     Without a threshold the batch is split at its own median, by rank: the easy half is the one rounded down, and ties
     go by position. With one, the scalar median of a whole bank, scores above it are easy, and those equal to it
-    alternate. So equal margins never all fall on one side. A score of -inf (never seen) ranks hardest. NaN, of which
-    banks have none, raises a ValueError that names its position. CUDA does not check: it would have to be waited for.
+    alternate. A score of -inf (never seen) ranks hardest. NaN, of which banks have none, raises a ValueError that
+    names its position; CUDA, which would have to be waited for, does not check.
     """
     if not score.is_cuda and score.isnan().any():
         raise ValueError(f'score: NaN at position {int(score.isnan().nonzero()[0])}')
@@ -246,9 +232,7 @@ def pair_dissimilar(similarity: Tensor, allowed: Tensor, topk: float) -> tuple[T
         allowed: `[P, Q]` bool; n is a row's number of allowed columns.
         topk: Share in [0, 1]; 0 means any allowed column.
 
-    Returns:
-        partner: `[P]` int64, arbitrary where there is none.
-        paired: `[P]` bool, False for rows with no allowed column.
+    Returns the partners, `[P]` int64, and which rows have one, `[P]` bool; where there is none, it is arbitrary.
     """
     num, candidates = allowed.shape[1], allowed.sum(1)
     if num == 0:
@@ -258,8 +242,7 @@ def pair_dissimilar(similarity: Tensor, allowed: Tensor, topk: float) -> tuple[T
     # In float64, as float32 falls on the wrong side of some halves. MPS has none.
     wide = torch.float32 if allowed.device.type == 'mps' else torch.float64
     k = (candidates.to(wide) * topk).round().clamp(min=1)
-    # Sorted, so that a row's first k columns are its k least similar; no row needs more than k of all columns.
-    # torch sorts NaN after inf: features that overflowed would bring in columns that are not allowed.
+    # A row's first k columns are its k least similar. torch sorts NaN after inf, that is after what is not allowed.
     similarity = similarity.nan_to_num(nan=torch.finfo(similarity.dtype).max).masked_fill(~allowed, torch.inf)
     lowest = similarity.topk(max(1, round(topk * num)), largest=False).indices
     pick = (torch.rand(len(k), device=k.device) * k).long()
@@ -284,28 +267,23 @@ class CalibrateMix(nn.Module):
 
     Args:
         num_labeled, num_unlabeled, num_classes: Images in the labeled and in the unlabeled set, and K.
-        preset: 'paper' (arXiv 2511.12964), 'authors-code' (their public code), 'ours' (the paper's with equal weights
-            and without ranking: less error in our short runs) or 'steered' (random pairs with equal weights, and a
-            factor of the loss that finds itself). Options left at None take the preset's value.
+        preset: 'paper' (arXiv 2511.12964), 'authors-code' (their public code), 'ours' (equal weights, no ranking) or
+            'steered' (random pairs, equal weights, a w that finds itself). It has the values of options that are None.
         gamma: Weight g of the labeled image in [0, 1] (gamma_dist 'fixed'), else the parameter of Beta(gamma, gamma).
         gamma_dist: 'fixed'; 'beta-batch', one draw per group and step; 'beta-pair', one draw per pair.
         topk: Share of the candidates among which the partner is drawn, the least similar ones; 0 draws among all.
-        similarity: 'cosine', 'euclidean' (negative distance) or 'dot'.
-        space: 'feature' (penultimate features) or 'pixel' compares the images.
+        similarity, space: 'cosine', 'euclidean' (negative distance) or 'dot'; of penultimate 'feature' or of 'pixel'.
         loss: 'ce', cross-entropy with soft targets; 'bce', binary cross-entropy averaged over the classes.
         weight: w, the factor of the mixup loss in the total; kept here for the training loop, not applied by `loss`.
-        weight_rate: r, with which `steer` moves w after warmup, between 0 and `weight`, where it starts. 0: w is fixed.
-            Else the attribute `weight` is a scalar float32 buffer.
-        split: Median of the 'batch' or of the whole 'bank' (O(N) a step). 'joined' is 'batch', for a caller who splits
-            a larger batch than the one at hand and gives `mix` its rows of that split.
+        weight_rate: r. Above 0, `steer` moves w down from `weight` and back, and the attribute is a float32 buffer.
+        split: Median of the 'batch' or of the whole 'bank' (O(N) a step). 'joined': a caller splits a larger batch.
         pairing: 'targeted', or 'random' split and partners: the paper's random-mixup baseline through the same code.
         min_confidence: Unlabeled images with less confidence are no candidates; 0 takes all, as the paper does.
         warmup_steps: Steps in which the base method runs alone; kept here for the training loop.
         apm_in_warmup: Margins of unlabeled images count from the first step on, not only after warmup.
-        apm_smoothing, bank_dtype: Smoothing d and storage of the unlabeled images' `[num_unlabeled, K]` bank.
-        apm: A bank of your own in its place, such as one that is spread over processes.
-        labeled_to_unlabeled: `[num_labeled]` int64, where a labeled image stands in the unlabeled set, -1 if it does
-            not: an image is never mixed with itself. None if the sets are disjoint.
+        apm_smoothing, bank_dtype, apm: Of the unlabeled images' bank d and storage, or a bank of your own in its place.
+        labeled_to_unlabeled: `[num_labeled]` int64, a labeled image's index in the unlabeled set, or -1: no image is
+            mixed with itself. None if the sets are disjoint.
     """
 
     def __init__(
@@ -321,18 +299,18 @@ class CalibrateMix(nn.Module):
         super().__init__()
         _expect(preset in PRESETS, 'preset', f'one of {", ".join(PRESETS)}', repr(preset))
         given = dict(locals())
-        for name, value in PRESETS[preset].items():
-            value = value if given[name] is None else given[name]
+        for name in PRESETS[preset]:
+            value = PRESETS[preset][name] if given[name] is None else given[name]
             if name in CHOICES:
                 _expect(value in CHOICES[name], name, f'one of {", ".join(CHOICES[name])}', repr(value))
+            given[name] = value
             setattr(self, 'loss_type' if name == 'loss' else name, value)  # `loss` is a method
         for name in ('topk', 'min_confidence') + ('gamma',) * (self.gamma_dist == 'fixed'):
             _expect(0 <= getattr(self, name) <= 1, name, 'a number in [0, 1]', getattr(self, name))
         _expect(0 < self.gamma < torch.inf or self.gamma_dist == 'fixed', 'gamma', 'a positive number', self.gamma)
         for name in ('num_labeled', 'num_unlabeled', 'weight', 'weight_rate', 'warmup_steps'):
-            number = getattr(self, name, given[name])
-            _expect(number >= 0, name, '0 or more', number)
-
+            _expect(given[name] >= 0, name, '0 or more', given[name])
+        self.options = {name: given[name] for name in PRESETS[preset]}
         self.num_classes = num_classes
         self.aum = MarginBank(num_labeled)
         self.apm = MarginBank(num_unlabeled, num_classes, apm_smoothing, bank_dtype) if apm is None else apm
@@ -346,23 +324,19 @@ class CalibrateMix(nn.Module):
         _expect(not bad, 'labeled_to_unlabeled', f'-1 or positions below {num_unlabeled}', bad)
         self.register_buffer('labeled_to_unlabeled', where, persistent=False)
         if self.weight_rate > 0:
-            self.max_weight = float(self.weight)
-            del self.weight
-            self.register_buffer('weight', torch.tensor(self.max_weight))
+            del self.weight  # in favour of a buffer
+            self.register_buffer('weight', torch.tensor(float(self.options['weight'])))
             self.register_buffer('last_label', torch.full((num_unlabeled,), num_classes))
 
     def extra_repr(self) -> str:
-        names = [name for name in PRESETS['paper'] if name != 'loss']
-        return ', '.join(f'{name}={getattr(self, name)!r}' for name in names) + f', loss={self.loss_type!r}'
+        return ', '.join(f'{name}={value!r}' for name, value in self.options.items())
 
     def update(
             self, index: Tensor, label: Tensor, logits: Tensor,
             unlabeled_index: Tensor, pseudo_label: Tensor, unlabeled_logits: Tensor, step: int,
             repeated: tuple[bool | None, bool | None] = (None, None),
     ) -> None:
-        """Adds a step's margins to the banks (AUM of the labeled set, APM of the unlabeled set).
-
-        Wrong arguments raise what `MarginBank.update` raises.
+        """Adds a step's margins to the banks. Wrong arguments raise what `MarginBank.update` raises.
 
         Args:
             index, unlabeled_index: `[B]` and `[U]` int64, positions in the labeled and in the unlabeled set.
@@ -375,25 +349,21 @@ class CalibrateMix(nn.Module):
         self.aum.update(index, logits, label, repeated[0])
         if self.apm_in_warmup or step >= self.warmup_steps:
             self.apm.update(unlabeled_index, unlabeled_logits, pseudo_label, repeated[1])
-        if self.weight_rate > 0:
+        if self.weight_rate > 0 and len(unlabeled_index):
             self.steer(unlabeled_index, pseudo_label, unlabeled_logits, step)
 
     @torch.no_grad()
     def steer(self, unlabeled_index: Tensor, pseudo_label: Tensor, unlabeled_logits: Tensor, step: int) -> None:
         """Moves w so that the network becomes as sure as it is right; `update` calls it. Ours, not the paper's.
 
-        How often it is right is told without labels, by how often a pseudo-label differs from that of the image's last
-        visit. With U images in the batch, S those of them that were visited before, c the confidence of an image,
-        W the option `weight` and k = ERRORS_PER_CHANGE,
+        How often it is right is estimated by how many pseudo-labels differ from those of the images' last visits. With
+        U images in the batch, S those of them with an earlier visit, c_i their confidence and k = ERRORS_PER_CHANGE,
 
-            w <- clip(w + r/U * sum_{i in S} (c_i - 1 + k * [pseudo-label of i has changed]), 0, W)
+            w <- clip(w + r/U * sum_{i in S} (c_i - 1 + k * [pseudo-label of i has changed]), 0, weight)
 
-        so that w rests where mean confidence is 1 - k * (share of changed pseudo-labels). Labels are kept from the
-        first step on, w moves after warmup. A row whose logits are not finite is no visit. An image that stands twice
-        in the batch counts twice, both times against its visit in an earlier batch, and its last row is kept.
+        Labels are kept from the first step on, w moves after warmup. A row whose logits are not finite is no visit. An
+        image that stands twice counts twice, both times against an earlier batch, and its last row is kept.
         """
-        if len(unlabeled_index) == 0:
-            return
         none = self.num_classes  # in place of the label of an image that was never visited
         last = self.last_label.gather(0, unlabeled_index) % (none + 1)
         confidence = unlabeled_logits.float().softmax(1).amax(1)
@@ -401,7 +371,7 @@ class CalibrateMix(nn.Module):
         if step >= self.warmup_steps:
             gap = confidence.add(last != pseudo_label, alpha=ERRORS_PER_CHANGE) - 1
             gap = torch.where(visit & (last < none), gap, 0).mean()
-            self.weight = (self.weight + self.weight_rate * gap).clamp(0, self.max_weight)
+            self.weight = (self.weight + self.weight_rate * gap).clamp(0, self.options['weight'])
         # Of rows with the same index the largest number stays, whatever the order of writing: the last visit's.
         row = torch.arange(1, len(visit) + 1, device=visit.device)
         number = torch.where(visit, row * (none + 1) + pseudo_label, last)
@@ -416,20 +386,16 @@ class CalibrateMix(nn.Module):
         """Mixes easy labeled with hard unlabeled and hard labeled with easy unlabeled images.
 
         A row is `g * labeled + (1 - g) * unlabeled`, its target `g * onehot(label) + (1 - g) * onehot(pseudo_label)`.
-        It always has one labeled parent, so two pseudo-labels never meet. There is a row for each labeled image, but
-        none if the unlabeled batch is empty. The inputs are left as they are.
+        There is a row for each labeled image, but none if the unlabeled batch is empty.
 
         Args:
             index, label, unlabeled_index, pseudo_label: As for `update`.
             images, unlabeled_images: `[B, C, H, W]` and `[U, C, H, W]`, any floating dtype; the weak views.
             features, unlabeled_features: `[B, D]` and `[U, D]`; not read where the similarity is one of pixels.
             confidence: `[U]`, needed only with min_confidence.
-            easy: `[B]` and `[U]` bool, this batch's rows of what `find_easy` gave for a larger one. Default: the batch
-                is split by itself.
+            easy: `[B]` and `[U]` bool, this batch's rows of what `find_easy` gave for a larger one. None: it splits.
 
-        Raises:
-            TypeError: If an index or a label is not an int64 tensor.
-            ValueError: If min_confidence is set and confidence is missing, or if images are not floating point.
+        A TypeError names an index or label that is not int64, a ValueError images that are not floating point.
         """
         _expect_int64(index=index, label=label, unlabeled_index=unlabeled_index, pseudo_label=pseudo_label)
         floating = images.is_floating_point() and unlabeled_images.is_floating_point()
@@ -463,7 +429,7 @@ class CalibrateMix(nn.Module):
     def find_easy(
             self, index: Tensor, unlabeled_index: Tensor, pseudo_label: Tensor, apm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Splits labeled images `[B]` and unlabeled ones `[U]` into easy (True) and hard: `[B]` and `[U]` bool.
+        """Splits labeled and unlabeled images into easy (True) and hard: `[B]` and `[U]` bool.
 
         apm: `[U]` float32, margins of the unlabeled images that you looked up yourself.
         """
@@ -471,15 +437,13 @@ class CalibrateMix(nn.Module):
             aum, apm = (torch.rand(len(i), device=i.device) for i in (index, unlabeled_index))
             return split_easy_hard(aum), split_easy_hard(apm)
         aum, apm = self.aum.lookup(index), self.apm.lookup(unlabeled_index, pseudo_label) if apm is None else apm
-        if self.split == 'bank':
-            return split_easy_hard(aum, self.aum.median()), split_easy_hard(apm, self.apm.median())
-        return split_easy_hard(aum), split_easy_hard(apm)
+        aum_median, apm_median = (b.median() if self.split == 'bank' else None for b in (self.aum, self.apm))
+        return split_easy_hard(aum, aum_median), split_easy_hard(apm, apm_median)
 
     def loss(self, logits: Tensor, mixed: Mixed) -> Tensor:
         """Sum of the two groups' mean losses, without the factor `weight`.
 
-        The logits are those of `mixed.images`, `[P, K]` of any floating dtype. The result is a float32 scalar. A group
-        without pairs adds 0; without any pair the loss is 0 and still has its graph.
+        Logits of `mixed.images`, `[P, K]` of any floating dtype -> float32 scalar. Groups without pairs add 0.
         """
         logits = logits.float()
         if self.loss_type == 'ce':

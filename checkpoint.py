@@ -412,7 +412,7 @@ def tell_schedule(run: Run, state: dict, args: argparse.Namespace) -> None:
         mixing = '' if then == now else ', so that mixing starts' if now else ', so that mixing stops until then'
         moves.append(f'the end of CalibrateMix\'s warmup from update {warmups[0]} to {warmups[1]}{mixing}')
     if run.method is not None:
-        factors = lambda_u(run.method, done, old), lambda_u(run.method, done, args)
+        factors = lambda_u(done, old), lambda_u(done, args)
         if factors[0] != factors[1]:
             moves.append(f'the factor of the unlabeled loss from {factors[0]:.4g} to {factors[1]:.4g}')
     if moves:
@@ -530,7 +530,7 @@ def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, a
 
 
 def exportable(run: Run) -> nn.Module:
-    """Copy of the evaluated network as timm loads it: contiguous weights, without an extra class, tied ones twice."""
+    """Copy of the evaluated network as timm loads it: contiguous weights, without further outputs, tied ones twice."""
     model = copy.deepcopy(run.eval_model).to('cpu', memory_format=torch.contiguous_format)
     for key in ('label_names', 'label_descriptions'):  # of the classes that the weights were made for at first
         model.pretrained_cfg.pop(key, None)
@@ -539,7 +539,7 @@ def exportable(run: Run) -> nn.Module:
         model.reset_classifier(run.num_classes)
         with torch.no_grad():
             for name, parameter in model.get_classifier().named_parameters():
-                parameter.copy_(getattr(wide, name)[:-1])
+                parameter.copy_(getattr(wide, name)[:run.num_classes])
 
     def untie(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict) -> None:
         seen = set()

@@ -387,7 +387,8 @@ class Feed:
             batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
             if numbers is not None:
                 batch.update(self.loader.dataset.batch_views(batch.pop('pixels'), numbers))
-            for key in batch.keys() & {'image', 'weak', 'strong', 'partner'}:
-                image = batch[key].to(torch.float32, memory_format=self.memory_format)
-                batch[key] = image.sub_(self.mean).div_(self.std)
+            for key, value in batch.items():
+                if value.dtype == torch.uint8:  # a view; the others are whole numbers of 64 bits
+                    image = value.to(torch.float32, memory_format=self.memory_format)
+                    batch[key] = image.sub_(self.mean).div_(self.std)
             yield dict(batch, repeated=repeated)

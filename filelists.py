@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import re
+import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -35,17 +37,20 @@ PICTURES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.dib', '
 
 
 class Rows(NamedTuple):
-    """Cells of a file as text (None: empty; a list stays one), with the line that each row begins at."""
+    """Cells of a file as text (None: empty; a list stays one), a list a column, and the line each row begins at."""
     columns: list[str]
     cells: list[list]
-    lines: list[int]
+    lines: Sequence[int]
 
 
 class Listed(NamedTuple):
     """Pictures that a file names."""
     splits: dict[str, datasets.Dataset]  # by name, each with the file's own columns; that of files holds images
-    files: frozenset[str]  # absolute paths
+    paths: list[str]  # absolute
     labeled: bool  # whether there is one column of labels
+
+    def files(self) -> frozenset[str]:
+        return frozenset(self.paths)
 
 
 def is_file_table(name: str | Path) -> bool:
@@ -113,14 +118,14 @@ def _list_files(
     label_at = rows.columns.index(found[0]) if len(found) == 1 else None
     if label_at is not None:
         _clean_labels(rows, label_at, file)
-    empty = [line for cells, line in zip(rows.cells, rows.lines) if not cells[at]]
+    empty = [line for cell, line in zip(rows.cells[at], rows.lines) if not cell]
     if empty:
         raise UsageError(f'{file}, line {empty[0]}: no file in column {rows.columns[at]}')
-    paths = [_absolute(f'{base}', cells[at]) for cells in rows.cells]
+    paths = [_absolute(f'{base}', cell) for cell in rows.cells[at]]
     paths, missing = _find_files(paths, file)
     if missing:
         note = (f'{file}: {len(missing)} of {len(paths)} files are missing, such as line {rows.lines[missing[0]]}: '
-                f'{rows.cells[missing[0]][at]} (paths are relative to {base}; --data-dir names another folder)')
+                f'{rows.cells[at][missing[0]]} (paths are relative to {base}; --data-dir names another folder)')
         if not skip_missing or len(missing) == len(paths):
             raise UsageError(note if len(missing) == len(paths) else f'{note}; --skip-missing leaves them out')
         tell(note)
@@ -130,16 +135,17 @@ def _list_files(
     for i in keep:
         by_split.setdefault(splits[i], []).append(i)
     tables = {
-        split: _image_table(rows.columns, [rows.cells[i] for i in chosen], at, [paths[i] for i in chosen])
+        split: _image_table(rows.columns, [[cells[i] for i in chosen] if k != at else [] for k, cells in
+                                           enumerate(rows.cells)], at, [paths[i] for i in chosen])
         for split, chosen in sorted(by_split.items())
     }
     told = []
     for split, chosen in sorted(by_split.items()):
-        empty = sum(label_at is not None and not rows.cells[i][label_at] for i in chosen)
+        empty = sum(label_at is not None and not rows.cells[label_at][i] for i in chosen)
         told.append(f'{split} of {len(chosen)} pictures' + (f', {empty} of them without a label' if empty else ''))
     label = 'no known label column' if label_at is None else f'labels in {rows.columns[label_at]}'
     tell(f'{file}: files in column {rows.columns[at]}, {label}; {"; ".join(told)}', logging.INFO)
-    return Listed(tables, frozenset(paths), label_at is not None)
+    return Listed(tables, paths, label_at is not None)
 
 
 def _absolute(base: str, name: str) -> str:
@@ -148,11 +154,11 @@ def _absolute(base: str, name: str) -> str:
 
 
 def _image_table(columns: list[str], cells: list[list], at: int, paths: list[str]) -> datasets.Dataset:
-    """A table with the file's columns as text, of which that of the files holds images."""
+    """A table with the file's columns as text, of which that of the files holds images; cells are lists by column."""
     stored = pa.array(map(to_stored, paths), pa.string())
     image = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), stored], ['bytes', 'path'])
     arrays = {
-        key: image if i == at else pa.array([row[i] for row in cells], pa.string()) for i, key in enumerate(columns)
+        key: image if i == at else pa.array(cells[i], pa.string()) for i, key in enumerate(columns)
     }
     kinds = {key: datasets.Image() if i == at else datasets.Value('string') for i, key in enumerate(columns)}
     return datasets.Dataset(pa.table(arrays).cast(datasets.Features(kinds).arrow_schema))
@@ -184,15 +190,15 @@ def read_rows(file: Path) -> Rows:
     try:
         if file.suffix.lower() == '.parquet':
             table = pq.read_table(file)
-            cells = [[_as_text(cell) for cell in row.values()] for row in table.to_pylist()]
-            return Rows(table.column_names, cells, list(range(1, len(cells) + 1)))
+            cells = [[*map(_as_text, column.to_pylist())] for column in table.columns]
+            return Rows(table.column_names, cells, range(1, len(table) + 1))
         with open(file, newline='', encoding='utf-8-sig') as opened:
             rows = _read_json_lines(opened, file) if file.suffix.lower() == '.jsonl' else _read_csv(opened, file)
     except UnicodeDecodeError as error:
         raise UsageError(f'{file}: not in UTF-8 (byte {error.start}); save it in that encoding') from error
     except (OSError, csv.Error, pa.ArrowException) as error:
         raise UsageError(f'{file}: cannot be read: {" ".join(str(error).split())}') from error
-    if not rows.cells:
+    if not rows.lines:
         raise UsageError(f'{file}: no rows in it')
     twice = [column for column, count in Counter(rows.columns).items() if count > 1]
     if twice:
@@ -209,18 +215,31 @@ def _read_csv(opened, file: Path) -> Rows:
         if other != delimiter:
             tell(f'{file}: columns are taken as separated by {other!r}, as its first line is')
             delimiter = other
-    reader, columns, cells, lines = csv.reader(opened, delimiter=delimiter), None, [], []
-    line = 1
+    reader, columns, cells, lines = csv.reader(opened, delimiter=delimiter), None, [], array('q')
+    line, block = 1, []
+
+    def take() -> None:
+        """Puts rows into their columns; in a million rows the same word is kept once."""
+        for column, new, same in zip(cells, zip(*block), words):
+            new = [cell.strip() or None for cell in new]
+            column += map(same.setdefault, new, new) if 2 * len({*new}) < len(new) else new
+        block.clear()
+
     for row in reader:
         if row and columns is None:
             columns = [column.strip() for column in row]
+            cells, words = [[] for _ in columns], [{} for _ in columns]
         elif row:
             if len(row) != len(columns):
                 raise UsageError(f'{file}, line {line}: {len(row)} cells, and the first line has {len(columns)} (a '
                                  'comma in a name needs quotes around it)')
-            cells.append([cell.strip() or None for cell in row])
+            block.append(row)
             lines.append(line)
+            if len(block) == 1000:
+                take()
         line = reader.line_num + 1
+    if block:
+        take()
     return Rows(columns or [], cells, lines)
 
 
@@ -238,7 +257,7 @@ def _read_json_lines(opened, file: Path) -> Rows:
         columns.update(dict.fromkeys(row))
         parsed.append(row)
         lines.append(number)
-    return Rows(list(columns), [[_as_text(row.get(key)) for key in columns] for row in parsed], lines)
+    return Rows(list(columns), [[_as_text(row.get(key)) for row in parsed] for key in columns], lines)
 
 
 def _as_text(cell) -> str | list | None:
@@ -252,19 +271,17 @@ def _as_text(cell) -> str | list | None:
 def _clean_labels(rows: Rows, at: int, file: Path) -> None:
     """Labels as names of classes: pandas writes whole numbers as 3.0 where a cell is empty; Kaggle's ground truth has a
     box behind each wnid; a list is no label."""
-    whole = True
-    for cells, line in zip(rows.cells, rows.lines):
-        if isinstance(cells[at], list):
+    whole, cells = True, rows.cells[at]
+    for i, line in enumerate(rows.lines):
+        if isinstance(cells[i], list):
             raise UsageError(f'{file}, line {line}: a list of labels; images of several classes (multi-label) cannot '
                              'be trained here, so choose a column of one label an image (--target-key)')
-        if rows.columns[at].lower() == 'predictionstring' and cells[at]:
-            cells[at] = cells[at].split()[0]
-        whole = whole and (cells[at] is None or re.fullmatch(r'\d+\.0', cells[at]) is not None)
-    if whole and any(cells[at] for cells in rows.cells):
-        first = next(cells[at] for cells in rows.cells if cells[at])
-        tell(f'{file}: labels such as {first} are taken as whole numbers', logging.INFO)
-        for cells in rows.cells:
-            cells[at] = cells[at] and cells[at][:-2]
+        if rows.columns[at].lower() == 'predictionstring' and cells[i]:
+            cells[i] = cells[i].split()[0]
+        whole = whole and (cells[i] is None or re.fullmatch(r'\d+\.0', cells[i]) is not None)
+    if whole and any(cells):
+        tell(f'{file}: labels such as {next(filter(None, cells))} are taken as whole numbers', logging.INFO)
+        cells[:] = [cell and cell[:-2] for cell in cells]
 
 
 def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
@@ -285,8 +302,9 @@ def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
         return folders[folder]
 
     for i, path in enumerate(paths):
-        folder, name = os.path.split(path)
-        if name in names(folder):
+        folder, _, name = path.rpartition('/')
+        folder = folder or '/'
+        if name in (folders.get(folder) or names(folder)):
             continue
         if '\\' in path:
             folder, name = os.path.split(os.path.normpath(path.replace('\\', '/')))
@@ -316,16 +334,17 @@ def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
 def _find_split_names(rows: Rows, at: int, file: Path) -> list[str]:
     column = next((i for i, key in enumerate(rows.columns) if key.lower() == 'split'), None)
     if column is not None:
-        unnamed = sum(not cells[column] for cells in rows.cells)
+        unnamed = sum(not cell for cell in rows.cells[column])
         if unnamed:
             tell(f'{file}: {unnamed} rows with an empty split count as train')
-        return [cells[column] or 'train' for cells in rows.cells]
+        return [cell or 'train' for cell in rows.cells[column]]
     known = {'train', 'unlabeled', 'extra', *VAL_SPLITS}
     firsts = []
-    for cells in rows.cells:
-        firsts.append(cells[at].replace('\\', '/').lstrip('./').partition('/')[0])
-        if firsts[-1] not in known:
-            return ['train'] * len(rows.cells)
+    for cell in rows.cells[at]:
+        first = cell.replace('\\', '/').lstrip('./').partition('/')[0]
+        if first not in known:
+            return ['train'] * len(rows.lines)
+        firsts.append(sys.intern(first))
     names = set(firsts)
     if names != {'train'}:
         tell(f'{file}: no column split; the first folder of each path counts as its split '
@@ -351,8 +370,8 @@ def _one_row_a_file(
             continue
         j = first[path]
         where = f'{file}, lines {rows.lines[j]} and {rows.lines[i]}: {os.path.basename(path)}'
-        if label_at is not None and rows.cells[i][label_at] != rows.cells[j][label_at]:
-            one, other = (rows.cells[k][label_at] or '(no label)' for k in (j, i))
+        if label_at is not None and rows.cells[label_at][i] != rows.cells[label_at][j]:
+            one, other = (rows.cells[label_at][k] or '(no label)' for k in (j, i))
             raise UsageError(f'{where} has two labels, {one} and {other}')
         if splits[i] != splits[j]:
             raise UsageError(f'{where} is in two splits, {splits[j]} and {splits[i]}')
@@ -385,7 +404,7 @@ def open_pictures(folder: Path, known: Callable[[str], bool], column: str = 'ima
              '--dataset already and left out here', logging.INFO)
     if not paths:
         raise UsageError(f'--unlabeled-dir {folder}: no picture in it that is not in a split of --dataset already')
-    return _image_table([column], [[None]] * len(paths), 0, paths)
+    return _image_table([column], [[]], 0, paths)
 
 
 def read_metadata(
@@ -408,7 +427,8 @@ def read_metadata(
     if not listed.labeled:
         tell(f'{files[0]}: not read, as no column of labels is known in it (--target-key)')
         return {}
-    unnamed = [path for path in pictures_below(folder) if path not in listed.files]
+    known = listed.files()
+    unnamed = [path for path in pictures_below(folder) if path not in known]
     if unnamed:
         tell(f'{files[0]}: {len(unnamed)} pictures beside it have no row and are left out, such as '
              f'{unnamed[0]}')
@@ -444,7 +464,8 @@ def ground_truth(
         if len(listed.splits) > 1:
             raise UsageError(f'--val-labels {file}: has the splits {", ".join(listed.splits)}; give it as --dataset')
         [table] = listed.splits.values()
-        unnamed = [path for path in pictures_below(folder) if path not in listed.files]
+        known = listed.files()
+        unnamed = [path for path in pictures_below(folder) if path not in known]
         if unnamed:
             raise UsageError(f'--val-labels {file}: {len(unnamed)} pictures of {folder} have no row, such as '
                              f'{unnamed[0]}')
@@ -460,7 +481,7 @@ def ground_truth(
     if all(line.isdecimal() for line in lines):
         lines = _name_synsets(lines, file)
     columns = [input_key or 'image', target_key or 'label']
-    return _image_table(columns, [[None, lines[n - 1]] for n in numbers], 0, paths)
+    return _image_table(columns, [[], [lines[n - 1] for n in numbers]], 0, paths)
 
 
 def _name_synsets(numbers: list[str], file: Path) -> list[str]:
@@ -527,7 +548,7 @@ def read_names(file: Path, input_key: str | None = None) -> list[str]:
     if others:
         tell(f'--labels-file {file}: names alone are read from it, and labels are the training split\'s; '
              f'{" and ".join(others)} is not read')
-    return [cells[at] for cells in rows.cells if cells[at]]
+    return [cell for cell in rows.cells[at] if cell]
 
 
 def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[int]:

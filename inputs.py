@@ -58,10 +58,10 @@ def read_list(file: Path, root: Path | None = None, column: str | None = None) -
     else:
         rows = read_rows(file)
         at = rows.columns.index(choose_file_column(rows.columns, file, column))
-        for cells, line in zip(rows.cells, rows.lines):
-            if not isinstance(cells[at], str) or not cells[at]:
+        names = rows.cells[at]
+        for name, line in zip(names, rows.lines):
+            if not isinstance(name, str) or not name:
                 raise UsageError(f'{file}: line {line} has no file name in column {rows.columns[at]}')
-        names = [cells[at] for cells in rows.cells]
     paths = [os.path.join(root, name) for name in names]
     if paths and not any(map(os.path.isfile, paths)):
         raise UsageError(f'{file}: none of its {len(paths)} files exists, such as {paths[0]}; paths are taken as '

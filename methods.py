@@ -1,254 +1,28 @@
-"""The base methods: how much each unlabeled image counts, and as what class.
-
-A step passes labeled, weak and strong images through the network and then asks its method three things:
-
-    weight = method(weak_logits, index, num_updates)   # of the images of all processes: [U] in [0, 1]
-    target = method.target(pseudo_label, index)        # of a process's own images: [U], as what they are trained
-    loss = loss + method.further_loss(strong_logits, weight, accelerator)  # what the method adds to the loss
-
-The pseudo-label is the top class of the weak view. The weights are of the joined batch, so running statistics are the
-same on all processes; they are buffers, so that checkpoint and device follow. A new method is one class and one entry
-of ALGORITHMS.
-"""
+"""The base methods by name, and their arguments. A new one is a class in pseudo_labels.py or consistency.py."""
 import argparse
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import nn
 
-from calibratemix import PRESETS, MarginBank
-from seeds import item_seed
-
-FULL_SCHEDULE = 1024 * 1024  # updates of the published recipe, in which the warmups of presets and methods are counted
-
-
-class Method(nn.Module):
-    """What the step asks of a base method; the constructor takes the size of the unlabeled set, K, and the arguments.
-
-    `forward(logits, index, num_updates)` moves the running statistics and returns the weights `[U]` float32 in [0, 1]
-    of the unlabeled images of all processes. It gets the logits of their weak views, `[U, K]` float32 and detached,
-    their positions in the unlabeled set, `[U]` int64, and the updates done so far.
-
-    Attributes:
-        views: Views of an unlabeled image by name, and their kinds. Without strong ones the weak ones are trained on.
-        virtual_class: The network has a class K beside the set's own, and the method sees its logit too.
-        lambda_u_warmup: Share of the training over which the unlabeled loss grows from 0.
-    """
-    views = {'weak': 'weak', 'strong': 'strong'}
-    virtual_class = False
-    lambda_u_warmup = 0.
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.num_classes = num_classes
-
-    def target(self, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """As what classes a process's own images are trained, `[U]` int64, from pseudo-labels and positions `[U]`."""
-        return pseudo_label
-
-    def further_loss(
-            self,
-            strong_logits: torch.Tensor,
-            weight: torch.Tensor,
-            accelerator: Accelerator,
-    ) -> torch.Tensor | float:
-        """What is added to the loss, a scalar, from a process's own strong logits `[U, K]` and weights `[U]`."""
-        return 0.
-
-
-class FixMatch(Method):
-    """1 where the confidence reaches the threshold, else 0 (arXiv 2001.07685, eq. 4)."""
-
-    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
-        super().__init__(num_classes)
-        self.threshold = args.threshold
-
-    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
-        return (logits.softmax(1).amax(1) >= self.threshold).float()
-
-
-class PseudoLabel(FixMatch):
-    """FixMatch's weights, but the weak view itself is trained on (Lee 2013, section 2.2); lambda grows over 0.4.
-
-    The unlabeled images pass together with the labeled ones, as everywhere here. USB passes them by themselves, with
-    batch-norm statistics of their own that do not count in the running ones, and has as many of them as labeled ones
-    (--mu 1).
-    """
-    views = {'weak': 'weak'}
-    lambda_u_warmup = 0.4
-
-
-class FlexMatch(Method):
-    """FixMatch with a threshold for each class that grows as the class is learned (arXiv 2110.08263).
-
-    The table holds each image's last prediction that passed the fixed threshold, -1 before there is one. The images
-    still at -1 count in the denominator, which warms the thresholds up.
-    """
-
-    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
-        super().__init__(num_classes)
-        self.threshold = args.threshold
-        self.register_buffer('selected', torch.full((num_unlabeled,), -1, dtype=torch.int32))
-
-    def class_thresholds(self) -> torch.Tensor:
-        """Current thresholds `[K]`."""
-        # Integers: a float32 stops counting by ones at 2^24.
-        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self.selected.device)
-        counts.scatter_add_(0, self.selected.long() + 1, counts.new_ones(()).expand(len(self.selected)))
-        unused, learned = counts[0], counts[1:]
-        beta = learned / torch.maximum(learned.max(), unused)
-        return self.threshold * beta / (2 - beta)
-
-    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
-        confidence, label = logits.softmax(1).max(1)
-        weight = (confidence >= self.class_thresholds()[label]).float()
-        # The table moves by the fixed threshold. Of an index that stands twice in the batch the later row wins.
-        row = torch.arange(len(index), device=index.device)
-        passed = (index[:, None] == index) & (confidence >= self.threshold)
-        last = torch.where(passed, row, -1).amax(1)
-        new = torch.where(last >= 0, label[last.clamp(min=0)].int(), self.selected.gather(0, index))
-        self.selected.scatter_(0, index, new)
-        return weight
-
-
-class SoftMatch(Method):
-    """Truncated Gaussian of the confidence, with uniform alignment (arXiv 2301.10921).
-
-    1 above the running mean of the confidence; below it falls off with half the running deviation (n_sigma = 2). The
-    statistics are those of the plain confidence, as in the paper; the published code takes the aligned one's. The class
-    means that alignment divides by start from uniform here, in the published code from those of the first batch.
-    """
-
-    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
-        super().__init__(num_classes)
-        self.momentum, self.align = args.stat_momentum, args.softmatch_align
-        self.aligned_stats = args.softmatch_usb_stats
-        self.register_buffer('mean', torch.tensor(1 / num_classes))
-        self.register_buffer('var', torch.tensor(1.))
-        self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
-
-    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
-        probs = logits.softmax(1)
-        plain = confidence = probs.amax(1)
-        if self.align:
-            self.class_mean.lerp_(probs.mean(0), 1 - self.momentum)
-            # A class whose probability underflowed in every row has no mean to divide by: 0, not 0/0.
-            aligned = probs / self.class_mean.clamp(min=torch.finfo(probs.dtype).tiny)
-            confidence = (aligned / aligned.sum(1, keepdim=True)).amax(1)
-        seen = confidence if self.aligned_stats else plain
-        self.mean.lerp_(seen.mean(), 1 - self.momentum)
-        self.var.lerp_(seen.var(unbiased=len(seen) > 1), 1 - self.momentum)  # one row has no unbiased variance
-        below = (confidence - self.mean).clamp(max=0)
-        return torch.exp(-below ** 2 / (2 * self.var.clamp(min=1e-12) / 4))
-
-
-class FreeMatch(Method):
-    """Thresholds from the running confidence, global and by class (arXiv 2205.07246); a fairness term.
-
-    Its factor and the bound of the global threshold have defaults as in the published configurations.
-    """
-
-    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
-        super().__init__(num_classes)
-        self.momentum, self.factor = args.stat_momentum, args.freematch_fairness
-        self.max_threshold = args.freematch_max_threshold
-        self.register_buffer('tau', torch.tensor(1 / num_classes))
-        self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
-        self.register_buffer('class_share', torch.full((num_classes,), 1 / num_classes))
-
-    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
-        probs = logits.softmax(1)
-        confidence, label = probs.max(1)
-        self.tau.lerp_(confidence.mean(), 1 - self.momentum).clamp_(max=self.max_threshold)
-        self.class_mean.lerp_(probs.mean(0), 1 - self.momentum)
-        self.class_share.lerp_(F.one_hot(label, self.num_classes).float().mean(0), 1 - self.momentum)
-        thresholds = self.class_mean / self.class_mean.max() * self.tau
-        return (confidence >= thresholds[label]).float()
-
-    def further_loss(self, strong_logits: torch.Tensor, weight: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-        """The fairness term times its factor.
-
-        Its batch means are those of all processes. The gradient of a mean flows through the own part of it alone, and
-        averaging the gradients over the processes then gives that of the joined batch.
-        """
-        probs = strong_logits[:, :self.num_classes].softmax(1)
-        own = torch.cat([
-            (probs * weight[:, None]).sum(0),
-            (F.one_hot(probs.argmax(1), self.num_classes) * weight[:, None]).sum(0),
-            weight.sum()[None],
-        ])
-        others = accelerator.reduce(own.detach(), 'sum') - own.detach()
-        sums = (own * accelerator.num_processes - own.detach() * (accelerator.num_processes - 1)) + others
-        number = sums[-1].detach().clamp(min=1)
-        mean, share = sums[:self.num_classes] / number, sums[self.num_classes:-1] / number
-        # A class that no strong view is counted for has no ratio; as in the published code it then weighs nothing.
-        ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0)
-        ratio = ratio / ratio.sum().clamp(min=1e-12)
-        target = self.class_mean / self.class_share.clamp(min=1e-12)
-        fairness = (target / target.sum() * torch.log(ratio + 1e-12)).sum() * (sums[-1].detach() > 0)
-        return self.factor * fairness
-
-
-class MarginMatch(Method):
-    """FlexMatch with a second threshold, on the APM: that of images known to be wrong (CVPR 2023, section 3).
-
-    The network has an extra, virtual class. Now and then a few unlabeled images are drawn to be trained as that class;
-    what they reach there, at the 95th percentile, is the APM below which a pseudo-label counts as wrong. As in the
-    authors' code there is no such threshold in the first 80,000 of 2^20 updates, the images are drawn anew every
-    50,000, and none are wrong in the last tenth. Where text and code differ this follows the text: the code takes the
-    99th percentile, and counts a runner-up with a negative logit as 0.
-    """
-
-    virtual_class = True
-
-    def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
-        super().__init__(num_classes)
-        self.flexmatch = FlexMatch(num_unlabeled, num_classes, args)
-        self.seed = args.seed
-        updates = args.epochs * args.train_steps_per_epoch
-        self.first = round(80_000 / FULL_SCHEDULE * updates)
-        self.every = max(1, round(50_000 / FULL_SCHEDULE * updates))
-        self.last = round(0.9 * updates)
-        self.num_wrong = max(1, min(num_unlabeled // 100, num_unlabeled // (num_classes + 1)))
-        self.apm = MarginBank(num_unlabeled, num_classes + 1, smoothing=0.997)
-        self.wrong_apm = MarginBank(self.num_wrong, smoothing=0.997)
-        self.register_buffer('slot', torch.full((num_unlabeled,), -1))  # position among the wrong images, -1: none
-
-    def is_wrong(self, index: torch.Tensor) -> torch.Tensor:
-        """Which images `[U]` are now trained as the virtual class."""
-        return self.slot.gather(0, index) >= 0
-
-    def target(self, pseudo_label: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return torch.where(self.is_wrong(index), self.num_classes, pseudo_label)
-
-    def redraw(self, num_updates: int) -> None:
-        """Draws the wrong images where that is due, without memory of the last ones."""
-        if num_updates == self.last:
-            self.slot.fill_(-1)
-        elif self.first <= num_updates < self.last and (num_updates - self.first) % self.every == 0:
-            generator = torch.Generator().manual_seed(item_seed(self.seed, 'marginmatch', num_updates))
-            drawn = torch.randperm(len(self.slot), generator=generator)[:self.num_wrong].to(self.slot.device)
-            self.slot.fill_(-1).scatter_(0, drawn, torch.arange(self.num_wrong, device=self.slot.device))
-            for table in self.wrong_apm.buffers():
-                table.zero_()
-
-    def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
-        self.redraw(num_updates)
-        slot, wrong = self.slot.gather(0, index), self.is_wrong(index)
-        label = logits[:, :self.num_classes].argmax(1)
-        # A row of NaN is no visit, and below no confident prediction: shapes stay fixed, and nothing waits.
-        right_rows, wrong_rows = (logits.masked_fill(rows[:, None], torch.nan) for rows in (wrong, ~wrong))
-        self.apm.update(index, right_rows, label)
-        self.wrong_apm.update(slot.clamp(min=0), wrong_rows, torch.full_like(label, self.num_classes))
-        seen = torch.where(self.wrong_apm.count > 0, self.wrong_apm.value, torch.nan)
-        threshold = seen.nanquantile(0.95)
-        weight = self.flexmatch(right_rows[:, :self.num_classes], index, num_updates)
-        weight = weight * ((self.apm.lookup(index, label) >= threshold) | threshold.isnan())
-        # The wrong images count as much as an average other one.
-        return torch.where(wrong, weight.sum() / (~wrong).sum().clamp(min=1), weight)
-
+from calibratemix import PRESETS
+from consistency import VAT, MeanTeacher, MixMatch, PiModel, ReMixMatch
+from pseudo_labels import (
+    FULL_SCHEDULE,
+    UDA,
+    AdaMatch,
+    Dash,
+    DeFixMatch,
+    FixMatch,
+    FlexMatch,
+    FreeMatch,
+    MarginMatch,
+    Method,
+    PseudoLabel,
+    SoftMatch,
+)
 
 ALGORITHMS = {
     'supervised': None,
@@ -258,7 +32,127 @@ ALGORITHMS = {
     'softmatch': SoftMatch,
     'freematch': FreeMatch,
     'marginmatch': MarginMatch,
+    'uda': UDA,
+    'adamatch': AdaMatch,
+    'dash': Dash,
+    'defixmatch': DeFixMatch,
+    'pi_model': PiModel,
+    'meanteacher': MeanTeacher,
+    'vat': VAT,
+    'mixmatch': MixMatch,
+    'remixmatch': ReMixMatch,
 }
+
+
+def published(algorithm: str, dataset: str = '') -> dict:
+    """Arguments that a method's published recipe has for a data set, by name."""
+    method = ALGORITHMS[algorithm] or Method
+    name = dataset.rpartition('/')[2].lower()
+    return {**Method.published, **method.published, **method.published_for.get(name, {})}
+
+
+def fit_to_method(args: argparse.Namespace) -> None:
+    """Sets the arguments of `published` where they are not given."""
+    for name, value in published(args.algorithm, args.dataset).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def without_defaults(entries: dict, given: Iterable[str]) -> dict:
+    """A run's arguments by name, without those that it took from `published` and that another method may not have.
+
+    Args:
+        entries: The arguments, from a file.
+        given: Names of the arguments that the command line gives.
+    """
+    if not {'algorithm', 'dataset'} & set(given) or entries.get('algorithm', 'fixmatch') not in ALGORITHMS:
+        return entries
+    own = published(entries.get('algorithm', 'fixmatch'), entries.get('dataset') or '')
+    return {name: value for name, value in entries.items() if name not in own or value != own[name]}
+
+
+def tell_published(name: str) -> str:
+    """The default of an argument, and which methods and data sets have another."""
+    others, usual = {}, Method.published[name]
+    for algorithm in ALGORITHMS:
+        for dataset in ('', *getattr(ALGORITHMS[algorithm], 'published_for', ())):
+            value = published(algorithm, dataset)[name]
+            if value != published(algorithm)[name] or (not dataset and value != usual):
+                others.setdefault(value, []).append(f'{algorithm} on {dataset}' if dataset else algorithm)
+    return '; '.join([f'{usual:g}', *(f'{value:g} with {", ".join(names)}' for value, names in others.items())])
+
+
+def add_method_arguments(group: argparse._ArgumentGroup) -> None:
+    """The arguments of base methods."""
+    flag = argparse.BooleanOptionalAction
+    group.add_argument('--mu', type=int, metavar='N', default=None,
+                       help=f'unlabeled images per labeled image in a step (default: {tell_published("mu")})')
+    group.add_argument('--lambda-u', type=float, metavar='X', default=None,
+                       help=f'factor of the unlabeled loss (default: {tell_published("lambda_u")})')
+    group.add_argument('--threshold', type=float, metavar='P', default=None,
+                       help='confidence from which a pseudo-label counts; with adamatch relative to the mean one of '
+                            f'labeled images (default: {tell_published("threshold")})')
+    group.add_argument('--lambda-u-warmup', type=float, metavar='SHARE', default=None,
+                       help='share of the training over which the unlabeled loss grows from 0 (default: '
+                            f'{tell_published("lambda_u_warmup")})')
+    group.add_argument('--temperature', type=float, metavar='X', default=None,
+                       help='of the soft pseudo-labels of uda, dash, mixmatch and remixmatch (default: '
+                            f'{tell_published("temperature")})')
+    group.add_argument('--mixmatch-alpha', type=float, metavar='X', default=None,
+                       help='mixmatch and remixmatch mix by draws from Beta(X, X) (default: '
+                            f'{tell_published("mixmatch_alpha")})')
+    group.add_argument('--vat-eps', type=float, metavar='X', default=None,
+                       help='length of vat\'s perturbations, in normalised pixels (default: '
+                            f'{tell_published("vat_eps")})')
+    group.add_argument('--stat-momentum', type=float, metavar='X', default=None,
+                       help='of the running statistics of softmatch, freematch, adamatch and remixmatch (default: '
+                            '0.999, in short runs 1 - 100 / updates, at least 0.9)')
+    group.add_argument('--softmatch-align', action=flag, default=True,
+                       help='uniform alignment of the confidence (default: yes)')
+    group.add_argument('--softmatch-usb-stats', action=flag, default=False,
+                       help='mean and variance of the aligned confidence, as the published code takes them, instead of '
+                            'the plain one')
+    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.001,
+                       help='factor of the fairness term (default: 0.001, as in the published configurations)')
+    group.add_argument('--freematch-max-threshold', type=float, metavar='P', default=None,
+                       help='bound of the global threshold (default: 1, for svhn 0.95, as published)')
+    group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
+                       help='factor of a penalty on unlabeled logits that lie further below the top one than '
+                            '--logit-margin, a calibration baseline (arXiv 2403.15567, which has 0.1; default: 0, off)')
+    group.add_argument('--logit-margin-rows', default='all', choices=['all', 'agreeing'],
+                       help='whose logits: of all unlabeled images, or as in the authors\' code of those with weight 1 '
+                            'whose strong view is predicted as the pseudo-label (default: all)')
+    group.add_argument('--logit-margin', type=float, metavar='X', default=10., help='see there (default: 10)')
+    group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
+                       help='of the labeled loss, a calibration baseline (default: 0)')
+    group.add_argument('--weak-forward', default='joint', choices=['joint', 'no-grad'],
+                       help='joint: one pass over labeled, weak and strong images, batch-norm statistics over all of '
+                            'them (the published protocol). no-grad: the weak images pass first and without a graph, '
+                            'which saves a third of the arithmetic; they and the rest then have batch-norm statistics '
+                            'of their own, and the running ones move twice a step')
+
+
+def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 where the method cannot be combined with other arguments."""
+    method = ALGORITHMS[args.algorithm] or Method
+    if args.temperature <= 0:
+        parser.error(f'--temperature {args.temperature}: expected a number above 0')
+    if args.weak_forward == 'no-grad' and not method.weak_apart:
+        parser.error(f'--weak-forward no-grad: with {args.algorithm} there is no pass over weak and strong images that '
+                     'it could part; leave it out')
+    if args.logit_margin_penalty and not method.trains_on_views:
+        parser.error(f'--logit-margin-penalty: {args.algorithm} trains on mixed images, and has no unlabeled logits of '
+                     'its own to press down; leave it out')
+    if args.logit_adjustment and method.own_losses:
+        parser.error(f'--logit-adjustment: {args.algorithm} has no plain pseudo-labeled loss to adjust; leave it out, '
+                     'or choose another --algorithm')
+    if method.takes_average and not args.model_ema:
+        parser.error(f'--no-model-ema: {args.algorithm} needs the averaged network; choose another --algorithm')
+
+
+def num_outputs(args: argparse.Namespace, num_classes: int) -> int:
+    """Outputs of the network: the classes, an extra one, and further ones of the method's own."""
+    return num_classes + has_extra_class(args) + getattr(ALGORITHMS[args.algorithm], 'further_outputs', 0)
 
 
 def has_extra_class(args: argparse.Namespace) -> bool:
@@ -266,9 +160,11 @@ def has_extra_class(args: argparse.Namespace) -> bool:
     return getattr(ALGORITHMS[args.algorithm], 'virtual_class', False) or args.aum_threshold_samples is not None
 
 
-def lambda_u(method: Method, num_updates: int, args: argparse.Namespace) -> float:
+def lambda_u(num_updates: int, args: argparse.Namespace) -> float:
     """Factor of the unlabeled loss: grows from 0 over --lambda-u-warmup, then --lambda-u."""
-    share = method.lambda_u_warmup if args.lambda_u_warmup is None else args.lambda_u_warmup
+    share = args.lambda_u_warmup
+    if share is None:  # in a checkpoint of an earlier version
+        share = published(args.algorithm, args.dataset)['lambda_u_warmup']
     warmup = share * args.epochs * args.train_steps_per_epoch
     return args.lambda_u * min(1, num_updates / warmup) if warmup else args.lambda_u
 

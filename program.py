@@ -185,10 +185,15 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f'; did you mean {close[0]}?' if close else ''
 
 
-def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_with_config(
+        parser: argparse.ArgumentParser,
+        argv: Sequence[str] | None = None,
+        fit: Callable[[dict, Iterable[str]], dict] = lambda entries, given: entries,
+) -> argparse.Namespace:
     """Command line over the YAML file that its --config names over defaults.
 
-    The file's entries become arguments in front of the command line's, so that argparse checks them alike.
+    The file's entries become arguments in front of the command line's, so that argparse checks them alike. Before,
+    `fit` may leave entries out that do not fit to the arguments that the command line gives, by their names.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -216,7 +221,7 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
         if names & given:
             entries = {key: value for key, value in entries.items() if key not in names}
     front = []
-    for key, value in entries.items():
+    for key, value in fit(entries, given).items():
         action = actions[key]
         if value is None or value in ([], {}) or key == 'config':
             continue
@@ -357,6 +362,9 @@ def setup_accelerator(
         raise UsageError(f'--device {device}: not available here; Accelerate found {found}')
     if found == 'cpu':
         keep_freed_memory()
+    elif found == 'cuda':  # as in timm's train.py
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     if sync_bn and found != 'cuda':
         raise UsageError(f'--sync-bn: needs GPUs, and the device is {found}')
     if amp and not accelerator.native_amp:

@@ -779,7 +779,7 @@ def create_source(
                          target_key)
     if unlabeled_dir:
         if filelists.is_file_table(name):
-            known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files.__contains__
+            known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files().__contains__
         else:  # below a folder of the training split or one for evaluation
             root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
             used = splits.keys() & {*(part.partition('[')[0] for part in parts), *VAL_SPLITS}
@@ -883,7 +883,7 @@ def settle_sources(args: argparse.Namespace) -> None:
 
     Files and folders get absolute paths, and a folder as --dataset becomes the --data-dir that it means. Where a folder
     has a split labeled and no train, labeled and unlabeled are the training and the unlabeled split by default. With
-    --val-fraction a folder of class folders will do: it is the training split, in the folder above it.
+    --val-fraction a folder of class folders will do, which is then its own training split.
     """
     for name_key, dir_key in (('dataset', 'data_dir'), ('extra_val', 'extra_val_dir')):
         name, folder = getattr(args, name_key) or '', getattr(args, dir_key)
@@ -907,7 +907,7 @@ def settle_sources(args: argparse.Namespace) -> None:
         return
     splits = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
     if args.val_fraction is not None and args.train_split == 'train' and holds_classes(root, splits):
-        args.dataset, args.data_dir, args.train_split = '', str(root.parent), root.name
+        args.train_split = os.path.join(os.pardir, root.name)
         tell(f'{root}: no folder in it is named as a split, so its {len(splits)} folders are taken for classes: '
              f'{name_some(splits)}', logging.INFO)
         return
@@ -977,4 +977,4 @@ def open_run_source(args: argparse.Namespace, split: str | None, run: Path | str
         return open_source(args, split)
     except UsageError as error:
         where = Path(run) / 'args.yaml'
-        raise UsageError(f'{error} (as {where} has it; --data-dir says where the images are now)') from error
+        raise type(error)(f'{error} (as {where} has it; --data-dir says where the images are now)') from error

@@ -23,9 +23,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +97,21 @@ from imbalance import (
     tell_tail,
 )
 from labels import choose_labels
-from methods import ALGORITHMS, Method, has_extra_class, lambda_u, logit_margin_penalty, warmup_updates
+from methods import (
+    ALGORITHMS,
+    Method,
+    add_method_arguments,
+    check_method,
+    fit_to_method,
+    has_extra_class,
+    lambda_u,
+    logit_margin_penalty,
+    num_outputs,
+    warmup_updates,
+    without_defaults,
+)
 from metrics import EvalMeter
+from passes import Outputs, forward_views
 from program import (
     STOPPED,
     ArgumentParser,
@@ -294,8 +308,8 @@ def create_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('Semi-supervised learning')
     group.add_argument('--algorithm', default='fixmatch', choices=ALGORITHMS,
-                       help='base method; supervised sees the labeled images only, pseudo_label no strong views '
-                            '(default: fixmatch)')
+                       help='base method; supervised sees the labeled images only, pseudo_label and vat no strong '
+                            'views, pi_model, meanteacher and mixmatch two weak ones (default: fixmatch)')
     draw = group.add_mutually_exclusive_group()
     draw.add_argument('--num-labels', type=int, metavar='N', default=None,
                       help='labeled images in total, drawn balanced over the classes (default: all that have a label)')
@@ -316,41 +330,7 @@ def create_parser() -> argparse.ArgumentParser:
     add_imbalance_arguments(group)
     group.add_argument('--exclude-labeled', action=flag, default=False,
                        help='leave the labeled images out of the unlabeled set; the published protocol keeps them in')
-    group.add_argument('--mu', type=int, metavar='N', default=7,
-                       help='unlabeled images per labeled image in a step (default: 7)')
-    group.add_argument('--lambda-u', type=float, metavar='X', default=1.0,
-                       help='factor of the unlabeled loss (default: 1)')
-    group.add_argument('--threshold', type=float, metavar='P', default=0.95,
-                       help='confidence from which a pseudo-label counts (default: 0.95)')
-    group.add_argument('--lambda-u-warmup', type=float, metavar='SHARE', default=None,
-                       help='share of the training over which the unlabeled loss grows from 0 (default: 0.4 with '
-                            'pseudo_label, else 0)')
-    group.add_argument('--stat-momentum', type=float, metavar='X', default=None,
-                       help='of the running statistics of softmatch and freematch (default: 0.999, in short runs '
-                            '1 - 100 / updates, at least 0.9)')
-    group.add_argument('--softmatch-align', action=flag, default=True,
-                       help='uniform alignment of the confidence (default: yes)')
-    group.add_argument('--softmatch-usb-stats', action=flag, default=False,
-                       help='mean and variance of the aligned confidence, as the published code takes them, instead of '
-                            'the plain one')
-    group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.001,
-                       help='factor of the fairness term (default: 0.001, as in the published configurations)')
-    group.add_argument('--freematch-max-threshold', type=float, metavar='P', default=None,
-                       help='bound of the global threshold (default: 1, for svhn 0.95, as published)')
-    group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
-                       help='factor of a penalty on unlabeled logits that lie further below the top one than '
-                            '--logit-margin, a calibration baseline (arXiv 2403.15567, which has 0.1; default: 0, off)')
-    group.add_argument('--logit-margin-rows', default='all', choices=['all', 'agreeing'],
-                       help='whose logits: of all unlabeled images, or as in the authors\' code of those with weight 1 '
-                            'whose strong view is predicted as the pseudo-label (default: all)')
-    group.add_argument('--logit-margin', type=float, metavar='X', default=10., help='see there (default: 10)')
-    group.add_argument('--label-smoothing', type=float, metavar='X', default=0.,
-                       help='of the labeled loss, a calibration baseline (default: 0)')
-    group.add_argument('--weak-forward', default='joint', choices=['joint', 'no-grad'],
-                       help='joint: one pass over labeled, weak and strong images, batch-norm statistics over all of '
-                            'them (the published protocol). no-grad: the weak images pass first and without a graph, '
-                            'which saves a third of the arithmetic; they and the rest then have batch-norm statistics '
-                            'of their own, and the running ones move twice a step')
+    add_method_arguments(group)
     group.add_argument('--hflip', type=float, metavar='P', default=None,
                        help='probability of mirroring a training image (default: 0.5; 0 for svhn and the sets of '
                             'digits)')
@@ -452,19 +432,20 @@ def create_parser() -> argparse.ArgumentParser:
 
 def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = create_parser()
-    return _check_args(parser, parse_with_config(parser, argv))
+    return _check_args(parser, parse_with_config(parser, argv, without_defaults))
 
 
 def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Ranges that argparse does not check; exits with status 2."""
     if args.batch_size is None and args.global_batch_size is None:
         args.batch_size = 64
+    fit_to_method(args)
     for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size', 'mu',
                  'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
     for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
-                 'logit_margin_penalty', 'logit_margin', 'freematch_fairness'):
+                 'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha'):
         if getattr(args, name) is not None and not getattr(args, name) >= 0:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
@@ -500,6 +481,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
                      f'{", ".join(torch._dynamo.list_backends())}')
     if args.calibratemix and args.algorithm == 'supervised':
         parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
+    check_method(parser, args)
     if args.label_noise and args.labels_file:
         parser.error(f'--label-noise {args.label_noise} would flip the labels of --labels-file, which may be flipped '
                      'already: give --label-noise 0')
@@ -616,7 +598,8 @@ def build_datasets(
             return dataset
         return BatchDataset(dataset, *decoded, None if evaluate else BatchViews(kinds, **recipe), views_on_gpu)
 
-    labeled_set = with_views({'image': 'weak'}, train, labels.index, labels.trained, 'labeled')
+    kinds = getattr(ALGORITHMS[args.algorithm], 'labeled_views', Method.labeled_views)
+    labeled_set = with_views(kinds, train, labels.index, labels.trained, 'labeled')
     evaluation_set = with_views({'image': 'eval'}, sources.evaluation)
     extra_set = test_set = unlabeled_set = None
     if extra is not None:
@@ -648,44 +631,6 @@ def supervised_step(
     return dict(loss=loss, loss_labeled=loss)
 
 
-class Outputs(NamedTuple):
-    """What the network says about the images of a step; all but logits and strong_logits are detached."""
-    features: torch.Tensor  # [B, D] of the labeled images
-    logits: torch.Tensor  # [B, K] float32
-    weak_features: torch.Tensor  # [U, D]
-    weak_logits: torch.Tensor  # [U, K] float32
-    strong_logits: torch.Tensor  # [U, K] float32
-
-
-def forward_views(
-        model: nn.Module,
-        image: torch.Tensor,
-        weak: torch.Tensor,
-        strong: torch.Tensor | None,
-        weak_forward: str,
-) -> Outputs:
-    """One pass over labeled, weak and strong images, or with 'no-grad' one for the weak ones and one for the rest.
-
-    Without strong images the weak ones take their place, in the one pass and with their gradient (Pseudo-Label).
-    """
-    if strong is None:
-        sizes = [len(image), len(weak)]
-        features, logits = model(torch.cat([image, weak]))
-        (f, f_weak), (z, z_weak) = features.split(sizes), logits.float().split(sizes)
-        z_strong = z_weak
-    elif weak_forward == 'joint':
-        sizes = [len(image), len(weak), len(strong)]
-        features, logits = model(torch.cat([image, weak, strong]))
-        (f, f_weak, _), (z, z_weak, z_strong) = features.split(sizes), logits.float().split(sizes)
-    else:
-        with torch.no_grad():
-            f_weak, z_weak = model(weak)
-        sizes = [len(image), len(strong)]
-        features, logits = model(torch.cat([image, strong]))
-        (f, _), (z, z_strong) = features.split(sizes), logits.float().split(sizes)
-    return Outputs(f.detach(), z, f_weak.detach(), z_weak.detach().float(), z_strong)
-
-
 def semi_supervised_step(
         model: nn.Module,
         labeled: dict,
@@ -696,47 +641,56 @@ def semi_supervised_step(
         accelerator: Accelerator,
         args: argparse.Namespace,
         adjustment: LogitAdjustment | None = None,
+        average: Callable | None = None,
 ) -> dict[str, torch.Tensor]:
     """Losses of a step: the base method's, and after warmup the mixup loss from a second pass over mixed images only.
 
     Args:
         model: Returns features and logits.
-        labeled: image `[B, C, S, S]`, target `[B]`, index `[B]`.
-        unlabeled: weak and strong `[U, C, S, S]`, target `[U]` (for monitoring only; -1: unknown), index `[U]`. Both
-            may say whether an index stands twice, as repeated.
+        labeled: image `[B, C, S, S]` (and what other views the method has), target `[B]`, index `[B]`.
+        unlabeled: weak and strong `[U, C, S, S]` (likewise), target `[U]` (for monitoring only; -1: unknown), index
+            `[U]`. Both may say whether an index stands twice, as repeated.
         method: The base method.
         calmix: None for the base method alone.
         num_updates: Updates done so far.
         adjustment: Of the logits in the labeled and the pseudo-labeled loss, by class frequencies.
+        average: The averaged network, for a method that takes it: it gets the weak images.
 
     Returns:
         Scalars, detached but for `loss`.
     """
-    j = unlabeled['index']
-    out = forward_views(model, labeled['image'], unlabeled['weak'], unlabeled.get('strong'), args.weak_forward)
+    i, y, j = labeled['index'], labeled['target'], unlabeled['index']
+    out = forward_views(
+        model, labeled, unlabeled, args.weak_forward, average, method.trains_on_views, method.further_outputs,
+    )
     num_classes = method.num_classes  # an extra class of the network is a target of some images, and else left out
     confidence, pseudo_label = out.weak_logits[:, :num_classes].softmax(1).max(1)
 
     # What a method or the bank keeps is kept of the joined batch, on every process alike.
-    j_all, z_weak_all, pseudo_label_all = accelerator.gather((j, out.weak_logits, pseudo_label))
+    i_all, y_all, z_all, j_all, z_weak_all, pseudo_label_all = accelerator.gather(
+        (i, y, out.logits.detach(), j, out.weak_logits, pseudo_label),
+    )
+    method.see_labeled(z_all, y_all, num_updates)
     first = accelerator.process_index * len(j)
     weight_all = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)
     weight = weight_all[first:first + len(j)]
-    z, z_strong = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
-    loss_labeled = F.cross_entropy(z, labeled['target'], label_smoothing=args.label_smoothing)
-    loss_unlabeled = F.cross_entropy(z_strong, method.target(pseudo_label, j), reduction='none')
-    loss_unlabeled = (loss_unlabeled * weight).mean()
-    loss = loss_labeled.add(loss_unlabeled, alpha=lambda_u(method, num_updates, args))
-    further_loss = method.further_loss(out.strong_logits, weight, accelerator)
-    if isinstance(further_loss, torch.Tensor):
-        loss = loss + further_loss
+    if method.own_losses:
+        loss_labeled, loss_unlabeled, further = method.losses(model, labeled, unlabeled, out)
+    else:
+        z, z_strong = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
+        loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
+        target = method.target(out.weak_logits, pseudo_label, j)
+        loss_unlabeled = (F.cross_entropy(z_strong, target, reduction='none') * weight).mean()
+        further = method.further_loss(out.strong_logits, weight, accelerator)
+    loss = loss_labeled.add(loss_unlabeled, alpha=lambda_u(num_updates, args))
+    if isinstance(further, torch.Tensor):
+        loss = loss + further
     if args.logit_margin_penalty:
         penalty = logit_margin_penalty(out.strong_logits, pseudo_label, weight, accelerator, args)
         loss = loss + args.logit_margin_penalty * penalty
 
     terms = {}
     if calmix is not None:
-        i_all, y_all, z_all = accelerator.gather((labeled['index'], labeled['target'], out.logits.detach()))
         z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
         alone = accelerator.num_processes == 1  # else the others' images are not known without a wait
         repeated = tuple(batch.get('repeated') if alone else None for batch in (labeled, unlabeled))
@@ -832,6 +786,12 @@ class Monitor:
         self.sums, self.seen = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
 
 
+def ask_average(run: Run, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and logits of the averaged network, in evaluation mode."""
+    with run.accelerator.autocast():
+        return FeaturesAndLogits(run.ema.module).eval()(images)
+
+
 def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argparse.Namespace) -> bool:
     """One optimizer update from `--grad-accum-steps` batches; False if float16 gradients overflowed: none was made."""
     accelerator = run.accelerator
@@ -846,9 +806,10 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
             if args.algorithm == 'supervised':
                 terms = supervised_step(run.model, labeled, run.calmix, accelerator, args, run.adjustment)
             else:
+                average = partial(ask_average, run) if run.method.takes_average else None
                 terms = semi_supervised_step(
                     run.model, labeled, next(unlabeled_batches), run.method, run.calmix, run.num_updates, accelerator,
-                    args, run.adjustment,
+                    args, run.adjustment, average,
                 )
             loss = terms['loss']
             accelerator.backward(loss / args.grad_accum_steps if args.grad_accum_steps > 1 else loss)
@@ -1045,7 +1006,8 @@ def tell_batch(args: argparse.Namespace, processes: int, device: str) -> str:
     own = ' and '.join(str(number) for _, number in kinds)
     steps = f' from each of {args.grad_accum_steps} batches' if args.grad_accum_steps > 1 else ''
     return (f'an update takes {joined} images: {own}{steps} on '
-            + (f'each of {processes} processes' if processes > 1 else 'one process') + f', device {device}')
+            + (f'each of {processes} processes' if processes > 1 else 'one process') + f', device {device}'
+            + (', with TF32 and cudnn.benchmark' if device.startswith('cuda') else ''))
 
 
 def describe(
@@ -1071,7 +1033,10 @@ def describe(
     _logger.info(tell_batch(args, run.accelerator.num_processes, str(run.accelerator.device)))
     if semi:
         averages = ', not the average that is evaluated' if run.ema is not None else ''
-        _logger.info(f'Pseudo-labels are those of the student, the network that is trained{averages}')
+        who = f'the student, the network that is trained{averages}'
+        if run.method.takes_average:
+            who = 'the averaged network, the teacher'
+        _logger.info(f'Pseudo-labels are those of {who}')
     units = bfloat16_units() if run.accelerator.device.type == 'cpu' else ''
     if units and not (args.amp and args.channels_last):
         _logger.info(f'This processor has units for bfloat16 ({units}): --amp --channels-last would be faster')
@@ -1182,7 +1147,7 @@ def train_and_evaluate(
         save_checkpoint(run, folder, args)
 
     total = args.epochs * args.train_steps_per_epoch
-    lag = ''
+    lag, width = '', run.num_classes + has_extra_class(args)
     visible = accelerator.is_main_process and takes_bar(sys.stderr)
     try:
         with progress_bar(total, run.num_updates, visible) as bar:
@@ -1199,7 +1164,7 @@ def train_and_evaluate(
                     metrics = record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)
                     # In the first half of a run an average may be behind; one line of it is enough.
                     if run.ema is not None and not lag and 2 * run.num_updates >= total:
-                        lag = average_lags(run.timm_model, run.eval_model, probe, accelerator)
+                        lag = average_lags(run.timm_model, run.eval_model, probe, accelerator, width)
                         if lag:
                             _logger.warning(lag)
                     if args.save_margins:
@@ -1240,7 +1205,7 @@ def main(args: argparse.Namespace) -> dict[str, float]:
         sources = open_sources(args)
     num_classes = agree_on_classes(args, sources)
     choose_model(args, sources.train)
-    model = build_model(args, num_classes + has_extra_class(args))
+    model = build_model(args, num_outputs(args, num_classes))
     data_config = resolve_data(args, model)
     check_head(model, args, data_config.input_size)
     on_gpu = accelerator.device.type == 'cuda'

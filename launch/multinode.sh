@@ -6,7 +6,13 @@
 # (its GPUs). --output has to lie on a file system that all hosts share.
 # SIGTERM or Ctrl-C on one host stops the run on all of them with a checkpoint; the launcher then exits with status 1.
 set -euo pipefail
-: "${NNODES:?the number of hosts}" "${NODE_RANK:?the number of this host, from 0}" "${MASTER_ADDR:?address of host 0}"
+for needed in 'NNODES: the number of hosts' 'NODE_RANK: which of them this is, from 0' 'MASTER_ADDR: that of host 0'; do
+    name=${needed%%:*}
+    if [ -z "${!name:-}" ]; then
+        echo "multinode.sh: error: set $needed" >&2
+        exit 2
+    fi
+done
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 if [ -z "${NPROC:-}" ] && ! command -v nvidia-smi > /dev/null; then
     echo "multinode.sh: error: no nvidia-smi to count the GPUs: set NPROC" >&2

@@ -151,6 +151,18 @@ def test_bank_equals_a_loop_with_repeated_indices_and_overflowed_rows(smoothing,
     assert broken == 1 or max(count) > 5
 
 
+@pytest.mark.parametrize('num_classes', [None, 4])
+def test_a_batch_without_repeated_indices_gives_the_same_tables_whether_that_is_known_or_not(num_classes):
+    banks = [MarginBank(9, num_classes, 0.997) for _ in range(3)]
+    for _ in range(4):
+        index, logits = torch.randperm(9)[:6], torch.randn(6, 4)
+        logits[0] = NAN
+        for bank, repeated in zip(banks, (None, False, True)):
+            bank.update(index, logits, index % 4, repeated)
+    for bank in banks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(bank.buffers(), banks[0].buffers()))
+
+
 def test_a_repeated_index_is_two_visits_one_after_the_other():
     logits, label = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
     together, apart = MarginBank(1, 3, smoothing=0.5), MarginBank(1, 3, smoothing=0.5)
@@ -859,15 +871,85 @@ def test_the_seed_governs_every_draw(options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The weight that is steered
+
+
+def steer(calmix, index, confidence, pseudo_label, step=0, dtype=torch.float32, label=0):
+    """A step of two classes with weak views of these confidences and pseudo-labels."""
+    sign = torch.tensor([1. if k == 0 else -1. for k in pseudo_label])
+    logits = torch.stack([sign, -sign], 1) * torch.tensor(confidence).logit()[:, None] / 2
+    calmix.update(torch.tensor([0]), torch.tensor([label]), torch.randn(1, 2), torch.tensor(index),
+                  torch.tensor(pseudo_label), logits.to(dtype), step)
+    return float(calmix.weight)
+
+
+@pytest.mark.parametrize('dtype, close', [(torch.float32, 1e-6), (torch.float16, 1e-4)])
+def test_the_weight_moves_by_the_gap_computed_by_hand_on_three_images(dtype, close):
+    calmix = CalibrateMix(1, 3, 2, 'steered', weight_rate=0.5, warmup_steps=1)
+    assert steer(calmix, [0, 1, 2], [.9, .8, .7], [0, 1, 0], 0, dtype) == 1  # in warmup: labels are kept, no more
+    # 0 and 1 keep their labels, 2 changes: gaps of -0.1, -0.4 and -0.2 + 1.2, on average 0.5 / 3 above 0.
+    assert steer(calmix, [0, 1, 2], [.9, .6, .8], [0, 1, 1], 1, dtype) == 1  # nowhere above where it started
+    # No label changes, two images: -0.2 and -0.3, times 0.5 / 2.
+    assert steer(calmix, [2, 0], [.8, .7], [1, 0], 2, dtype) == pytest.approx(1 - 0.125, abs=close)
+    assert steer(calmix, [1], [.6], [0], 3, dtype) == pytest.approx(min(1, 0.875 + 0.5 * 0.8), abs=close)
+    low = CalibrateMix(1, 3, 2, 'steered', weight_rate=9, warmup_steps=0)
+    assert steer(low, [0, 1], [.6, .6], [0, 0]) == 1  # no image was visited before
+    assert steer(low, [0, 1], [.6, .6], [0, 0]) == 0  # nor below 0
+
+
+def test_the_weight_of_a_batch_divides_by_all_images_and_sums_over_those_visited_before():
+    calmix = CalibrateMix(1, 4, 2, 'steered', weight_rate=0.5, warmup_steps=0)
+    steer(calmix, [0], [.9], [0])
+    assert steer(calmix, [0, 1, 2, 3], [.8] * 4, [0] * 4) == pytest.approx(1 - 0.5 / 4 * 0.2)
+
+
+def test_rows_that_are_not_finite_are_no_visits_to_the_steered_weight_and_a_later_row_is_the_label_that_counts():
+    calmix = CalibrateMix(1, 3, 2, 'steered', warmup_steps=0)
+    assert steer(calmix, [0, 1, 1, 2], [.9, .9, .9, .9], [0, 0, 1, 1]) == 1
+    # Both rows of image 1 are compared with the label 1 that its last row had, not with one another.
+    weight = steer(calmix, [1, 1], [.7, .7], [1, 1])
+    assert weight == pytest.approx(1 - 0.1 * 0.3)
+    calmix.update(torch.tensor([0]), torch.tensor([0]), torch.randn(1, 2), torch.tensor([2, 0]), torch.tensor([0, 0]),
+                  torch.tensor([[NAN, 1.], [INF, 0.]]), 1)
+    assert float(calmix.weight) == weight
+    # Image 2 still has label 1: neither of the rows below is a change.
+    assert steer(calmix, [2, 0], [.8, .8], [1, 0]) == pytest.approx(weight - 0.1 * 0.2)
+
+
+def test_the_weight_depends_on_no_label_and_a_state_goes_on_as_it_was():
+    other, calmix = (CalibrateMix(1, 3, 2, 'steered', warmup_steps=0) for _ in range(2))
+    for module, label in ((calmix, 0), (other, 1)):
+        steer(module, [0, 1, 2], [.9, .8, .7], [0, 1, 0], label=label)
+        steer(module, [0, 1, 2], [.6, .8, .7], [0, 1, 0], label=label)
+    assert torch.equal(calmix.weight, other.weight) and torch.equal(calmix.last_label, other.last_label)
+    assert calmix.weight.shape == () and calmix.weight < 1 and "weight=1.0, weight_rate=0.1" in repr(calmix)
+    resumed = CalibrateMix(1, 3, 2, 'steered', warmup_steps=0)
+    resumed.load_state_dict(calmix.state_dict())
+    assert steer(resumed, [1, 2], [.7, .7], [1, 0]) == steer(calmix, [1, 2], [.7, .7], [1, 0]) < 1
+    assert isinstance(CalibrateMix(1, 3, 2).weight, float) and 'weight' not in CalibrateMix(1, 3, 2).state_dict()
+
+
+def test_an_index_outside_of_the_set_changes_no_label_of_the_steered_weight():
+    calmix = CalibrateMix(1, 3, 2, 'steered', apm_in_warmup=False)  # the bank does not look at it then
+    for index in (-1, 3):
+        with pytest.raises((RuntimeError, IndexError)):
+            steer(calmix, [index], [.9], [0])
+    assert (calmix.last_label == 2).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Options and presets
 
 
 def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1,
-                 split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400, apm_in_warmup=True)
+                 weight_rate=0, split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400,
+                 apm_in_warmup=True)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
                    apm_in_warmup=False, weight=0.5)
-    assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': dict(paper, gamma=0.5, topk=0)}
+    ours = dict(paper, gamma=0.5, topk=0)
+    steered = dict(ours, pairing='random', weight_rate=0.1)
+    assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': ours, 'steered': steered}
     parameters = inspect.signature(CalibrateMix).parameters
     assert parameters['preset'].default == 'paper'
     unset = {name for name, p in parameters.items() if p.default is None} - {'labeled_to_unlabeled', 'apm'}
@@ -881,7 +963,8 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_given_option_overrides_the_preset_even_if_it_is_zero_or_false(preset):
     options = dict(gamma=0.5, gamma_dist='beta-pair', topk=0, similarity='dot', space='pixel', loss='bce', weight=0,
-                   split='bank', pairing='random', min_confidence=0.5, warmup_steps=0, apm_in_warmup=False)
+                   weight_rate=0, split='bank', pairing='random', min_confidence=0.5, warmup_steps=0,
+                   apm_in_warmup=False)
     calmix = CalibrateMix(2, 2, 2, preset, **options)
     assert {key: getattr(calmix, 'loss_type' if key == 'loss' else key) for key in options} == options
     assert "topk=0" in repr(calmix) and "loss='bce'" in repr(calmix)
@@ -911,6 +994,7 @@ def test_apm_counts_from_the_first_step_or_only_after_warmup(apm_in_warmup, expe
     (dict(gamma=0, gamma_dist='beta-pair'), 'gamma: expected a positive number, got 0'),
     (dict(gamma=INF, gamma_dist='beta-pair'), 'gamma: expected a positive number, got inf'),
     (dict(weight=-1), 'weight: expected 0 or more, got -1'),
+    (dict(weight_rate=-1), 'weight_rate: expected 0 or more, got -1'),
     (dict(warmup_steps=-5), 'warmup_steps: expected 0 or more, got -5'),
     (dict(num_labeled=-2), 'num_labeled: expected 0 or more, got -2'),
     (dict(num_unlabeled=-2), 'num_unlabeled: expected 0 or more, got -2'),

@@ -381,6 +381,7 @@ def test_a_folder_named_by_its_path_is_the_split_that_lies_there(tmp_path):
 
 def test_a_folder_of_class_folders_is_the_training_split_of_a_run_that_holds_a_part_out(tmp_path, caplog):
     make(tmp_path, *(f'zoo/{name}/{i}.png' for name in 'ab' for i in range(4)), 'zoo2/test/a/1.png', 'zoo2/b/1.png')
+    make(tmp_path, 'test/c/1.png')  # of something else
     asked = train_ssl._parse_args(['--data-dir', str(tmp_path / 'zoo')])
     with pytest.raises(UsageError, match='no split train; it has a, b. If these are classes: --val-fraction 0.2'):
         splits.open_sources(asked)
@@ -389,7 +390,7 @@ def test_a_folder_of_class_folders_is_the_training_split_of_a_run_that_holds_a_p
         opened = splits.open_sources(asked)
     assert (opened.train.class_names, opened.train.targets.tolist().count(-1)) == (['a', 'b'], 2)
     assert sorted(opened.evaluation.targets.tolist()) == [0, 1]
-    assert (asked.data_dir, asked.train_split) == (str(tmp_path), 'zoo')
+    assert (asked.data_dir, asked.train_split) == (str(tmp_path / 'zoo'), '../zoo')
     assert 'so its 2 folders are taken for classes: a, b' in caplog.text
     asked = train_ssl._parse_args(['--data-dir', str(tmp_path / 'zoo2'), '--val-fraction', '0.25'])
     with pytest.raises(UsageError, match='no split train; it has b, test$'):

@@ -381,8 +381,9 @@ def test_slurm_gets_a_task_for_every_run_and_queues_a_stopped_one_again(stand_in
 @pytest.mark.parametrize('name, arguments, told', [
     ('slurm_multinode', ('--experiment', 'mine'), 'not within a SLURM job: submit it with sbatch'),
     ('slurm', (str(ROOT / 'launch' / 'ood.sh'),), 'no sbatch here'),
+    ('multinode', ('--experiment', 'mine'), 'set NNODES: the number of hosts'),
 ])
-def test_a_slurm_script_outside_of_slurm_says_so_in_one_line(name, arguments, told):
+def test_a_script_for_several_machines_says_in_one_line_what_it_lacks(name, arguments, told):
     if shutil.which('sbatch') or 'SLURM_JOB_ID' in os.environ:
         pytest.skip('SLURM is here')
     result = launch(name, *arguments)

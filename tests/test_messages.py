@@ -200,7 +200,7 @@ def test_the_start_of_a_run_tells_sets_splits_batch_and_who_labels(train, monkey
 def test_the_batch_is_told_of_all_processes():
     args = train_ssl._parse_args(['-b', '4', '--algorithm', 'supervised'])
     assert train_ssl.tell_batch(args, 3, 'cuda') == ('an update takes 12 labeled images: 4 on each of 3 processes, '
-                                                     'device cuda')
+                                                     'device cuda, with TF32 and cudnn.benchmark')
 
 
 def test_units_for_bfloat16_are_found_where_the_system_names_them(tmp_path):

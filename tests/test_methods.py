@@ -13,6 +13,7 @@ from test_train import assert_same_run, rewind, run_on, summary, weights
 import backbone
 import checkpoint
 import methods
+import passes
 import sources
 import train_ssl
 
@@ -307,10 +308,10 @@ def test_the_logit_margin_penalty_of_agreeing_rows_is_that_of_a_loop_over_them()
 
 def test_the_unlabeled_loss_of_pseudo_label_grows_over_its_warmup():
     args = options(lambda_u=2.0, lambda_u_warmup=0.5, epochs=2, train_steps_per_epoch=10)
-    assert [methods.lambda_u(methods.PseudoLabel, t, args) for t in (0, 5, 10, 15)] == [0, 1, 2, 2]
+    assert [methods.lambda_u(t, args) for t in (0, 5, 10, 15)] == [0, 1, 2, 2]
     asked = train_ssl._parse_args(['--algorithm', 'pseudo_label', '--epochs', '10', '--train-steps-per-epoch', '10'])
-    assert [methods.lambda_u(methods.PseudoLabel, t, asked) for t in (0, 20, 40, 60)] == [0, 0.5, 1, 1]
-    assert methods.lambda_u(methods.FixMatch, 0, train_ssl._parse_args([])) == 1
+    assert [methods.lambda_u(t, asked) for t in (0, 20, 40, 60)] == [0, 0.5, 1, 1]
+    assert methods.lambda_u(0, train_ssl._parse_args([])) == 1
 
 
 def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):
@@ -324,14 +325,15 @@ def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):
             return torch.zeros(6, 2), logits.requires_grad_()
 
     image, weak = torch.zeros(2, 3, 4, 4), torch.zeros(4, 3, 4, 4)
-    *_, z_weak, z_strong = train_ssl.forward_views(Fixed(), image, weak, None, 'joint')
+    *_, z_weak, z_strong, _ = passes.forward_views(Fixed(), dict(image=image), dict(weak=weak))
     assert torch.equal(z_weak, z_strong) and z_strong.requires_grad and not z_weak.requires_grad
 
 
-@pytest.mark.parametrize('name', ['pseudo_label', 'flexmatch', 'softmatch', 'freematch', 'marginmatch'])
+@pytest.mark.parametrize('name', [name for name in methods.ALGORITHMS if name not in ('supervised', 'fixmatch')])
 def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, name):
-    flags = ('--algorithm', name, '--calibratemix', '--calmix-warmup-epochs', 1, '--threshold', 0.3, '--stat-momentum',
-             0.9, '--train-steps-per-epoch', 3, '--recovery-interval', 1, '--checkpoint-hist', 99)
+    flags = ('--algorithm', name, '--calibratemix', '--calmix-warmup-epochs', 1, '--calmix-weight-rate', 0.1,
+             '--threshold', 0.3, '--stat-momentum', 0.9, '--train-steps-per-epoch', 3, '--recovery-interval', 1,
+             '--checkpoint-hist', 99)
     straight = train('straight', *flags)
     rewind(straight, tmp_path / 'resumed', 4)
     resumed = train('resumed', *flags, '--resume', 'auto')

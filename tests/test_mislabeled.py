@@ -357,8 +357,9 @@ def test_the_two_draws_of_threshold_samples_are_disjoint_seeded_and_one_in_k_plu
 
 @pytest.mark.parametrize('name', [name for name in methods.ALGORITHMS if name != 'marginmatch'])
 def test_every_method_trains_threshold_samples_but_saves_and_measures_the_real_classes(train, name):
+    penalty = () if name in ('mixmatch', 'remixmatch') else ('--logit-margin-penalty', 0.1)  # refused with these
     folder = train('run', '--algorithm', name, '--save-margins', '--aum-threshold-samples', 1, '--threshold', 0.2,
-                   '--freematch-fairness', 1, '--logit-margin-penalty', 0.1)
+                   '--freematch-fairness', 1, *penalty)
     model = timm.create_model(f'local-dir:{folder / "last"}', pretrained=True).eval()
     source = sources.create_source('digits', None, 'test')
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
@@ -371,7 +372,7 @@ def test_every_method_trains_threshold_samples_but_saves_and_measures_the_real_c
     assert labels['target'] == [sources.create_source('digits', None, 'train').targets[i] for i in labels['index']]
 
 
-@pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch'])
+@pytest.mark.parametrize('name', ['fixmatch', 'flexmatch', 'softmatch', 'freematch', 'uda', 'adamatch', 'dash'])
 def test_the_extra_class_is_no_pseudo_label_and_takes_no_confidence(name):
     """Logits that put it far on top everywhere: pseudo-labels and weights are those of the real classes alone."""
     class Fixed(torch.nn.Module):
@@ -393,7 +394,7 @@ def test_the_extra_class_is_no_pseudo_label_and_takes_no_confidence(name):
         unlabeled = dict(weak=torch.zeros(6, 1), strong=torch.zeros(6, 1), target=torch.ones(6).long(),
                          index=torch.arange(6))
         terms = train_ssl.semi_supervised_step(
-            Fixed(extra), labeled, unlabeled, method, None, 0, Accelerator(cpu=True), args,
+            Fixed(extra), labeled, unlabeled, method, None, 5000, Accelerator(cpu=True), args,
         )
         assert terms['pseudo_label_right'] == 1
         rates.append(terms['mask_rate'].item())

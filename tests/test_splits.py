@@ -261,11 +261,11 @@ def test_copies_of_imagenet_are_matched_by_number_where_they_share_no_name(monke
     monkeypatch.setattr(splits, 'create_source', lambda *args, **kwargs: words)
     wnids = [f'n{i:08}' for i in range(50)]
     args = Namespace(dataset='webvision-mini', extra_val='imagenet', extra_val_dir=None, max_pixels=10 ** 6)
-    _, index, targets = splits.match_extra(args, wnids, 50)
+    _, index, targets = splits.match_extra(args, wnids, 50, 8)
     assert index.tolist() == targets.tolist()[:1] + [1] and targets.tolist() == [0, 49] and 'by number' in caplog.text
     with pytest.raises(UsageError, match='none of its images shows a class'):
         args = Namespace(dataset='own', extra_val='imagenet', extra_val_dir=None, max_pixels=10 ** 6)
-        splits.match_extra(args, wnids, 50)
+        splits.match_extra(args, wnids, 50, 8)
 
 
 def test_names_are_kept_with_labels_weights_metrics_checkpoint_and_margins(own, train_own):
@@ -564,6 +564,18 @@ def test_processes_that_would_each_be_alone_are_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)  # a device that Accelerate has no group for
     with pytest.raises(UsageError, match='2 processes were launched, .* add --device cpu'):
         program.setup_accelerator()
+
+
+def test_a_gpu_gets_the_settings_of_timms_training_script(monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(program.Accelerator, 'device', torch.device('cuda'))
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.benchmark = False
+        program.setup_accelerator('cuda')
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='two processes would take two GPUs')

@@ -598,5 +598,5 @@ def test_ground_truth_that_does_not_fit_is_refused(wnids, text, message):
 def test_a_list_of_files_knows_what_it_names(photos):
     (photos / 'l.csv').write_text(CSV)
     listed = list_files(photos / 'l.csv')
-    assert {os.path.basename(path) for path in listed.files} == {'a0.png', 'b0.png', 'u1.png', 'a1.png'}
+    assert {os.path.basename(path) for path in listed.files()} == {'a0.png', 'b0.png', 'u1.png', 'a1.png'}
     assert torch.equal(create_source(str(photos / 'l.csv'), None, 'train').targets, torch.tensor([0, 1, -1]))

@@ -718,11 +718,13 @@ def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted
 
 def test_two_processes_draw_the_same_labels_and_fill_the_same_bank_as_one(train, tmp_path):
     """Frozen weights, no batch-norm: each image's margins then do not depend on its batch."""
-    flags = (*CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0)
+    flags = (*CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0, '--calmix-weight-rate', 0.1,
+             '--train-split', 'train[:60]')  # few images, so that some are visited twice and move the weight
     folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
     assert (folders[0] / 'labels.json').read_bytes() == (folders[1] / 'labels.json').read_bytes()
     one, two = (checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['calmix'] for folder in folders)
     assert one['apm.count'].sum() == 8 * 16 and one['aum.count'].sum() == 8 * 8
+    assert (one['last_label'] != 10).sum() == 60 and 0 < one['weight'] < 1
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
 
@@ -739,7 +741,7 @@ def test_two_processes_train_to_the_weights_of_one_on_the_joined_batch(train, tm
 
 
 def test_a_bank_in_shards_gives_the_same_run_margins_and_checkpoint_as_a_whole_one(train, tmp_path):
-    flags = (*CALMIX, '--save-margins')
+    flags = (*CALMIX, '--save-margins', '--calmix-weight-rate', 0.1)
     whole = run_on(2, train, tmp_path, 'whole', *flags)
     shards = run_on(2, train, tmp_path, 'shards', *flags, '--calmix-bank-shards')
     assert_same_run(whole, shards)
@@ -973,7 +975,7 @@ def test_the_command_line_puts_out_what_the_config_file_says_of_the_same_choice(
     assert (asked.batch_size, asked.global_batch_size) == (None, 64)
     assert (asked.num_labels, asked.labels_per_class) == (None, 3)
     plain = train_ssl._parse_args(['--algorithm', 'pseudo_label'])
-    lambda_asked, lambda_plain = (methods.lambda_u(methods.PseudoLabel, 1000, args) for args in (asked, plain))
+    lambda_asked, lambda_plain = (methods.lambda_u(1000, args) for args in (asked, plain))
     assert lambda_asked == lambda_plain < 0.01
     assert train_ssl._parse_args(['-c', str(path)]).batch_size == 8
 

@@ -637,7 +637,9 @@ def test_where_no_split_is_one_for_evaluation_what_the_run_held_out_is_evaluated
         validate.open_split(run, None, [None], None)
     run.val_fraction = 0.5
     monkeypatch.setattr(validate, 'open_held_out', lambda *args: 'what was held out')
-    assert validate.open_split(run, None, [None], None) == 'what was held out'
+    for folder in (None, tmp_path):
+        run.val_split = None
+        assert validate.open_split(run, None, [None], folder) == 'what was held out'
     assert run.val_split == 'held-out'
 
 
