@@ -341,7 +341,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='paper: arXiv 2511.12964; authors-code: their public code, which differs (after warmup '
                             'it minimises 2 base + mix: this at twice the --lr and half the --weight-decay); ours: '
                             'the paper\'s with equal weights and without ranking; steered: random pairs with equal '
-                            'weights, and a factor of the loss that finds itself (default: paper)')
+                            'weights, and a factor of the loss that finds itself, an experiment (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
                        help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours, '
                             'steered: 0.5, the others: 0.4)')
