@@ -10,8 +10,8 @@
 
 dataset cifar10 --model wide_resnet28_2 --weight-decay 5e-4
 labels=$(labels 250)
-for algorithm in fixmatch flexmatch softmatch pseudo_label freematch marginmatch supervised uda adamatch dash defixmatch \
-    pi_model meanteacher vat mixmatch remixmatch; do
+for algorithm in fixmatch flexmatch softmatch pseudo_label freematch marginmatch supervised uda adamatch dash \
+    defixmatch pi_model meanteacher vat mixmatch remixmatch; do
     case $algorithm in
         pi_model | meanteacher | vat | mixmatch | remixmatch) mu=(--mu 1) ;;
         *) mu=() ;;

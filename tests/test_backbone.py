@@ -120,7 +120,7 @@ def test_tied_weights_are_saved_and_load_into_timm(tmp_path):
     model = timm.create_model('coat_tiny', **small).eval()
     assert len(model.state_dict()) > len({*map(id, [*model.parameters(), *model.buffers()])})
     config = data.DataConfig((3, 64, 64), (0.5,) * 3, (0.5,) * 3, 'bicubic', 1.)
-    run = Namespace(eval_model=model, num_classes=10, identity=Namespace(class_names=None))
+    run = Namespace(eval_model=model, num_classes=10, identity=Namespace(class_names=None, bits=8))
     checkpoint.write_weights(run, tmp_path / 'last', config, {})
     state = load_file(tmp_path / 'last/model.safetensors')
     assert state.keys() == model.state_dict().keys()

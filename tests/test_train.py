@@ -909,7 +909,7 @@ def digits_folder(root: Path, broken: bool = False) -> Path:
     (('--in-chans', '2'), 'expected 1 or 3'),
     (('--initial-checkpoint', 'absent.pth'), 'absent.pth'),
     (('--pretrained',), 'No pretrained weights exist'),
-    (('--calibratemix', '--calmix-topk', '7'), '--calmix-topk: expected a share'),
+    (('--calibratemix', '--calmix-topk', '7'), r'--calmix-topk: expected a number in \[0, 1\], got 7'),
     (('--calibratemix', '--calmix-gamma', '2'), '--calmix-gamma: expected a number in'),
     (('--mean', '0.1', '0.2'), 'expected 3 numbers or one'),
     (('--val-split', 'test[:0%]'), 'no image in it'),

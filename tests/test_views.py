@@ -305,7 +305,7 @@ def test_views_that_are_left_to_the_device_are_those_of_the_loader():
     config = data.DataConfig((3, 16, 16), (0., 0., 0.), (1 / 255,) * 3, 'bilinear', 1.0)
     feed = data.Feed(create_loader(batched(noise_source(12), defer=True), [keys]), config, 'cpu', False)
     [batch] = feed
-    assert batch.keys() == expected.keys()
+    assert batch.pop('repeated') is True and batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], expected[name].float()) for name in KINDS)
 
 
