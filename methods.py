@@ -135,6 +135,10 @@ def add_method_arguments(group: argparse._ArgumentGroup) -> None:
 def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with status 2 where the method cannot be combined with other arguments."""
     method = ALGORITHMS[args.algorithm] or Method
+    if args.calibratemix and args.algorithm == 'supervised':
+        parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
+    if args.aum_threshold_samples is not None and method.virtual_class:
+        parser.error(f'--aum-threshold-samples: {args.algorithm} has its own extra class; choose another --algorithm')
     if args.temperature <= 0:
         parser.error(f'--temperature {args.temperature}: expected a number above 0')
     if args.weak_forward == 'no-grad' and not method.weak_apart:

@@ -149,15 +149,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.stray = stray
 
     def error(self, message: str) -> None:
-        message = message.replace('unrecognized arguments:', 'no flag takes') + self.stray * (
-            message.startswith('unrecognized arguments:'))
+        head, found, rest = message.partition('unrecognized arguments:')
+        if found and not head:
+            message = f'no flag takes{rest}{self.stray}'
         own = os.environ.get('LOCAL_RANK', '0') == '0'
         self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n' if own else None)
 
     def at_least(self, args: argparse.Namespace, **least: int) -> None:
         """Exits at the first of these arguments that is given and smaller than allowed."""
         for name, value in least.items():
-            if getattr(args, name) is not None and getattr(args, name) < value:
+            if getattr(args, name) is not None and not getattr(args, name) >= value:  # NaN fails it too
                 self.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {value} or more')
 
     def check_flags(self, argv: Sequence[str]) -> None:

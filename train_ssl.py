@@ -440,14 +440,14 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.batch_size is None and args.global_batch_size is None:
         args.batch_size = 64
     fit_to_method(args)
-    for name in ('epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size', 'mu',
-                 'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 1 or more')
-    for name in ('workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
-                 'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha'):
-        if getattr(args, name) is not None and not getattr(args, name) >= 0:
-            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected 0 or more')
+    parser.at_least(args, **dict.fromkeys((
+        'epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size', 'mu',
+        'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience',
+    ), 1))
+    parser.at_least(args, **dict.fromkeys((
+        'workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
+        'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha',
+    ), 0))
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
@@ -479,18 +479,12 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(exclude_tags=()):
         parser.error(f'--torchcompile {args.torchcompile}: unknown; there are '
                      f'{", ".join(torch._dynamo.list_backends())}')
-    if args.calibratemix and args.algorithm == 'supervised':
-        parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
     check_method(parser, args)
     if args.label_noise and args.labels_file:
         parser.error(f'--label-noise {args.label_noise} would flip the labels of --labels-file, which may be flipped '
                      'already: give --label-noise 0')
-    if args.aum_threshold_samples is not None:
-        if not args.save_margins:
-            parser.error('--aum-threshold-samples: their margins go to margins.parquet; add --save-margins')
-        if getattr(ALGORITHMS[args.algorithm], 'virtual_class', False):
-            parser.error(f'--aum-threshold-samples: {args.algorithm} has its own extra class; choose another '
-                         '--algorithm')
+    if args.aum_threshold_samples is not None and not args.save_margins:
+        parser.error('--aum-threshold-samples: their margins go to margins.parquet; add --save-margins')
     if args.resume == 'auto' and not args.experiment:
         parser.error('--resume auto: the default run folder is named by the time and always new; add --experiment')
     if args.calmix_warmup_epochs is not None and args.calibratemix and args.calmix_warmup_epochs >= args.epochs:
@@ -656,8 +650,7 @@ def semi_supervised_step(
         adjustment: Of the logits in the labeled and the pseudo-labeled loss, by class frequencies.
         average: The averaged network, for a method that takes it: it gets the weak images.
 
-    Returns:
-        Scalars, detached but for `loss`.
+    Returns scalars by name, detached but for `loss`.
     """
     i, y, j = labeled['index'], labeled['target'], unlabeled['index']
     out = forward_views(
@@ -674,13 +667,46 @@ def semi_supervised_step(
     first = accelerator.process_index * len(j)
     weight_all = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)
     weight = weight_all[first:first + len(j)]
+    logits = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
+    loss, terms = base_losses(
+        model, labeled, unlabeled, method, out, *logits, pseudo_label, weight, num_updates, accelerator, args,
+    )
+    if calmix is not None:
+        joined = (i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all)
+        loss_mixup = mixup_loss(
+            model, labeled, unlabeled, calmix, out, pseudo_label, confidence, joined, num_updates, accelerator,
+        )
+        if loss_mixup is not None:
+            loss = loss + calmix.weight * loss_mixup
+            terms['loss_mixup'] = loss_mixup.detach()
+
+    return dict(terms, loss=loss, mask_rate=weight.mean(), **judge_pseudo_labels(pseudo_label, unlabeled['target']))
+
+
+def base_losses(
+        model: nn.Module,
+        labeled: dict,
+        unlabeled: dict,
+        method: Method,
+        out: Outputs,
+        logits: torch.Tensor,
+        strong_logits: torch.Tensor,
+        pseudo_label: torch.Tensor,
+        weight: torch.Tensor,
+        num_updates: int,
+        accelerator: Accelerator,
+        args: argparse.Namespace,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of the base method on a process's own images, and its labeled and unlabeled parts by name, detached.
+
+    `logits` `[B, K]` and `strong_logits` `[U, K]` are those of `out`, adjusted by class frequencies if that is asked.
+    """
     if method.own_losses:
         loss_labeled, loss_unlabeled, further = method.losses(model, labeled, unlabeled, out)
     else:
-        z, z_strong = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
-        loss_labeled = F.cross_entropy(z, y, label_smoothing=args.label_smoothing)
-        target = method.target(out.weak_logits, pseudo_label, j)
-        loss_unlabeled = (F.cross_entropy(z_strong, target, reduction='none') * weight).mean()
+        loss_labeled = F.cross_entropy(logits, labeled['target'], label_smoothing=args.label_smoothing)
+        target = method.target(out.weak_logits, pseudo_label, unlabeled['index'])
+        loss_unlabeled = (F.cross_entropy(strong_logits, target, reduction='none') * weight).mean()
         further = method.further_loss(out.strong_logits, weight, accelerator)
     loss = loss_labeled.add(loss_unlabeled, alpha=lambda_u(num_updates, args))
     if isinstance(further, torch.Tensor):
@@ -688,40 +714,31 @@ def semi_supervised_step(
     if args.logit_margin_penalty:
         penalty = logit_margin_penalty(out.strong_logits, pseudo_label, weight, accelerator, args)
         loss = loss + args.logit_margin_penalty * penalty
-
-    terms = {}
-    if calmix is not None:
-        z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
-        alone = accelerator.num_processes == 1  # else the others' images are not known without a wait
-        repeated = tuple(batch.get('repeated') if alone else None for batch in (labeled, unlabeled))
-        calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates, repeated)
-        if num_updates >= calmix.warmup_steps:
-            easy = find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator)
-            loss_mixup = mixup_loss(model, calmix, labeled, unlabeled, out, pseudo_label, confidence, easy, accelerator)
-            loss = loss + calmix.weight * loss_mixup
-            terms['loss_mixup'] = loss_mixup.detach()
-
-    # A pseudo-label is never -1, which stands for an unknown label.
-    right = torch.stack([pseudo_label == unlabeled['target'], unlabeled['target'] >= 0])
-    right, known = right.mean(1, dtype=torch.float32).unbind()
-    return dict(
-        loss=loss, loss_labeled=loss_labeled.detach(), loss_unlabeled=loss_unlabeled.detach(), **terms,
-        mask_rate=weight.mean(), pseudo_label_right=right, pseudo_label_known=known,
-    )
+    return loss, dict(loss_labeled=loss_labeled.detach(), loss_unlabeled=loss_unlabeled.detach())
 
 
 def mixup_loss(
         model: nn.Module,
-        calmix: CalibrateMix,
         labeled: dict,
         unlabeled: dict,
+        calmix: CalibrateMix,
         out: Outputs,
         pseudo_label: torch.Tensor,
         confidence: torch.Tensor,
-        easy: tuple[torch.Tensor, torch.Tensor] | None,
+        joined: tuple[torch.Tensor, ...],
+        num_updates: int,
         accelerator: Accelerator,
-) -> torch.Tensor:
-    """Mixes the labeled with weak views of unlabeled images, passes the mixed ones through the network: their loss."""
+) -> torch.Tensor | None:
+    """Moves the banks by the joined batch. After warmup it mixes a process's own labeled with weak views of its
+    unlabeled images, passes the mixed ones through the network, and returns their loss.
+    """
+    i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all = joined
+    z_all, z_weak_all = (logits[:, :calmix.num_classes] for logits in (z_all, z_weak_all))
+    alone = accelerator.num_processes == 1  # else the others' images are not known without a wait
+    repeated = tuple(batch.get('repeated') if alone else None for batch in (labeled, unlabeled))
+    calmix.update(i_all, y_all, z_all, j_all, pseudo_label_all, z_weak_all, num_updates, repeated)
+    if num_updates < calmix.warmup_steps:
+        return None
     mixed = calmix.mix(
         labeled['index'],
         labeled['target'],
@@ -732,11 +749,18 @@ def mixup_loss(
         unlabeled['weak'],
         out.weak_features,
         confidence,
-        easy,
+        find_easy(calmix, i_all, j_all, pseudo_label_all, accelerator),
     )
     if calmix.split == 'joined':
         mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
     return calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
+
+
+def judge_pseudo_labels(pseudo_label: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Shares of the images `[U]` whose pseudo-label is right and whose label is known (-1: unknown), for monitoring."""
+    # A pseudo-label is never -1.
+    right, known = torch.stack([pseudo_label == target, target >= 0]).mean(1, dtype=torch.float32).unbind()
+    return dict(pseudo_label_right=right, pseudo_label_known=known)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
