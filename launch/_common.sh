@@ -189,6 +189,15 @@ print_command() {
     echo "${line% }"
 }
 
+# run_seeds NAME FLAGS...: a run for each of $SEEDS, named NAME-seed and the seed.
+run_seeds() {
+    local name=$1 seed
+    shift
+    for seed in $SEEDS; do
+        run "$name-seed$seed" "$@" --seed "$seed"
+    done
+}
+
 # run NAME FLAGS...: one run of the grid.
 run() {
     local name=$1 key

@@ -22,10 +22,8 @@ for algorithm in fixmatch flexmatch softmatch pseudo_label freematch marginmatch
             *-alone) flags=() ;;
             *) flags=(--calibratemix) ;;
         esac
-        for seed in $SEEDS; do
-            run "$algorithm-$variant-seed$seed" --num-labels "$labels" --algorithm "$algorithm" --seed "$seed" \
-                ${mu[@]+"${mu[@]}"} ${flags[@]+"${flags[@]}"}
-        done
+        run_seeds "$algorithm-$variant" --num-labels "$labels" --algorithm "$algorithm" \
+            ${mu[@]+"${mu[@]}"} ${flags[@]+"${flags[@]}"}
     done
 done
 report

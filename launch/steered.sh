@@ -16,10 +16,7 @@ for algorithm in fixmatch flexmatch softmatch; do
             random-mixup) flags=(--calibratemix --calmix-pairing random --calmix-gamma 0.5) ;;
             steered) flags=(--calibratemix --calmix-preset steered) ;;
         esac
-        for seed in $SEEDS; do
-            run "$algorithm-$variant-seed$seed" --num-labels "$labels" --algorithm "$algorithm" --seed "$seed" \
-                ${flags[@]+"${flags[@]}"}
-        done
+        run_seeds "$algorithm-$variant" --num-labels "$labels" --algorithm "$algorithm" ${flags[@]+"${flags[@]}"}
     done
 done
 report

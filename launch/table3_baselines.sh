@@ -19,10 +19,7 @@ for algorithm in fixmatch flexmatch softmatch; do
             calibratemix) flags=(--calibratemix) ;;
             ours) flags=(--calibratemix --calmix-preset ours) ;;
         esac
-        for seed in $SEEDS; do
-            run "$algorithm-$variant-seed$seed" --num-labels "$labels" --algorithm "$algorithm" --seed "$seed" \
-                ${flags[@]+"${flags[@]}"}
-        done
+        run_seeds "$algorithm-$variant" --num-labels "$labels" --algorithm "$algorithm" ${flags[@]+"${flags[@]}"}
     done
 done
 report
