@@ -64,10 +64,8 @@ def fit_to_length(args: argparse.Namespace) -> None:
     """Sets --stat-momentum and --model-ema-warmup where they are not given; for --bn-momentum see `build_model`.
 
     The warmup of the averaged weights follows the same rule: a decay d looks back over 1/(1-d) updates, and needs no
-    warmup where that is at most a hundredth of the run. The bound of FreeMatch's threshold follows the data set.
+    warmup where that is at most a hundredth of the run.
     """
-    if args.freematch_max_threshold is None:
-        args.freematch_max_threshold = 0.95 if 'svhn' in args.dataset.lower() else 1.
     updates = args.epochs * args.train_steps_per_epoch
     if args.stat_momentum is None:
         args.stat_momentum = 1 - newest_share(updates)

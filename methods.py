@@ -47,7 +47,7 @@ ALGORITHMS = {
 def published(algorithm: str, dataset: str = '') -> dict:
     """Arguments that a method's published recipe has for a data set, by name."""
     method = ALGORITHMS[algorithm] or Method
-    name = dataset.rpartition('/')[2].lower()
+    name = dataset.rpartition('/')[2].partition(':')[0].lower()  # hfds/OWNER/NAME:CONFIGURATION
     return {**Method.published, **method.published, **method.published_for.get(name, {})}
 
 
@@ -115,7 +115,8 @@ def add_method_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--freematch-fairness', type=float, metavar='X', default=0.001,
                        help='factor of the fairness term (default: 0.001, as in the published configurations)')
     group.add_argument('--freematch-max-threshold', type=float, metavar='P', default=None,
-                       help='bound of the global threshold (default: 1, for svhn 0.95, as published)')
+                       help='bound of the global threshold (default: '
+                            f'{tell_published("freematch_max_threshold")})')
     group.add_argument('--logit-margin-penalty', type=float, metavar='X', default=0.,
                        help='factor of a penalty on unlabeled logits that lie further below the top one than '
                             '--logit-margin, a calibration baseline (arXiv 2403.15567, which has 0.1; default: 0, off)')

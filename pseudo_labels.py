@@ -48,6 +48,7 @@ class Method(nn.Module):
     """
     published = dict(
         mu=7, lambda_u=1., lambda_u_warmup=0., threshold=0.95, temperature=0.5, vat_eps=6., mixmatch_alpha=0.5,
+        freematch_max_threshold=1.,
     )
     published_for = {}
     views = {'weak': 'weak', 'strong': 'strong'}
@@ -207,6 +208,7 @@ class FreeMatch(Method):
 
     Its factor and the bound of the global threshold have defaults as in the published configurations.
     """
+    published_for = {'svhn': dict(freematch_max_threshold=0.95)}
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_classes)
