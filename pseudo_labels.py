@@ -289,7 +289,8 @@ class MarginMatch(Method):
             self.slot.fill_(-1)
         elif self.first <= num_updates < self.last and (num_updates - self.first) % self.every == 0:
             generator = torch.Generator().manual_seed(item_seed(self.seed, 'marginmatch', num_updates))
-            drawn = torch.randperm(len(self.slot), generator=generator)[:self.num_wrong].to(self.slot.device)
+            drawn = torch.randperm(len(self.slot), generator=generator)[:self.num_wrong]
+            drawn = drawn.to(self.slot.device, non_blocking=True)
             self.slot.fill_(-1).scatter_(0, drawn, torch.arange(self.num_wrong, device=self.slot.device))
             for table in self.wrong_apm.buffers():
                 table.zero_()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from images import noise_source
 from PIL import Image
 from test_train import Toy, step_args, take_step, toy_batches
 from torch import nn
@@ -18,10 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
 import data
+import imbalance
 import methods
 import program
 import train_ssl
-from calibratemix import CalibrateMix
+from calibratemix import PRESETS, CalibrateMix
+from views import BatchViews
+
+NO_GPU = 'torch finds no CUDA GPU (torch.cuda.is_available() is False), and this asks how a real one is waited for'
 
 # --- The plain step ---------------------------------------------------------------------------------------------------
 
@@ -125,31 +130,55 @@ class NoBlockingCopies(TorchDispatchMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         copied = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(function)
-        if copied is not None and out.is_cuda and not args[copied].is_cuda:
+        if copied is not None and out.device.type != 'cpu' and args[copied].device.type == 'cpu':
             assert kwargs.get('non_blocking') or args[2:3] == (True,), 'a copy to the GPU waits for it'
         return out
 
 
+class TwoProcesses:
+    """What a step takes of Accelerate, on the second of two processes whose batches are equal."""
+    num_processes, process_index = 2, 1
+
+    def gather(self, tensors):
+        return tuple(torch.cat([tensor, tensor]) for tensor in tensors)
+
+    def reduce(self, tensor, reduction):
+        return 2 * tensor if reduction == 'sum' else tensor
+
+
+ADJUSTED = [name for name, method in methods.ALGORITHMS.items() if not (method and method.own_losses)]
+
+
 @pytest.mark.parametrize('flags', [
-    ['--algorithm', 'fixmatch'],
-    ['--algorithm', 'fixmatch', '--calmix-split', 'bank', '--calmix-gamma-dist', 'beta-pair'],
-    ['--algorithm', 'fixmatch', '--calmix-pairing', 'random', '--weak-forward', 'no-grad'],
-    ['--algorithm', 'fixmatch', '--calmix-preset', 'authors-code', '--calmix-warmup-epochs', '0'],
-    ['--algorithm', 'fixmatch', '--calmix-min-confidence', '0.9', '--calmix-similarity', 'euclidean'],
-    # VAT takes a gradient within the step, for which torch's engine wants a real GPU.
-    *(['--algorithm', name] for name in methods.ALGORITHMS if name not in ('supervised', 'fixmatch', 'vat')),
+    *(['--calmix-preset', preset] for preset in PRESETS),
+    ['--calmix-split', 'bank', '--calmix-gamma-dist', 'beta-pair'],
+    ['--calmix-pairing', 'random', '--weak-forward', 'no-grad', '--label-smoothing', '0.1'],
+    ['--calmix-min-confidence', '0.9', '--calmix-similarity', 'euclidean', '--calmix-bank-dtype', 'float16'],
+    ['--calmix-split', 'joined', '--calmix-bank-shards', '--calmix-preset', 'steered', '--logit-adjustment', '1'],
+    ['--algorithm', 'freematch', '--calmix-split', 'joined', '--logit-margin-penalty', '1', '--logit-margin-rows',
+     'agreeing'],
+    ['--algorithm', 'softmatch', '--softmatch-usb-stats', '--aum-threshold-samples', '2', '--save-margins'],
+    *(['--algorithm', name] for name in methods.ALGORITHMS),
+    *(['--algorithm', name, '--logit-adjustment', '1'] for name in ADJUSTED),
 ], ids=' '.join)
-def test_no_step_waits_for_a_gpu(flags):
+def test_no_step_waits_for_a_gpu(flags, monkeypatch):
     """A tensor without content cannot be read: `.item()`, `bool()` or a boolean index would raise. Nor are there copies
-    to the GPU that wait.
+    to the GPU that wait. Where the joined batch is split, one of two processes takes the step.
     """
-    args = train_ssl._parse_args(['--calibratemix', '--calmix-warmup-epochs', '0', '--device', 'cpu', *flags])
-    accelerator = Accelerator(cpu=True)
+    with_calmix = [] if 'supervised' in flags else ['--calibratemix', '--calmix-warmup-epochs', '0']
+    args = train_ssl._parse_args([*with_calmix, '--device', 'cpu', *flags])
+    accelerator = TwoProcesses() if args.calmix_split == 'joined' else Accelerator(cpu=True)
     model = Toy(methods.num_outputs(args, 4))
-    method = methods.ALGORITHMS[args.algorithm](40, 4, args)
     datasets = data.Datasets(range(10), range(40), None, None, torch.arange(10), None, None, None)
+    method = methods.ALGORITHMS[args.algorithm] and methods.ALGORITHMS[args.algorithm](40, 4, args)
     calmix = train_ssl.build_calmix(args, datasets, 4, accelerator)
-    monitor = train_ssl.Monitor(accelerator)
+    adjustment = imbalance.build_adjustment(args, torch.arange(10) % 4, 4)
+    monitor = train_ssl.Monitor(Accelerator(cpu=True))
+    # VAT takes a gradient within the step, for which torch's engine wants a real GPU.
+    monkeypatch.setattr(torch.autograd, 'grad', lambda output, x: (torch.ones_like(x) * output.detach(),))
+    moments = dict(  # just before the end of Dash's warmup and after it; MarginMatch draws images, and draws none
+        dash=(2047, 5000), marginmatch=(80_000, 80_001), supervised=(5000,),
+    ).get(args.algorithm, (5000,))
     with FakeTensorMode():
         def images(number):
             return torch.randn(number, 3, 8, 8, device='cuda')
@@ -157,19 +186,24 @@ def test_no_step_waits_for_a_gpu(flags):
         def integers(high, number):
             return torch.randint(high, (number,), device='cuda')
 
-        for module in (model, method, calmix):
+        for module in filter(None, (model, method, calmix, adjustment)):
             on_fake_gpu(module)
         monitor.sums, monitor.bad = torch.zeros(8, device='cuda'), torch.zeros(9, device='cuda')
         monitor.one = torch.ones((), device='cuda')
-        labeled = dict({name: images(6) for name in method.labeled_views}, target=integers(4, 6), index=integers(10, 6))
-        unlabeled = dict({name: images(12) for name in method.views}, target=integers(4, 12), index=integers(40, 12))
-        with NoBlockingCopies():
-            terms = train_ssl.semi_supervised_step(
-                model, labeled, unlabeled, method, calmix, 5000, accelerator, args,
-                average=model if method.takes_average else None,
-            )
-            monitor.add(terms, 5)
-        assert terms['loss'].is_cuda and calmix.apm.value.is_cuda and monitor.sums.is_cuda
+        views = (method.labeled_views, method.views) if method else (dict(image='weak'), {})
+        labeled = dict({name: images(6) for name in views[0]}, target=integers(4, 6), index=integers(10, 6))
+        unlabeled = dict({name: images(12) for name in views[1]}, target=integers(4, 12), index=integers(40, 12))
+        for num_updates in moments:
+            with NoBlockingCopies():
+                if method is None:
+                    terms = train_ssl.supervised_step(model, labeled, calmix, accelerator, args, adjustment)
+                else:
+                    terms = train_ssl.semi_supervised_step(
+                        model, labeled, unlabeled, method, calmix, num_updates, accelerator, args, adjustment,
+                        average=model if method.takes_average else None,
+                    )
+                monitor.add(terms, 5)
+        assert terms['loss'].is_cuda and monitor.sums.is_cuda and (calmix is None or calmix.apm.value.is_cuda)
         with pytest.raises(DataDependentOutputException):
             terms['loss'].item()
         for copy_number in (terms['loss'].new_tensor, lambda x: monitor.sums.__setitem__(0, x)):
@@ -177,7 +211,21 @@ def test_no_step_waits_for_a_gpu(flags):
                 copy_number(1.)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('kinds', [dict(weak='weak', strong='strong'), None], ids=['views', 'evaluation'])
+def test_no_batch_waits_for_a_gpu(kinds):
+    """Numbers on the CPU, and pixels on a device whose tensors have no content."""
+    pixels = torch.zeros((12, 8, 8, 3) if kinds else (12, 3, 8, 8), dtype=torch.uint8)
+    config = data.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, '', 1.0)
+    views = kinds and BatchViews(kinds, 8, (.5,) * 3)
+    dataset = data.BatchDataset(data.ViewDataset(noise_source(12), {}), pixels, torch.arange(12), views, defer=True)
+    feed = data.Feed(data.create_loader(dataset, [[*range(12)]]), config, torch.device('meta'), False)
+    with NoBlockingCopies():
+        batch, = feed
+    names = kinds or ['image']
+    assert all(batch[name].is_meta and batch[name].shape == (12, 3, 8, 8) for name in names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 @pytest.mark.parametrize('algorithm', [name for name in methods.ALGORITHMS if name != 'supervised'])
 def test_no_update_waits_for_a_real_gpu(algorithm):
     options = benchmark.create_parser().parse_args(['--device', 'cuda', '--model', 'wide_resnet10_1', '-b', '8'])
