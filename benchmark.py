@@ -410,8 +410,8 @@ def loader_rows(options: argparse.Namespace, device: torch.device) -> dict[str, 
         on_gpu = device.type == 'cuda'
         dataset = BatchDataset(dataset, torch.from_numpy(pixels), torch.arange(number), batch_views, on_gpu)
     config = DataConfig((3, size, size), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
-    loader = create_loader(dataset, EndlessBatches(number, options.batch_size * options.mu), options.workers,
-                           pin_memory=device.type == 'cuda')
+    batches = EndlessBatches(number, options.batch_size * options.mu)
+    loader = create_loader(dataset, batches, options.workers, device=device)
     batches = iter(Feed(loader, config, device, options.channels_last))
     run, args = create_run(options, '--calibratemix')
 

@@ -273,7 +273,9 @@ def create_parser() -> argparse.ArgumentParser:
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
                             'tensors where possible, on the GPU if there is one (default: auto)')
-    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+    group.add_argument('--pin-mem', action=flag, default=None,
+                       help='load into pinned memory, which is copied to a GPU without a wait (default: where there is '
+                            'one; timm\'s is no)')
 
     group = parser.add_argument_group('Optimizer and schedule')
     group.add_argument('--opt', metavar='NAME', default='sgd', help='timm optimizer (default: sgd, which is Nesterov)')
@@ -1124,7 +1126,7 @@ def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: arg
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def feed(dataset, batches, workers, skipped=None):
-        loader = create_loader(dataset, batches, workers, args.pin_mem)
+        loader = create_loader(dataset, batches, workers, args.pin_mem, accelerator.device)
         return Feed(loader, data_config, accelerator.device, args.channels_last, skipped)
 
     def endless(dataset, batch_size, workers, stream, skipped):

@@ -5,14 +5,16 @@ import ctypes
 import os
 import resource
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from images import noise_source
+from images import noise, noise_source
 from PIL import Image
-from test_train import Toy, step_args, take_step, toy_batches
+from test_train import Toy, assert_same_run, rewind, step_args, take_step, toy_batches
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +26,10 @@ import methods
 import program
 import train_ssl
 from calibratemix import PRESETS, CalibrateMix
+from sources import ImageError
 from views import BatchViews
 
-NO_GPU = 'torch finds no CUDA GPU (torch.cuda.is_available() is False), and this asks how a real one is waited for'
+NO_GPU = 'torch finds no CUDA GPU (torch.cuda.is_available() is False)'
 
 # --- The plain step ---------------------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ def test_no_batch_waits_for_a_gpu(kinds):
     assert all(batch[name].is_meta and batch[name].shape == (12, 3, 8, 8) for name in names)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=f'{NO_GPU}, and this asks whether a real one is waited for')
 @pytest.mark.parametrize('algorithm', [name for name in methods.ALGORITHMS if name != 'supervised'])
 def test_no_update_waits_for_a_real_gpu(algorithm):
     options = benchmark.create_parser().parse_args(['--device', 'cuda', '--model', 'wide_resnet10_1', '-b', '8'])
@@ -244,6 +247,118 @@ def test_no_update_waits_for_a_real_gpu(algorithm):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert step.run.num_updates == 2
+
+
+# --- Batches on a stream of their own ---------------------------------------------------------------------------------
+
+class Stream:
+    """Stands for a CUDA stream: tells a log what it is asked."""
+
+    def __init__(self, name: str, log: list):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f'{self.name} waits for {other.name}')
+
+    def record_event(self):
+        self.log.append('event')
+        return self.log.count('event') - 1
+
+    def wait_event(self, event):
+        self.log.append(f'{self.name} waits for event {event}')
+
+
+@pytest.fixture
+def aside(monkeypatch) -> list:
+    """Lets every Feed work on the CPU as it does on a GPU; the log of what its streams are asked."""
+    log = []
+    streams, create, prepare = [Stream('main', log)], data.Feed.__init__, data.Feed._prepare
+
+    @contextmanager
+    def within(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def created(self, *args):
+        create(self, *args)
+        self.stream = Stream('aside', log)
+
+    def prepared(self, batch):
+        log.append(f'prepare {batch["index"][0]} {streams[-1].name}')
+        return prepare(self, batch)
+
+    monkeypatch.setattr(torch.cuda, 'stream', within)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: streams[-1])
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda self, stream: log.append(f'in use by {stream.name}'))
+    monkeypatch.setattr(data.Feed, '__init__', created)
+    monkeypatch.setattr(data.Feed, '_prepare', prepared)
+    return log
+
+
+def loaded(index: int, skipped: int = -1) -> dict:
+    """A batch as a loader gives it."""
+    return dict(image=torch.full((2, 3, 4, 4), index, dtype=torch.uint8), index=torch.tensor([index, 9]),
+                skipped=torch.tensor([-1, skipped]), target=torch.zeros(2).long())
+
+
+CONFIG = data.DataConfig((3, 4, 4), (0.5,) * 3, (0.5,) * 3, '', 1.0)
+
+
+def test_the_next_batch_is_prepared_on_its_own_stream_before_the_current_one_is_waited_for(aside):
+    for batch in data.Feed([loaded(0), loaded(1), loaded(2)], CONFIG, 'cpu', False):
+        aside.append(f'step {batch["index"][0]}')
+    in_use = ['in use by main'] * 4
+    assert aside == [
+        'aside waits for main', 'prepare 0 aside', 'event',
+        'prepare 1 aside', 'event', 'main waits for event 0', *in_use,
+        'step 0', 'prepare 2 aside', 'event', 'main waits for event 1', *in_use,
+        'step 1', 'main waits for event 2', *in_use,
+        'step 2',
+    ]
+
+
+def test_a_batch_that_was_prepared_early_tells_of_its_broken_images_in_its_turn(aside):
+    class Loader(list):
+        dataset = SimpleNamespace(stream='unlabeled')
+
+    loader, seen = Loader([loaded(0), loaded(1, 7), loaded(2, 8), ImageError('broken')]), []
+    feed = data.Feed(loader, CONFIG, 'cpu', False)
+    with pytest.raises(ImageError, match='broken'):
+        for batch in feed:
+            seen.append((batch['index'][0].item(), sorted(feed.skipped)))
+    assert seen == [(0, []), (1, [7]), (2, [7, 8])]
+
+
+def test_batches_prepared_early_change_no_run_and_a_resume_begins_with_the_first_one_not_trained_on(
+        train, tmp_path, request,
+):
+    flags = ('--calibratemix', '--calmix-warmup-epochs', 1, '--recovery-interval', 1, '--checkpoint-hist', 99)
+    plain = train('plain', *flags)
+    log = request.getfixturevalue('aside')
+    early = train('early', *flags)
+    assert_same_run(plain, early)
+    assert log.count('event') > 16
+    rewind(early, tmp_path / 'resumed', 3)
+    assert_same_run(plain, train('resumed', *flags, '--resume', 'auto'))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=f'{NO_GPU}, and this compares its batches with a CPU\'s')
+def test_batches_on_a_gpu_are_those_on_a_cpu():
+    keys, kinds = [[(k, i) for i in range(12)] for k in range(5)], dict(weak='weak', strong='strong')
+    pixels = torch.from_numpy(noise(12, 16))
+    for defer in (False, True):
+        dataset = data.BatchDataset(data.ViewDataset(noise_source(12), {}), pixels, torch.arange(12),
+                                    BatchViews(kinds, 16, (0.5,) * 3), defer)
+        feeds = [data.Feed(data.create_loader(dataset, keys, device=device), CONFIG, device, False)
+                 for device in (torch.device('cpu'), torch.device('cuda'))]
+        assert feeds[1].loader.pin_memory and not feeds[0].loader.pin_memory
+        for ours, other in zip(*feeds):
+            for key in ours.keys() - {'repeated'}:
+                assert other[key].is_cuda
+                off = (other[key].cpu() - ours[key]).abs() > 1e-6
+                # A strong view's pixels are rounded differently where sines and sums of the two devices differ.
+                assert off.float().mean() <= (0.02 if key == 'strong' and defer else 0), key
 
 
 # --- benchmark.py -----------------------------------------------------------------------------------------------------
