@@ -281,6 +281,9 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--opt', metavar='NAME', default='sgd', help='timm optimizer (default: sgd, which is Nesterov)')
     group.add_argument('--opt-eps', type=float, metavar='X', default=None, help='epsilon (default: the optimizer\'s)')
     group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', default=None, help='likewise')
+    group.add_argument('--opt-kwargs', nargs='*', action=ParseKwargs, default={}, metavar='K=V',
+                       help='further arguments of the optimizer, such as fused=True for torch\'s fused form (default: '
+                            'none; torch then takes its multi-tensor form on a GPU)')
     group.add_argument('--momentum', type=float, metavar='X', default=0.9, help='default: 0.9')
     group.add_argument('--weight-decay', type=float, metavar='X', default=5e-4,
                        help='not on norms and biases (default: 5e-4; the paper has 1e-3 for CIFAR-100)')
