@@ -664,6 +664,8 @@ def main() -> None:
                               ('batch_size', 64, 8), ('repeats', 7, 3)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else full)
+    if options.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch finds no CUDA GPU here (torch.cuda.is_available() is False)')
     if 'usb' in options.rows:
         if options.model not in USB_MODELS:
             parser.error(f'--rows usb: --model {options.model} is none of {", ".join(USB_MODELS)}')

@@ -405,7 +405,7 @@ class Feed:
         """Takes note of images that could not be decoded; raises what stands in the place of a batch."""
         if isinstance(batch, ImageError):
             raise batch
-        skipped = batch['skipped'][batch['skipped'] >= 0].tolist()
+        skipped = {i for i in batch['skipped'].tolist() if i >= 0}
         if not self.skipped.issuperset(skipped):
             self.skipped.update(skipped)
             check_classes_left(self.loader.dataset, self.skipped)
@@ -419,7 +419,7 @@ class Feed:
 
     def _prepare(self, batch: dict[str, torch.Tensor]) -> dict:
         # Known here without a wait for the device.
-        repeated = len(batch['index'].unique()) < len(batch['index'])
+        repeated = len({*batch['index'].tolist()}) < len(batch['index'])
         numbers = batch.get('numbers')
         batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != 'numbers'}
         if numbers is not None:

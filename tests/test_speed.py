@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from images import noise, noise_source
 from PIL import Image
+from test_methods import batches_for
 from test_train import Toy, assert_same_run, rewind, step_args, take_step, toy_batches
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -233,13 +234,8 @@ def test_no_batch_waits_for_a_gpu(kinds):
 def test_no_update_waits_for_a_real_gpu(algorithm):
     options = benchmark.create_parser().parse_args(['--device', 'cuda', '--model', 'wide_resnet10_1', '-b', '8'])
     options.img_size = 16
-    labeled, unlabeled = benchmark.create_batches(options, torch.device('cuda'))
-    method = methods.ALGORITHMS[algorithm]
-    for batch, image, views in ((labeled, 'image', method.labeled_views), (unlabeled, 'weak', method.views)):
-        images = {name: torch.randn_like(batch[image]) for name in views}
-        batch.pop('strong', None)
-        batch.update(images)
-    step = benchmark.our_step(options, labeled, unlabeled, '--calibratemix', '--algorithm', algorithm)
+    batches = batches_for(algorithm, options, 'cuda')
+    step = benchmark.our_step(options, *batches, '--calibratemix', '--algorithm', algorithm)
     step()
     torch.cuda.set_sync_debug_mode('error')
     try:
@@ -400,10 +396,12 @@ def test_a_table_that_cannot_be_written_is_told_before_the_measurements(tmp_path
 
 @pytest.mark.parametrize(('flags', 'told'), [
     ([], 'the package semilearn is not installed'), (['--quick'], '--model wide_resnet10_1 is none of wide_resnet28_2'),
+    (['--device', 'cuda'], '--device cuda: torch finds no CUDA GPU here'),
 ])
-def test_usb_s_step_is_refused_where_usb_cannot_run(flags, told, monkeypatch, capsys):
+def test_rows_that_cannot_be_measured_here_are_refused_in_a_line(flags, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--rows', 'usb', *flags])
     monkeypatch.setattr(benchmark.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit) as exit_:
         benchmark.main()
     assert exit_.value.code == 2
