@@ -364,8 +364,8 @@ class Feed:
     """Batches on the device: images as normalised float32, by timm's way of doing that there and not in the workers.
 
     On a GPU the next batch is copied and prepared on a stream of its own while the network has the current one, as by
-    timm's PrefetchLoader. So what of it lies in memory that is not pinned waits for that stream alone. Images that
-    cannot be decoded are told when the turn of their batch comes.
+    timm's PrefetchLoader, for the memory of one batch more. A copy that has to wait then waits for that stream alone.
+    Images that cannot be decoded are told when the turn of their batch comes.
     """
 
     def __init__(
