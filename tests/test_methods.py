@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from test_train import assert_same_run, rewind, run_on, summary, weights
+from test_train import assert_same_run, rewind, summary
 
 import backbone
 import benchmark
@@ -390,22 +390,6 @@ def test_an_update_that_float16_skips_leaves_weights_and_average_and_counts_as_a
     scaler.update(1024.)
     assert step() and run.num_updates == 2
     assert not all(torch.equal(value, kept(run)[key]) for key, value in before.items())
-
-
-@pytest.mark.parametrize('name', ['flexmatch', 'softmatch', 'freematch', 'marginmatch'])
-def test_two_processes_keep_the_statistics_and_weights_of_one(train, tmp_path, name):
-    """A network without batch-norm: an image's logits then do not depend on the batch it is in."""
-    flags = ('--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15, '--stat-momentum', 0.9,
-             '--freematch-fairness', 1, '--logit-margin-penalty', 1, '--logit-margin', 0, '--logit-margin-rows',
-             'agreeing')
-    folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
-    one, two = (checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['method'] for folder in folders)
-    fresh = build(name, classes=10).state_dict()
-    for key in one:
-        assert torch.allclose(one[key].float(), two[key].float(), atol=1e-5), key
-        assert one[key].shape != fresh[key].shape or not torch.equal(one[key], fresh[key]), key
-    one, two = map(weights, folders)
-    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
 
 
 def test_label_smoothing_applies_to_the_labeled_loss():

@@ -259,7 +259,11 @@ def test_weights_apart_are_refused_where_there_is_nothing_to_part(capsys):
     assert '--weak-forward no-grad: with pseudo_label there is no pass' in capsys.readouterr().err
 
 
+PENALTY = '--logit-margin-penalty,1,--logit-margin,0,--logit-margin-rows,agreeing'
+MOVING = ('flexmatch,--threshold,0.3', f'softmatch,--stat-momentum,0.9,{PENALTY}',
+          f'freematch,--stat-momentum,0.9,--freematch-fairness,1,{PENALTY}', f'marginmatch,--threshold,0.3,{PENALTY}')
 ON_PROCESSES = (
+    *MOVING,
     'uda,--threshold,0.3', 'adamatch,--stat-momentum,0.5', 'dash,--temperature,0.9', 'defixmatch,--threshold,0.3',
     'pi_model', 'meanteacher', 'vat,--vat-eps,0', 'mixmatch,--mixmatch-alpha,0', 'vat', 'mixmatch',
     'remixmatch,--mixmatch-alpha,0',
@@ -286,6 +290,10 @@ def test_two_processes_take_the_steps_of_one_and_with_the_bank_in_parts_those_wi
     assert torch.equal(one['remixmatch,--mixmatch-alpha,0']['method.class_count'], torch.tensor([1, 1, 1, 1]) + sum(
         step_on_processes.joined_batches(step)[0]['target'].bincount(minlength=4) for step in range(3)))
     assert torch.equal(*(states['remixmatch,--mixmatch-alpha,0']['method.class_count'] for states in (one, two)))
+    for text in MOVING:
+        fresh = build(text.split(',')[0])[0].state_dict()
+        for key in [key for key in fresh if not key.startswith('wrong_apm')]:  # whose one image may not be in the batch
+            assert not torch.equal(one[text][f'method.{key}'], fresh[key]), key
     for whole, part in zip(MIXING, parts):
         assert two[whole].keys() == two[part].keys() and two[whole]['apm.count'].sum() == 3 * 16
         assert all(torch.equal(two[whole][key], two[part][key]) for key in two[whole]), part
