@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import predict
@@ -46,7 +45,7 @@ from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewData
 from figures import complexity_diagram
 from methods import ALGORITHMS, num_outputs
 from program import ArgumentParser, setup_accelerator
-from schedule import build_scheduler
+from schedule import build_optimizer, build_scheduler
 from seeds import seeded
 from sources import ArraySource
 from views import BatchViews, build_views
@@ -146,7 +145,7 @@ def create_run(
         model = torch.compile(model, backend=args.torchcompile)
     trained = model if cheap else timm_model
     ema = build_ema(trained, args)
-    optimizer = create_optimizer_v2(trained, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = build_optimizer(trained, args)
     scheduler = build_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     method = ALGORITHMS[args.algorithm](options.num_images, NUM_CLASSES, args).to(accelerator.device)
