@@ -120,18 +120,23 @@ def shared_data() -> Path:
     return folder
 
 
-def train_in_process(experiment: str, *arguments, output: Path, without: str | None = None) -> Path:
-    """Runs train_ssl.py in this process, TINY unless told otherwise; returns the run folder."""
+def forget_accelerator() -> None:
+    """Lets the next Accelerator of this process have another device and precision than the last."""
     from accelerate.state import AcceleratorState, GradientState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train_in_process(experiment: str, *arguments, output: Path, without: str | None = None) -> Path:
+    """Runs train_ssl.py in this process, TINY unless told otherwise; returns the run folder."""
     import train_ssl
 
     tiny = list(TINY)
     if without is not None:
         at = tiny.index(without)
         del tiny[at:at + 2]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     where = ('--output', output, '--experiment', experiment)
     train_ssl.main(train_ssl._parse_args([str(a) for a in (*tiny, *where, *arguments)]))
     return Path(output) / experiment

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORKING, PATIENCE, ROOT, TINY, end_scripts, start_script
+from conftest import FORKING, PATIENCE, ROOT, TINY, end_scripts, forget_accelerator, start_script
 from test_train import CALMIX, assert_same_run, summary
 
 import checkpoint
@@ -534,6 +534,7 @@ def test_a_compiled_network_is_compiled_whole_for_two_shapes_and_then_never_agai
           '-vb', 7)
     assert graphs == [1] * 4 + [2] * 8  # labeled, weak and strong images; after warmup the mixed ones too
     assert not counters['graph_break']
+    forget_accelerator()  # in other tests of this process bfloat16 is not asked for
 
 
 # --- Several machines -------------------------------------------------------------------------------------------------

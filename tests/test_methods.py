@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from conftest import forget_accelerator
 from test_train import assert_same_run, rewind, summary
 
 import backbone
@@ -370,6 +371,7 @@ def test_an_update_that_float16_skips_leaves_weights_and_average_and_counts_as_a
     asked = benchmark.create_parser().parse_args(['--model', 'wide_resnet10_1', '-b', '4', '--mu', '2'])
     asked.img_size = 8
     torch.manual_seed(0)
+    forget_accelerator()
     batches, runs = batches_for(name, asked), []
     for overflow in (False, True):
         flags = ('--algorithm', name, '--calibratemix', '--calmix-preset', 'steered', '--threshold', '0.1')

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import forget_accelerator
 from images import noise, noise_source
 from PIL import Image
 from test_methods import batches_for
@@ -234,6 +235,7 @@ def test_no_batch_waits_for_a_gpu(kinds):
 def test_no_update_waits_for_a_real_gpu(algorithm):
     options = benchmark.create_parser().parse_args(['--device', 'cuda', '--model', 'wide_resnet10_1', '-b', '8'])
     options.img_size = 16
+    forget_accelerator()
     batches = batches_for(algorithm, options, 'cuda')
     step = benchmark.our_step(options, *batches, '--calibratemix', '--algorithm', algorithm)
     step()
