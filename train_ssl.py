@@ -364,7 +364,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
-                       help='factor of the mixup loss (authors-code: 0.5, the others: 1)')
+                       help='factor of the mixup loss (presets: 0.5, steered: at most 1)')
     group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
                        help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
                             'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
