@@ -92,7 +92,7 @@ def test_the_step_equals_a_plain_one_image_by_image_in_losses_bank_and_gradients
     torch.manual_seed(0)
     ours, (labeled, unlabeled) = Toy().train(), toy_batches()
     plain = copy.deepcopy(ours)
-    calmix = CalibrateMix(6, 12, 4, warmup_steps=0, topk=1e-9)  # the one least similar candidate: nothing is drawn
+    calmix = CalibrateMix(6, 12, 4, warmup_steps=0, topk=1e-9, weight=1)  # the one least similar candidate: no draw
     visits = dict(labeled={}, unlabeled={}, times={})
     args = step_args(threshold=0.74)
     for step in range(3):
