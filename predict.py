@@ -12,7 +12,8 @@ with its --split. The table has a row a picture, in the order given: filename, l
 picture that cannot be opened; the rest of its row is empty). --min-confidence and --target-accuracy add decision
 (accepted or unsure), --coverage adds prediction_set and set_size, --topk further classes.
 
-Flags are those of timm's inference.py where they mean the same. Any number of processes gives the same table.
+Flags are those of timm's inference.py where they mean the same. Any number of processes gives the same table,
+but for the last digit of a number on processors that round a batch of another size differently.
 """
 import argparse
 import csv
