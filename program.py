@@ -396,12 +396,16 @@ def once_a_machine(accelerator: Accelerator):
     torch.distributed.destroy_process_group(group)
 
 
-def bfloat16_units(file: str = '/proc/cpuinfo') -> str:
-    """The processor's instructions for bfloat16, by the names that Linux gives; empty if it has none or is not told."""
+def bfloat16_units(file: str = '/proc/cpuinfo') -> str | None:
+    """The instructions for bfloat16 of an x86 processor, by Linux's names: empty if it has none, None if that is not
+    known.
+    """
     try:
         words = set(Path(file).read_text().split())
-    except OSError:  # another system
-        return ''
+    except OSError:  # another system, of which newer versions of torch tell
+        words = {name for name, there in getattr(torch.cpu, 'get_capabilities', dict)().items() if there}
+    if 'sse2' not in words:
+        return None
     return ', '.join(name for name in ('avx512_bf16', 'amx_bf16') if name in words)
 
 
