@@ -111,7 +111,7 @@ from methods import (
     without_defaults,
 )
 from metrics import EvalMeter
-from passes import Outputs, forward_views
+from passes import Outputs, forward_views, still_statistics
 from program import (
     STOPPED,
     ArgumentParser,
@@ -376,6 +376,9 @@ def create_parser() -> argparse.ArgumentParser:
                             'default the same share of --epochs). Too short a warmup costs accuracy')
     group.add_argument('--calmix-apm-in-warmup', action=flag, default=None,
                        help='unlabeled margins count from the first step on (paper, ours: yes, authors-code: no)')
+    group.add_argument('--calmix-mixed-statistics', action=flag, default=None,
+                       help='mixed images move batch norm\'s running statistics too, although the network is evaluated '
+                            'on images as they are (authors-code: yes, the others: no)')
     group.add_argument('--calmix-bank-dtype', default='float32', choices=['float32', 'float16'],
                        help='storage of the unlabeled margins, images x classes numbers (default: float32)')
     group.add_argument('--calmix-bank-shards', action=flag, default=None,
@@ -548,6 +551,7 @@ def build_calmix(
             min_confidence=args.calmix_min_confidence,
             warmup_steps=warmup_updates(args),
             apm_in_warmup=args.calmix_apm_in_warmup if args.calibratemix else True,
+            mixed_statistics=args.calmix_mixed_statistics,
             bank_dtype=bank_dtype,
             apm=apm,
             labeled_to_unlabeled=datasets.labeled_to_unlabeled,
@@ -753,7 +757,9 @@ def mixup_loss(
     )
     if calmix.split == 'joined':
         mixed = mixed._replace(weight=joined_weight(mixed, accelerator))
-    return calmix.loss(model(mixed.images)[1][:, :calmix.num_classes], mixed)
+    with nullcontext() if calmix.mixed_statistics else still_statistics(model):
+        logits = model(mixed.images)[1]
+    return calmix.loss(logits[:, :calmix.num_classes], mixed)
 
 
 def judge_pseudo_labels(pseudo_label: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:

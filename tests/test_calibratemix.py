@@ -886,29 +886,30 @@ def steer(calmix, index, confidence, pseudo_label, step=0, dtype=torch.float32, 
 @pytest.mark.parametrize('dtype, close', [(torch.float32, 1e-6), (torch.float16, 1e-4)])
 def test_the_weight_moves_by_the_gap_computed_by_hand_on_three_images(dtype, close):
     calmix = CalibrateMix(1, 3, 2, 'steered', weight_rate=0.5, warmup_steps=1)
-    assert steer(calmix, [0, 1, 2], [.9, .8, .7], [0, 1, 0], 0, dtype) == 1  # in warmup: labels are kept, no more
-    # 0 and 1 keep their labels, 2 changes: gaps of -0.1, -0.4 and -0.2 + 1.2, on average 0.5 / 3 above 0.
-    assert steer(calmix, [0, 1, 2], [.9, .6, .8], [0, 1, 1], 1, dtype) == 1  # nowhere above where it started
-    # No label changes, two images: -0.2 and -0.3, times 0.5 / 2.
-    assert steer(calmix, [2, 0], [.8, .7], [1, 0], 2, dtype) == pytest.approx(1 - 0.125, abs=close)
-    assert steer(calmix, [1], [.6], [0], 3, dtype) == pytest.approx(min(1, 0.875 + 0.5 * 0.8), abs=close)
-    low = CalibrateMix(1, 3, 2, 'steered', weight_rate=9, warmup_steps=0)
-    assert steer(low, [0, 1], [.6, .6], [0, 0]) == 1  # no image was visited before
-    assert steer(low, [0, 1], [.6, .6], [0, 0]) == 0  # nor below 0
+    assert steer(calmix, [0, 1, 2], [.9, .8, .7], [0, 1, 0], 0, dtype) == 0  # in warmup: labels are kept, no more
+    # 0 and 1 keep their labels, 2 changes: gaps of -0.1, -0.4 and -0.2 + 1.2, times 0.5 / 3.
+    assert steer(calmix, [0, 1, 2], [.9, .6, .8], [0, 1, 1], 1, dtype) == pytest.approx(0.25 / 3, abs=close)
+    # No label changes, two images: -0.2 and -0.1, times 0.5 / 2.
+    assert steer(calmix, [2, 0], [.8, .9], [1, 0], 2, dtype) == pytest.approx(0.25 / 3 - 0.075, abs=close)
+    assert steer(calmix, [1], [.6], [0], 3, dtype) == pytest.approx(0.25 / 3 - 0.075 + 0.5 * 0.8, abs=close)
+    edge = CalibrateMix(1, 3, 2, 'steered', weight_rate=9, weight=2, warmup_steps=0)
+    assert steer(edge, [0, 1], [.6, .6], [0, 0]) == 0  # no image was visited before
+    assert steer(edge, [0, 1], [.6, .6], [0, 0]) == 0  # not below 0
+    assert steer(edge, [0, 1], [.6, .6], [1, 1]) == 2  # nor above `weight`
 
 
 def test_the_weight_of_a_batch_divides_by_all_images_and_sums_over_those_visited_before():
     calmix = CalibrateMix(1, 4, 2, 'steered', weight_rate=0.5, warmup_steps=0)
     steer(calmix, [0], [.9], [0])
-    assert steer(calmix, [0, 1, 2, 3], [.8] * 4, [0] * 4) == pytest.approx(1 - 0.5 / 4 * 0.2)
+    assert steer(calmix, [0, 1, 2, 3], [.8] * 4, [1] * 4) == pytest.approx(0.5 / 4 * 1)
 
 
 def test_rows_that_are_not_finite_are_no_visits_to_the_steered_weight_and_a_later_row_is_the_label_that_counts():
     calmix = CalibrateMix(1, 3, 2, 'steered', warmup_steps=0)
-    assert steer(calmix, [0, 1, 1, 2], [.9, .9, .9, .9], [0, 0, 1, 1]) == 1
+    assert steer(calmix, [0, 1, 1, 2], [.9, .9, .9, .9], [0, 0, 1, 1]) == 0
     # Both rows of image 1 are compared with the label 1 that its last row had, not with one another.
-    weight = steer(calmix, [1, 1], [.7, .7], [1, 1])
-    assert weight == pytest.approx(1 - 0.1 * 0.3)
+    weight = steer(calmix, [1, 1], [.7, .7], [0, 0])
+    assert weight == pytest.approx(0.1 * (1.2 - 0.3))
     calmix.update(torch.tensor([0]), torch.tensor([0]), torch.randn(1, 2), torch.tensor([2, 0]), torch.tensor([0, 0]),
                   torch.tensor([[NAN, 1.], [INF, 0.]]), 1)
     assert float(calmix.weight) == weight
@@ -920,12 +921,12 @@ def test_the_weight_depends_on_no_label_and_a_state_goes_on_as_it_was():
     other, calmix = (CalibrateMix(1, 3, 2, 'steered', warmup_steps=0) for _ in range(2))
     for module, label in ((calmix, 0), (other, 1)):
         steer(module, [0, 1, 2], [.9, .8, .7], [0, 1, 0], label=label)
-        steer(module, [0, 1, 2], [.6, .8, .7], [0, 1, 0], label=label)
+        steer(module, [0, 1, 2], [.6, .8, .7], [1, 1, 0], label=label)
     assert torch.equal(calmix.weight, other.weight) and torch.equal(calmix.last_label, other.last_label)
-    assert calmix.weight.shape == () and calmix.weight < 1 and "weight=1.0, weight_rate=0.1" in repr(calmix)
+    assert calmix.weight.shape == () and calmix.weight > 0 and "weight=1.0, weight_rate=0.1" in repr(calmix)
     resumed = CalibrateMix(1, 3, 2, 'steered', warmup_steps=0)
     resumed.load_state_dict(calmix.state_dict())
-    assert steer(resumed, [1, 2], [.7, .7], [1, 0]) == steer(calmix, [1, 2], [.7, .7], [1, 0]) < 1
+    assert steer(resumed, [1, 2], [.7, .7], [0, 0]) == steer(calmix, [1, 2], [.7, .7], [0, 0]) > float(other.weight)
     assert isinstance(CalibrateMix(1, 3, 2).weight, float) and 'weight' not in CalibrateMix(1, 3, 2).state_dict()
 
 
@@ -944,9 +945,9 @@ def test_an_index_outside_of_the_set_changes_no_label_of_the_steered_weight():
 def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1,
                  weight_rate=0, split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400,
-                 apm_in_warmup=True)
+                 apm_in_warmup=True, mixed_statistics=False)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
-                   apm_in_warmup=False, weight=0.5)
+                   apm_in_warmup=False, mixed_statistics=True, weight=0.5)
     ours = dict(paper, gamma=0.5, topk=0)
     steered = dict(ours, pairing='random', weight_rate=0.1)
     assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': ours, 'steered': steered}
@@ -956,7 +957,9 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     assert unset == set(paper)
     for name, values in PRESETS.items():
         calmix = CalibrateMix(2, 2, 2, name)
-        assert {key: getattr(calmix, 'loss_type' if key == 'loss' else key) for key in values} == values
+        assert calmix.options == values
+        kept = dict(values, weight=0) if values['weight_rate'] else values  # steered: it starts at 0
+        assert {key: getattr(calmix, 'loss_type' if key == 'loss' else key) for key in values} == kept
     assert CalibrateMix(2, 2, 2).apm.smoothing == 0.997 and CalibrateMix(2, 2, 2).aum.smoothing == 1
 
 
@@ -964,7 +967,7 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
 def test_a_given_option_overrides_the_preset_even_if_it_is_zero_or_false(preset):
     options = dict(gamma=0.5, gamma_dist='beta-pair', topk=0, similarity='dot', space='pixel', loss='bce', weight=0,
                    weight_rate=0, split='bank', pairing='random', min_confidence=0.5, warmup_steps=0,
-                   apm_in_warmup=False)
+                   apm_in_warmup=False, mixed_statistics=False)
     calmix = CalibrateMix(2, 2, 2, preset, **options)
     assert {key: getattr(calmix, 'loss_type' if key == 'loss' else key) for key in options} == options
     assert "topk=0" in repr(calmix) and "loss='bce'" in repr(calmix)

@@ -332,12 +332,14 @@ def test_pseudo_label_trains_on_its_weak_views_and_loads_no_strong_ones(train):
 @pytest.mark.parametrize('name', [name for name in methods.ALGORITHMS if name not in ('supervised', 'fixmatch')])
 def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, name):
     flags = ('--algorithm', name, '--calibratemix', '--calmix-warmup-epochs', 1, '--calmix-weight-rate', 0.1,
+             '--train-split', 'train[:40]', '--head-init-scale', 4,  # so that the weight of the mixup loss rises
              '--threshold', 0.3, '--stat-momentum', 0.9, '--train-steps-per-epoch', 3, '--recovery-interval', 1,
              '--checkpoint-hist', 99)
     straight = train('straight', *flags)
     rewind(straight, tmp_path / 'resumed', 4)
     resumed = train('resumed', *flags, '--resume', 'auto')
     assert_same_run(straight, resumed)
+    assert float(summary(straight)[-1]['calmix_weight']) > 0
 
 
 @pytest.mark.parametrize('name', ['flexmatch', 'softmatch', 'freematch', 'marginmatch'])

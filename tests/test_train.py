@@ -243,6 +243,21 @@ def test_joint_forward_moves_the_statistics_as_one_pass_over_the_concatenation()
     assert model.body[1].num_batches_tracked == 1
 
 
+def test_mixed_images_train_the_network_and_move_its_running_statistics_only_if_asked():
+    gradients, statistics = [], []
+    for options in ({}, dict(mixed_statistics=False), dict(mixed_statistics=True), None):
+        torch.manual_seed(0)
+        model, (labeled, unlabeled) = Toy().train(), toy_batches()
+        calmix = None if options is None else CalibrateMix(9, 99, 4, warmup_steps=0, **options)
+        take_step(model, labeled, unlabeled, step_args(), calmix)['loss'].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        statistics.append(torch.cat([model.body[1].running_mean, model.body[1].running_var]))
+        assert model.body[1].momentum == 0.1
+    assert torch.equal(statistics[0], statistics[3]) and torch.equal(statistics[1], statistics[3])
+    assert not torch.allclose(statistics[2], statistics[3], rtol=1e-3)
+    assert torch.equal(gradients[0], gradients[2]) and not torch.allclose(gradients[0], gradients[3], rtol=1e-3)
+
+
 def test_the_mixed_images_are_the_only_second_pass():
     """960 images for the base method, 64 more with CalibrateMix (B 64, mu 7)."""
     torch.manual_seed(0)
@@ -719,6 +734,7 @@ def test_resume_auto_passes_over_a_broken_newest_checkpoint(train, uninterrupted
 def test_two_processes_draw_the_same_labels_and_fill_the_same_bank_as_one(train, tmp_path):
     """Frozen weights, no batch-norm: each image's margins then do not depend on its batch."""
     flags = (*CALMIX, '--model', 'test_vit', '--img-size', 32, '--lr', 0, '--calmix-weight-rate', 0.1,
+             '--head-init-scale', 30,  # surer than it is right, so that the weight rises
              '--train-split', 'train[:60]')  # few images, so that some are visited twice and move the weight
     folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
     assert (folders[0] / 'labels.json').read_bytes() == (folders[1] / 'labels.json').read_bytes()
@@ -741,7 +757,7 @@ def test_two_processes_train_to_the_weights_of_one_on_the_joined_batch(train, tm
 
 
 def test_a_bank_in_shards_gives_the_same_run_margins_and_checkpoint_as_a_whole_one(train, tmp_path):
-    flags = (*CALMIX, '--save-margins', '--calmix-weight-rate', 0.1)
+    flags = (*CALMIX, '--save-margins', '--calmix-weight-rate', 0.1, '--head-init-scale', 10)
     whole = run_on(2, train, tmp_path, 'whole', *flags)
     shards = run_on(2, train, tmp_path, 'shards', *flags, '--calmix-bank-shards')
     assert_same_run(whole, shards)
