@@ -119,13 +119,13 @@ from program import (
     Stopped,
     StopRequest,
     UsageError,
-    bfloat16_units,
     catch_signals,
     once_a_machine,
     parse_with_config,
     run_program,
     setup_accelerator,
     takes_bar,
+    tell_bfloat16,
 )
 from schedule import build_optimizer, build_scheduler, step_scheduler
 from seeds import item_seed
@@ -1040,23 +1040,10 @@ def tell_batch(args: argparse.Namespace, processes: int, device: str) -> str:
             + (', with TF32 and cudnn.benchmark' if device.startswith('cuda') else ''))
 
 
-def tell_speed(args: argparse.Namespace) -> str:
-    """What makes a run faster on a processor with units for bfloat16, or slower on one without; empty if nothing does.
-
-    The times are those of results/bfloat16.csv and, without units, of ONEDNN_MAX_CPU_ISA=AVX512_CORE.
-    """
-    units = bfloat16_units()
-    if args.amp and units == '':
-        return 'This processor has no units for bfloat16: --amp made steps 1.4 times as long on one without'
-    if args.amp or not units:
-        return ''
-    further = ''
-    # Without strong views, or with a frozen backbone, there is no gradient of the weak ones to be saved.
-    apart = getattr(ALGORITHMS[args.algorithm], 'weak_apart', False) and args.freeze != 'backbone'
-    if apart and args.weak_forward == 'joint':
-        further = '; with --weak-forward no-grad too 4.8, 2.3 and 1.4 times (other batch-norm statistics, see --help)'
-    return (f'This processor has units for bfloat16 ({units}): --amp --channels-last made a step of wide_resnet28_2 '
-            f'3.5 times as fast, of resnet18 1.6 times, but of vit_tiny_patch16_224 0.9 times{further}')
+def saves_backward(args: argparse.Namespace) -> bool:
+    """Whether --weak-forward no-grad can be added, and saves anything: a frozen backbone has no gradient anyway."""
+    apart = getattr(ALGORITHMS[args.algorithm], 'weak_apart', False)
+    return apart and args.weak_forward == 'joint' and args.freeze != 'backbone'
 
 
 def describe(
@@ -1086,7 +1073,7 @@ def describe(
         if run.method.takes_average:
             who = 'the averaged network, the teacher'
         _logger.info(f'Pseudo-labels are those of {who}')
-    speed = tell_speed(args) if run.accelerator.device.type == 'cpu' else ''
+    speed = tell_bfloat16(args.amp, saves_backward(args)) if run.accelerator.device.type == 'cpu' else ''
     if speed:
         _logger.info(speed)
     tell_choice(args, split)

@@ -17,6 +17,7 @@ import backbone
 import benchmark
 import mislabeled
 import predict
+import program
 import report
 import train_ssl
 import validate
@@ -179,7 +180,7 @@ def test_pretrained_weights_that_cannot_be_fetched_are_told_at_once(monkeypatch,
 
 
 def test_the_start_of_a_run_tells_sets_splits_batch_and_who_labels(train, monkeypatch, caplog):
-    monkeypatch.setattr(train_ssl, 'tell_speed', lambda args: 'which flags are faster')
+    monkeypatch.setattr(train_ssl, 'tell_bfloat16', lambda *_: 'which flags are faster')
     with caplog.at_level('INFO', 'train'):
         train('run', '--epochs', 1, '--grad-accum-steps', 2, '--train-steps-per-epoch', 1, '--val-fraction', 0.2,
               '--test-split', 'test')
@@ -226,8 +227,8 @@ def test_units_for_bfloat16_are_found_where_the_system_or_torch_names_them(tmp_p
 ])
 def test_flags_for_bfloat16_units_are_told_to_runs_that_lack_them_and_can_have_them(flags, told, monkeypatch):
     def line(units):
-        monkeypatch.setattr(train_ssl, 'bfloat16_units', lambda: units)
-        return train_ssl.tell_speed(args)
+        monkeypatch.setattr(program, 'bfloat16_units', lambda: units)
+        return program.tell_bfloat16(args.amp, train_ssl.saves_backward(args))
 
     args = train_ssl._parse_args(flags)
     found = re.findall('--amp --channels-last|--weak-forward no-grad', line('amx_bf16'))
