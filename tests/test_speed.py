@@ -233,6 +233,17 @@ def test_steps_of_two_precisions_in_one_process_compute_each_in_its_own():
         assert len(seen[flags]) == (2 if 'no-grad' in flags else 1)
 
 
+def test_the_recommended_flags_stand_beside_usb_s_step_where_the_processor_has_units(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, 'usb_step', lambda *_: lambda: None)  # its package is not there
+    options = benchmark.create_parser().parse_args(['--model', 'wide_resnet10_1', '-b', '2', '--mu', '1'])
+    options.img_size, options.repeats, row = 8, 1, 'USB / our fixmatch step with the recommended flags'
+    for units in ('', 'amx_bf16'):
+        monkeypatch.setattr(benchmark, 'bfloat16_units', lambda units=units: units)
+        found = benchmark.usb_rows(options, torch.device('cpu'))
+        assert benchmark.TARGETS.keys() & found == ({row} if units else set())
+    assert capsys.readouterr().out.count('left out') == 1
+
+
 def test_processor_time_is_refused_for_what_other_processes_do(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--processor-time', '--rows', 'pairing', 'processes'])
     with pytest.raises(SystemExit, match='2'):
