@@ -606,7 +606,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=None,
                        help='loading processes, per process, no more than there are processors (default: 4 at most)')
-    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+    group.add_argument('--pin-mem', action=flag, default=None,
+                       help='load into pinned memory, which is copied to a GPU without a wait (default: where there is '
+                            'one; timm\'s is no)')
 
 
 def agree_on_precision(args: argparse.Namespace, names: list[str], runs: list[dict]) -> None:

@@ -37,7 +37,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import predict
@@ -49,7 +48,7 @@ from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewData
 from figures import complexity_diagram
 from methods import ALGORITHMS, num_outputs
 from program import ArgumentParser, bfloat16_units, setup_accelerator
-from schedule import build_scheduler
+from schedule import build_optimizer, build_scheduler
 from seeds import seeded
 from sources import ArraySource
 from views import BatchViews, build_views
@@ -175,7 +174,7 @@ def create_run(
         model = torch.compile(model, backend=args.torchcompile)
     trained = model if cheap else timm_model
     ema = build_ema(trained, args)
-    optimizer = create_optimizer_v2(trained, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = build_optimizer(trained, args)
     scheduler = build_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     method = ALGORITHMS[args.algorithm](options.num_images, NUM_CLASSES, args).to(accelerator.device)
@@ -465,8 +464,8 @@ def loader_rows(options: argparse.Namespace, device: torch.device) -> dict[str, 
         on_gpu = device.type == 'cuda'
         dataset = BatchDataset(dataset, torch.from_numpy(pixels), torch.arange(number), batch_views, on_gpu)
     config = DataConfig((3, size, size), (0.5,) * 3, (0.5,) * 3, 'bilinear', 1.0)
-    loader = create_loader(dataset, EndlessBatches(number, options.batch_size * options.mu), options.workers,
-                           pin_memory=device.type == 'cuda')
+    batches = EndlessBatches(number, options.batch_size * options.mu)
+    loader = create_loader(dataset, batches, options.workers, device=device)
     batches = iter(Feed(loader, config, device, options.channels_last))
     run, args = create_run(options, '--calibratemix')
 
@@ -725,6 +724,8 @@ def main() -> None:
                               ('batch_size', 64, 8), ('repeats', 7, 3)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else full)
+    if options.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch finds no CUDA GPU here (torch.cuda.is_available() is False)')
     if 'usb' in options.rows:
         if options.model not in USB_MODELS:
             parser.error(f'--rows usb: --model {options.model} is none of {", ".join(USB_MODELS)}')

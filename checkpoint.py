@@ -438,11 +438,11 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
     try:
         run.timm_model.load_state_dict(state['model'])
         if not args.no_resume_opt:
-            asked = [{key: group[key] for name, key in OPTIMIZER_ARGS.items() if name in changed and key in group}
-                     for group in run.optimizer.param_groups]
+            asked = {key for name, key in OPTIMIZER_ARGS.items() if name in changed}
+            asked |= args.opt_kwargs.keys() | state['args'].get('opt_kwargs', {}).keys()  # not in older checkpoints
+            for old, group in zip(state['optimizer']['param_groups'], run.optimizer.param_groups):
+                old.update((key, group[key]) for key in asked & group.keys())
             run.optimizer.load_state_dict(state['optimizer'])
-            for group, values in zip(run.optimizer.param_groups, asked):
-                group.update(values)
         if run.ema is not None:
             run.ema.module.load_state_dict(state['ema'])
         if run.method is not None:

@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -291,9 +291,15 @@ def create_loader(
         dataset: ViewDataset,
         batches: torch.utils.data.Sampler | list,
         workers: int = 0,
-        pin_memory: bool = False,
+        pin_memory: bool | None = None,
+        device: torch.device | None = None,
 ) -> torch.utils.data.DataLoader:
-    """DataLoader over lists of keys, with a generator of its own so that making one draws no global random number."""
+    """DataLoader over lists of keys, with a generator of its own so that making one draws no global random number.
+
+    Memory is pinned where that is asked for, and by default (None) for a GPU: a copy from other memory waits for it.
+    """
+    if pin_memory is None:
+        pin_memory = device is not None and device.type == 'cuda'
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -355,7 +361,12 @@ def check_classes_left(dataset: ViewDataset, skipped: set[int]) -> None:
 
 
 class Feed:
-    """Batches on the device: images as normalised float32, by timm's way of doing that there and not in the workers."""
+    """Batches on the device: images as normalised float32, by timm's way of doing that there and not in the workers.
+
+    On a GPU the next batch is copied and prepared on a stream of its own while the network has the current one, as by
+    timm's PrefetchLoader, for the memory of one batch more. A copy that has to wait then waits for that stream alone.
+    Images that cannot be decoded are told when the turn of their batch comes.
+    """
 
     def __init__(
             self,
@@ -365,30 +376,65 @@ class Feed:
             channels_last: bool,
             skipped: set[int] | None = None,
     ):
-        self.loader, self.device = loader, device
+        self.loader, self.device = loader, torch.device(device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean, self.std = (
             torch.tensor(v, device=device).mul(255).view(-1, 1, 1) for v in (data_config.mean, data_config.std)
         )
         # Indices in the source of images that this process could not decode.
         self.skipped = set() if skipped is None else skipped
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == 'cuda' else None
 
-    def __iter__(self):
-        for batch in self.loader:
-            if isinstance(batch, ImageError):
-                raise batch
-            skipped = batch['skipped'][batch['skipped'] >= 0].tolist()
-            if not self.skipped.issuperset(skipped):
-                self.skipped.update(skipped)
-                check_classes_left(self.loader.dataset, self.skipped)
-            numbers = batch.pop('numbers', None)
-            # Known here without a wait for the device.
-            repeated = len(batch['index'].unique()) < len(batch['index'])
-            batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-            if numbers is not None:
-                batch.update(self.loader.dataset.batch_views(batch.pop('pixels'), numbers))
-            for key, value in batch.items():
-                if value.dtype == torch.uint8:  # a view; the others are whole numbers of 64 bits
-                    image = value.to(torch.float32, memory_format=self.memory_format)
-                    batch[key] = image.sub_(self.mean).div_(self.std)
-            yield dict(batch, repeated=repeated)
+    def __iter__(self) -> Iterator[dict]:
+        if self.stream is None:
+            for batch in self.loader:
+                self._tell_skipped(batch)
+                yield self._prepare(batch)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # for mean and std
+        for batch, prepared, ready in one_ahead(map(self._prepare_aside, self.loader)):
+            self._tell_skipped(batch)
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(ready)
+            for value in prepared.values():
+                if isinstance(value, torch.Tensor):
+                    value.record_stream(current)  # else the next batches could be written over it while it is read
+            yield prepared
+
+    def _tell_skipped(self, batch: dict | ImageError) -> None:
+        """Takes note of images that could not be decoded; raises what stands in the place of a batch."""
+        if isinstance(batch, ImageError):
+            raise batch
+        skipped = {i for i in batch['skipped'].tolist() if i >= 0}
+        if not self.skipped.issuperset(skipped):
+            self.skipped.update(skipped)
+            check_classes_left(self.loader.dataset, self.skipped)
+
+    def _prepare_aside(self, batch: dict | ImageError) -> tuple:
+        """The batch of the loader, what `_prepare` makes of it, and the event of that being done."""
+        if isinstance(batch, ImageError):
+            return batch, {}, None
+        with torch.cuda.stream(self.stream):
+            return batch, self._prepare(batch), self.stream.record_event()
+
+    def _prepare(self, batch: dict[str, torch.Tensor]) -> dict:
+        # Known here without a wait for the device.
+        repeated = len({*batch['index'].tolist()}) < len(batch['index'])
+        numbers = batch.get('numbers')
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if k != 'numbers'}
+        if numbers is not None:
+            batch.update(self.loader.dataset.batch_views(batch.pop('pixels'), numbers))
+        for key, value in batch.items():
+            if value.dtype == torch.uint8:  # a view; the others are whole numbers of 64 bits
+                image = value.to(torch.float32, memory_format=self.memory_format)
+                batch[key] = image.sub_(self.mean).div_(self.std)
+        return dict(batch, repeated=repeated)
+
+
+def one_ahead(items: Iterable) -> Iterator:
+    """The items as they are, each once the next one is there."""
+    held = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held

@@ -437,7 +437,8 @@ def predict(
     size = max(1, min(args.batch_size, len(source)))
     batches = evaluation_batches(len(source), size, accelerator.process_index, accelerator.num_processes)
     dataset = PictureDataset(source, view, config.input_size)
-    loader = create_loader(dataset, batches, args.workers if batches else 0, args.pin_mem)
+    workers = args.workers if batches else 0
+    loader = create_loader(dataset, batches, workers, args.pin_mem, accelerator.device)
     visible = accelerator.is_main_process
     with (
         tqdm(total=len(source), unit='picture', dynamic_ncols=True, disable=None if visible else True) as bar,

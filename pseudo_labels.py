@@ -149,13 +149,13 @@ class FlexMatch(Method):
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_classes)
         self.threshold = args.threshold
-        self.register_buffer('selected', torch.full((num_unlabeled,), -1, dtype=torch.int32))
+        self.register_buffer('selected', torch.full((num_unlabeled,), -1))
 
     def class_thresholds(self) -> torch.Tensor:
         """Current thresholds `[K]`."""
         # Integers: a float32 stops counting by ones at 2^24.
         counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self.selected.device)
-        counts.scatter_add_(0, self.selected.long() + 1, counts.new_ones(()).expand(len(self.selected)))
+        counts.scatter_add_(0, self.selected + 1, counts.new_ones(()).expand(len(self.selected)))
         unused, learned = counts[0], counts[1:]
         beta = learned / torch.maximum(learned.max(), unused)
         return self.threshold * beta / (2 - beta)
@@ -163,12 +163,13 @@ class FlexMatch(Method):
     def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
         confidence, label = logits.softmax(1).max(1)
         weight = (confidence >= self.class_thresholds()[label]).float()
-        # The table moves by the fixed threshold. Of an index that stands twice in the batch the later row wins.
-        row = torch.arange(len(index), device=index.device)
-        passed = (index[:, None] == index) & (confidence >= self.threshold)
-        last = torch.where(passed, row, -1).amax(1)
-        new = torch.where(last >= 0, label[last.clamp(min=0)].int(), self.selected.gather(0, index))
-        self.selected.scatter_(0, index, new)
+        # The table moves by the fixed threshold. Of an index that stands twice in the batch the later row that passes
+        # wins, and every row of it writes the same.
+        passed = confidence >= self.threshold
+        new = torch.where(passed, label, self.selected.gather(0, index))
+        place = torch.arange(1, len(index) + 1, device=index.device).add(passed, alpha=len(index))
+        last = ((index[:, None] == index) * place).argmax(1)
+        self.selected.scatter_(0, index, new[last])
         return weight
 
 
@@ -200,7 +201,7 @@ class SoftMatch(Method):
         self.mean.lerp_(seen.mean(), 1 - self.momentum)
         self.var.lerp_(seen.var(unbiased=len(seen) > 1), 1 - self.momentum)  # one row has no unbiased variance
         below = (confidence - self.mean).clamp(max=0)
-        return torch.exp(-below ** 2 / (2 * self.var.clamp(min=1e-12) / 4))
+        return torch.exp(-2 * below ** 2 / self.var.clamp(min=1e-12))  # 2 var / n_sigma^2 is var / 2
 
 
 class FreeMatch(Method):
@@ -217,13 +218,15 @@ class FreeMatch(Method):
         self.register_buffer('tau', torch.tensor(1 / num_classes))
         self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
         self.register_buffer('class_share', torch.full((num_classes,), 1 / num_classes))
+        self.register_buffer('classes', torch.arange(num_classes), persistent=False)
 
     def forward(self, logits: torch.Tensor, index: torch.Tensor, num_updates: int) -> torch.Tensor:
         probs = logits.softmax(1)
         confidence, label = probs.max(1)
         self.tau.lerp_(confidence.mean(), 1 - self.momentum).clamp_(max=self.max_threshold)
         self.class_mean.lerp_(probs.mean(0), 1 - self.momentum)
-        self.class_share.lerp_(F.one_hot(label, self.num_classes).float().mean(0), 1 - self.momentum)
+        share = (label[:, None] == self.classes).mean(0, dtype=torch.float32)
+        self.class_share.lerp_(share, 1 - self.momentum)
         thresholds = self.class_mean / self.class_mean.max() * self.tau
         return (confidence >= thresholds[label]).float()
 
@@ -234,20 +237,17 @@ class FreeMatch(Method):
         averaging the gradients over the processes then gives that of the joined batch.
         """
         probs = strong_logits[:, :self.num_classes].softmax(1)
-        own = torch.cat([
-            (probs * weight[:, None]).sum(0),
-            (F.one_hot(probs.argmax(1), self.num_classes) * weight[:, None]).sum(0),
-            weight.sum()[None],
-        ])
-        others = accelerator.reduce(own.detach(), 'sum') - own.detach()
-        sums = (own * accelerator.num_processes - own.detach() * (accelerator.num_processes - 1)) + others
-        number = sums[-1].detach().clamp(min=1)
-        mean, share = sums[:self.num_classes] / number, sums[self.num_classes:-1] / number
+        predicted = probs.argmax(1)[:, None] == self.classes
+        sums = own = (torch.stack([probs, predicted]) * weight[:, None]).sum(1)  # over the images that count: [2, K]
+        if accelerator.num_processes > 1:
+            others = accelerator.reduce(own.detach(), 'sum') - own.detach()
+            sums = (own * accelerator.num_processes - own.detach() * (accelerator.num_processes - 1)) + others
+        mass, number = sums[0], sums[1].detach()
         # A class that no strong view is counted for has no ratio; as in the published code it then weighs nothing.
-        ratio = torch.where(share > 0, mean / share.clamp(min=1e-12), 0)
+        ratio = torch.where(number > 0, mass / number.clamp(min=1), 0)
         ratio = ratio / ratio.sum().clamp(min=1e-12)
         target = self.class_mean / self.class_share.clamp(min=1e-12)
-        fairness = (target / target.sum() * torch.log(ratio + 1e-12)).sum() * (sums[-1].detach() > 0)
+        fairness = (target / target.sum() * torch.log(ratio + 1e-12)).sum() * number.any()
         return self.factor * fairness
 
 
@@ -289,7 +289,8 @@ class MarginMatch(Method):
             self.slot.fill_(-1)
         elif self.first <= num_updates < self.last and (num_updates - self.first) % self.every == 0:
             generator = torch.Generator().manual_seed(item_seed(self.seed, 'marginmatch', num_updates))
-            drawn = torch.randperm(len(self.slot), generator=generator)[:self.num_wrong].to(self.slot.device)
+            drawn = torch.randperm(len(self.slot), generator=generator)[:self.num_wrong]
+            drawn = drawn.to(self.slot.device, non_blocking=True)
             self.slot.fill_(-1).scatter_(0, drawn, torch.arange(self.num_wrong, device=self.slot.device))
             for table in self.wrong_apm.buffers():
                 table.zero_()

@@ -21,11 +21,17 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
             weight_decay=args.weight_decay,
             momentum=args.momentum,
             **asked,
+            **args.opt_kwargs,
         )
     except (ValueError, IndexError, TypeError, ImportError) as error:
         raise UsageError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
     for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
         raise UsageError(f'--opt-{key}: {args.opt} has no {key}')
+    if args.amp and args.amp_dtype == 'float16' and getattr(optimizer, '_step_supports_amp_scaling', False):
+        # It skips an update by itself and on the device, and the schedule and the averaged weights would go on.
+        raise UsageError(f'--opt {args.opt} --opt-kwargs {" ".join(f"{k}={v}" for k, v in args.opt_kwargs.items())}: '
+                         'with --amp-dtype float16 a fused optimizer does not tell which updates it skipped; leave it '
+                         'out, or take bfloat16')
     return optimizer
 
 

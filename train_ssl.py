@@ -273,12 +273,17 @@ def create_parser() -> argparse.ArgumentParser:
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
                             'tensors where possible, on the GPU if there is one (default: auto)')
-    group.add_argument('--pin-mem', action=flag, default=False, help='pin memory for faster copies to a GPU')
+    group.add_argument('--pin-mem', action=flag, default=None,
+                       help='load into pinned memory, which is copied to a GPU without a wait (default: where there is '
+                            'one; timm\'s is no)')
 
     group = parser.add_argument_group('Optimizer and schedule')
     group.add_argument('--opt', metavar='NAME', default='sgd', help='timm optimizer (default: sgd, which is Nesterov)')
     group.add_argument('--opt-eps', type=float, metavar='X', default=None, help='epsilon (default: the optimizer\'s)')
     group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', default=None, help='likewise')
+    group.add_argument('--opt-kwargs', nargs='*', action=ParseKwargs, default={}, metavar='K=V',
+                       help='further arguments of the optimizer, such as fused=True for torch\'s fused form (default: '
+                            'none; torch then takes its multi-tensor form on a GPU)')
     group.add_argument('--momentum', type=float, metavar='X', default=0.9, help='default: 0.9')
     group.add_argument('--weight-decay', type=float, metavar='X', default=5e-4,
                        help='not on norms and biases (default: 5e-4; the paper has 1e-3 for CIFAR-100)')
@@ -359,7 +364,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='soft cross-entropy, or binary cross-entropy averaged over the classes, whose gradient '
                             'shrinks as classes grow in number (paper, ours: ce, authors-code: bce)')
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
-                       help='factor of the mixup loss (authors-code: 0.5, the others: 1)')
+                       help='factor of the mixup loss (presets: 0.5, steered: at most 1)')
     group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
                        help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
                             'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
@@ -1136,7 +1141,7 @@ def build_feeds(run: Run, datasets: Datasets, data_config: DataConfig, args: arg
     rank, world = accelerator.process_index, accelerator.num_processes
 
     def feed(dataset, batches, workers, skipped=None):
-        loader = create_loader(dataset, batches, workers, args.pin_mem)
+        loader = create_loader(dataset, batches, workers, args.pin_mem, accelerator.device)
         return Feed(loader, data_config, accelerator.device, args.channels_last, skipped)
 
     def endless(dataset, batch_size, workers, stream, skipped):

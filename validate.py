@@ -404,7 +404,7 @@ def collect(
     """
     size = min(args.batch_size, len(dataset))
     batches = evaluation_batches(len(dataset), size, accelerator.process_index, accelerator.num_processes)
-    loader = create_loader(dataset, batches, args.workers, args.pin_mem)
+    loader = create_loader(dataset, batches, args.workers, args.pin_mem, accelerator.device)
     parts = [(*(torch.zeros(0, dtype=torch.int64),) * 3, torch.zeros(0, model.num_classes))]
     for batch, logits in evaluate_batches(model, loader, size, config, accelerator, args.channels_last):
         good = batch['skipped'] < 0

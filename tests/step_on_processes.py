@@ -3,7 +3,7 @@
     python -m torch.distributed.run --nproc_per_node 2 tests/step_on_processes.py OUTPUT METHOD[,FLAG...] ...
 
 Every process takes its part of the same joined batches. The network is linear: what it says of an image does not depend
-on the others of the batch.
+on the others of the batch. With --calibratemix among the flags the banks are saved too, whole.
 """
 import sys
 from pathlib import Path
@@ -15,7 +15,9 @@ from accelerate import Accelerator  # noqa: E402
 from torch import nn  # noqa: E402
 
 import train_ssl  # noqa: E402
+from data import Datasets  # noqa: E402
 from methods import ALGORITHMS, num_outputs  # noqa: E402
+from shards import whole_bank  # noqa: E402
 
 
 class Linear(nn.Module):
@@ -51,6 +53,8 @@ def run(name: str, flags: list[str], accelerator: Accelerator) -> dict[str, torc
     model = accelerator.prepare(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     method = ALGORITHMS[name](40, 4, args)
+    datasets = Datasets(range(8), range(40), None, None, torch.arange(8), None, None, None)
+    calmix = train_ssl.build_calmix(args, datasets, 4, accelerator)
     rank, world = accelerator.process_index, accelerator.num_processes
     for step in range(3):
         torch.manual_seed(100 * rank + step)
@@ -60,7 +64,7 @@ def run(name: str, flags: list[str], accelerator: Accelerator) -> dict[str, torc
             for batch, kinds in zip(joined_batches(step), views)
         )
         terms = train_ssl.semi_supervised_step(
-            model, labeled, unlabeled, method, None, step, accelerator, args,
+            model, labeled, unlabeled, method, calmix, step, accelerator, args,
             average=average if method.takes_average else None,
         )
         accelerator.backward(terms['loss'])
@@ -69,7 +73,12 @@ def run(name: str, flags: list[str], accelerator: Accelerator) -> dict[str, torc
     own = torch.cat([parameter.flatten() for parameter in network.parameters()]).detach()
     for other in accelerator.gather(own[None]):
         assert torch.equal(other, own), f'{name}: the processes have other weights'
-    return {**network.state_dict(), **{f'method.{key}': value for key, value in method.state_dict().items()}}
+    parts = dict(method=method)
+    if calmix is not None:
+        parts.update(aum=calmix.aum, apm=whole_bank(calmix.apm, accelerator))
+        assert (calmix.apm.part == (rank, world)) if args.calmix_bank_shards else (len(calmix.apm.value) == 40)
+    states = {f'{part}.{key}': v for part, module in parts.items() for key, v in module.state_dict().items()}
+    return {**network.state_dict(), **states}
 
 
 def main(output: str, *runs: str) -> None:

@@ -943,13 +943,13 @@ def test_an_index_outside_of_the_set_changes_no_label_of_the_steered_weight():
 
 
 def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
-    paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=1,
+    paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=0.5,
                  weight_rate=0, split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400,
                  apm_in_warmup=True, mixed_statistics=False)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
-                   apm_in_warmup=False, mixed_statistics=True, weight=0.5)
+                   apm_in_warmup=False, mixed_statistics=True)
     ours = dict(paper, gamma=0.5, topk=0)
-    steered = dict(ours, pairing='random', weight_rate=0.1)
+    steered = dict(ours, pairing='random', weight=1, weight_rate=0.1)
     assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': ours, 'steered': steered}
     parameters = inspect.signature(CalibrateMix).parameters
     assert parameters['preset'].default == 'paper'

@@ -208,7 +208,7 @@ def test_strengths_are_compared_with_two_presets_on_training_images_that_no_run_
         cells.append((args.calibratemix, args.calmix_preset, args.calmix_weight, args.seed))
         others.add(str({k: v for k, v in vars(args).items()
                         if k not in ('calibratemix', 'calmix_preset', 'calmix_weight', 'seed', 'experiment')}))
-    mixing = itertools.product((True,), ('paper', 'ours'), (0.05, 0.15, 0.5, 1.0, 2.0))
+    mixing = itertools.product((True,), ('paper', 'ours'), (0.1, 0.25, 0.5, 1.0, 2.0))
     expected = itertools.product([(False, 'paper', None), *mixing], (0, 1, 2))
     assert sorted(map(str, cells)) == sorted(str((*variant, seed)) for variant, seed in expected) and len(others) == 1
 

@@ -1,4 +1,5 @@
 """The base methods against slow re-computations from their papers' formulas, over several steps and at edges."""
+import copy
 import json
 import math
 from argparse import Namespace
@@ -8,9 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from test_train import assert_same_run, rewind, run_on, summary, weights
+from accelerate.optimizer import AcceleratedOptimizer
+from conftest import forget_accelerator
+from test_train import assert_same_run, rewind, summary
 
 import backbone
+import benchmark
 import checkpoint
 import methods
 import passes
@@ -83,7 +87,7 @@ def test_flexmatch_counts_in_the_loss_by_the_class_threshold_but_in_the_table_by
 def test_flexmatch_counts_30_million_images_exactly():
     """A float32 that counts by ones stays at 2^24, which here would make a threshold of 0.16635."""
     method = build('flexmatch', classes=2, threshold=0.95)
-    method.selected = torch.full((30_000_000,), -1, dtype=torch.int32)
+    method.selected = torch.full((30_000_000,), -1)
     method.selected[:5_000_000] = 0
     beta = 5 / 25
     assert method.class_thresholds().tolist() == pytest.approx([0.95 * beta / (2 - beta), 0])  # 0.10556
@@ -342,20 +346,54 @@ def test_every_method_with_calibratemix_resumes_bit_identical(train, tmp_path, n
     assert float(summary(straight)[-1]['calmix_weight']) > 0
 
 
-@pytest.mark.parametrize('name', ['flexmatch', 'softmatch', 'freematch', 'marginmatch'])
-def test_two_processes_keep_the_statistics_and_weights_of_one(train, tmp_path, name):
-    """A network without batch-norm: an image's logits then do not depend on the batch it is in."""
-    flags = ('--algorithm', name, '--model', 'test_vit', '--img-size', 32, '--threshold', 0.15, '--stat-momentum', 0.9,
-             '--freematch-fairness', 1, '--logit-margin-penalty', 1, '--logit-margin', 0, '--logit-margin-rows',
-             'agreeing')
-    folders = [run_on(n, train, tmp_path, f'on{n}', *flags, '-b', 8 // n) for n in (1, 2)]
-    one, two = (checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])['method'] for folder in folders)
-    fresh = build(name, classes=10).state_dict()
-    for key in one:
-        assert torch.allclose(one[key].float(), two[key].float(), atol=1e-5), key
-        assert one[key].shape != fresh[key].shape or not torch.equal(one[key], fresh[key]), key
-    one, two = map(weights, folders)
-    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+def batches_for(name: str, options: Namespace, device: str = 'cpu') -> tuple[dict, dict]:
+    """A labeled and an unlabeled batch of random images with the views that a method asks for."""
+    labeled, unlabeled = benchmark.create_batches(options, torch.device(device))
+    method = methods.ALGORITHMS[name]
+    for batch, image, views in ((labeled, 'image', method.labeled_views), (unlabeled, 'weak', method.views)):
+        images = {view: torch.randn_like(batch[image]) for view in views}
+        batch.pop('strong', None)
+        batch.update(images)
+    return labeled, unlabeled
+
+
+def kept(run: checkpoint.Run) -> dict[str, torch.Tensor]:
+    """Copies of all that an update moves: parameters, their average, momenta."""
+    tensors = {}
+    parts = dict(run.timm_model.named_parameters()), run.ema.module.state_dict(), run.optimizer.state_dict()
+    checkpoint.pack(copy.deepcopy(parts), tensors)
+    return tensors
+
+
+@pytest.mark.parametrize('name', [name for name in methods.ALGORITHMS if name != 'supervised'])
+def test_an_update_that_float16_skips_leaves_weights_and_average_and_counts_as_a_visit_to_method_and_bank(name):
+    """Beside a run in which the second update does not overflow. The gradient scaler is torch's own, on the CPU."""
+    asked = benchmark.create_parser().parse_args(['--model', 'wide_resnet10_1', '-b', '4', '--mu', '2'])
+    asked.img_size = 8
+    torch.manual_seed(0)
+    forget_accelerator()
+    batches, runs = batches_for(name, asked), []
+    for overflow in (False, True):
+        flags = ('--algorithm', name, '--calibratemix', '--calmix-preset', 'steered', '--threshold', '0.1')
+        step = benchmark.our_step(asked, *batches, *flags)
+        run, scaler = step.run, torch.amp.GradScaler('cpu', init_scale=1024.)
+        run.accelerator.scaler = scaler
+        run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, scaler=scaler)
+        assert step()
+        before, rate = kept(run), run.optimizer.param_groups[0]['lr']
+        if overflow:
+            scaler.update(math.inf)
+        assert step() == (not overflow) and (run.num_updates, run.num_draws) == (2 - overflow, 2)
+        runs.append(run)
+    assert run.optimizer.step_was_skipped and run.optimizer.param_groups[0]['lr'] == rate
+    assert all(torch.equal(value, kept(run)[key]) for key, value in before.items())
+    for part in ('method', 'calmix'):
+        one, other = (getattr(run, part).state_dict() for run in runs)
+        assert all(torch.equal(one[key], other[key]) for key in one), part
+    assert run.calmix.aum.count.sum() == 8 and run.calmix.apm.count.sum() == 16
+    scaler.update(1024.)
+    assert step() and run.num_updates == 2
+    assert not all(torch.equal(value, kept(run)[key]) for key, value in before.items())
 
 
 def test_label_smoothing_applies_to_the_labeled_loss():

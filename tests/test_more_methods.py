@@ -259,7 +259,11 @@ def test_weights_apart_are_refused_where_there_is_nothing_to_part(capsys):
     assert '--weak-forward no-grad: with pseudo_label there is no pass' in capsys.readouterr().err
 
 
+PENALTY = '--logit-margin-penalty,1,--logit-margin,0,--logit-margin-rows,agreeing'
+MOVING = ('flexmatch,--threshold,0.3', f'softmatch,--stat-momentum,0.9,{PENALTY}',
+          f'freematch,--stat-momentum,0.9,--freematch-fairness,1,{PENALTY}', f'marginmatch,--threshold,0.3,{PENALTY}')
 ON_PROCESSES = (
+    *MOVING,
     'uda,--threshold,0.3', 'adamatch,--stat-momentum,0.5', 'dash,--temperature,0.9', 'defixmatch,--threshold,0.3',
     'pi_model', 'meanteacher', 'vat,--vat-eps,0', 'mixmatch,--mixmatch-alpha,0', 'vat', 'mixmatch',
     'remixmatch,--mixmatch-alpha,0',
@@ -267,9 +271,14 @@ ON_PROCESSES = (
 DRAWING = ('vat', 'mixmatch', 'remixmatch,--mixmatch-alpha,0')  # each process for itself; that all agree is checked
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    """Statistics, thresholds and weights, in one launch for all methods."""
-    result = run_script('tests/step_on_processes.py', tmp_path / 'two', *ON_PROCESSES, processes=2)
+MIXING = [f'{name},--calibratemix,--calmix-warmup-epochs,0.25,--calmix-weight-rate,0.1,--threshold,0.3'
+          for name in methods.ALGORITHMS if name != 'supervised']
+
+
+def test_two_processes_take_the_steps_of_one_and_with_the_bank_in_parts_those_with_a_whole_one(tmp_path):
+    """Statistics, thresholds, margins and weights, in one launch for all methods."""
+    parts = [f'{text},--calmix-bank-shards' for text in MIXING]
+    result = run_script('tests/step_on_processes.py', tmp_path / 'two', *ON_PROCESSES, *MIXING, *parts, processes=2)
     assert result.returncode == 0, result.stderr[-2000:]
     AcceleratorState._reset_state(reset_partial_state=True)
     step_on_processes.main(tmp_path / 'one', *ON_PROCESSES)
@@ -281,6 +290,13 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     assert torch.equal(one['remixmatch,--mixmatch-alpha,0']['method.class_count'], torch.tensor([1, 1, 1, 1]) + sum(
         step_on_processes.joined_batches(step)[0]['target'].bincount(minlength=4) for step in range(3)))
     assert torch.equal(*(states['remixmatch,--mixmatch-alpha,0']['method.class_count'] for states in (one, two)))
+    for text in MOVING:
+        fresh = build(text.split(',')[0])[0].state_dict()
+        for key in [key for key in fresh if not key.startswith('wrong_apm')]:  # whose one image may not be in the batch
+            assert not torch.equal(one[text][f'method.{key}'], fresh[key]), key
+    for whole, part in zip(MIXING, parts):
+        assert two[whole].keys() == two[part].keys() and two[whole]['apm.count'].sum() == 3 * 16
+        assert all(torch.equal(two[whole][key], two[part][key]) for key in two[whole]), part
 
 
 @pytest.mark.parametrize('name', NEW)

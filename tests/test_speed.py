@@ -5,23 +5,33 @@ import ctypes
 import os
 import resource
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import forget_accelerator
+from images import noise, noise_source
 from PIL import Image
-from test_train import Toy, step_args, take_step, toy_batches
+from test_methods import batches_for
+from test_train import Toy, assert_same_run, rewind, step_args, take_step, toy_batches
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import benchmark
 import data
+import imbalance
 import methods
 import program
 import train_ssl
-from calibratemix import CalibrateMix
+from calibratemix import PRESETS, CalibrateMix
+from sources import ImageError
+from views import BatchViews
+
+NO_GPU = 'torch finds no CUDA GPU (torch.cuda.is_available() is False)'
 
 # --- The plain step ---------------------------------------------------------------------------------------------------
 
@@ -82,7 +92,7 @@ def test_the_step_equals_a_plain_one_image_by_image_in_losses_bank_and_gradients
     torch.manual_seed(0)
     ours, (labeled, unlabeled) = Toy().train(), toy_batches()
     plain = copy.deepcopy(ours)
-    calmix = CalibrateMix(6, 12, 4, warmup_steps=0, topk=1e-9)  # the one least similar candidate: nothing is drawn
+    calmix = CalibrateMix(6, 12, 4, warmup_steps=0, topk=1e-9, weight=1)  # the one least similar candidate: no draw
     visits = dict(labeled={}, unlabeled={}, times={})
     args = step_args(threshold=0.74)
     for step in range(3):
@@ -125,31 +135,55 @@ class NoBlockingCopies(TorchDispatchMode):
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
         copied = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(function)
-        if copied is not None and out.is_cuda and not args[copied].is_cuda:
+        if copied is not None and out.device.type != 'cpu' and args[copied].device.type == 'cpu':
             assert kwargs.get('non_blocking') or args[2:3] == (True,), 'a copy to the GPU waits for it'
         return out
 
 
+class TwoProcesses:
+    """What a step takes of Accelerate, on the second of two processes whose batches are equal."""
+    num_processes, process_index = 2, 1
+
+    def gather(self, tensors):
+        return tuple(torch.cat([tensor, tensor]) for tensor in tensors)
+
+    def reduce(self, tensor, reduction):
+        return 2 * tensor if reduction == 'sum' else tensor
+
+
+ADJUSTED = [name for name, method in methods.ALGORITHMS.items() if not (method and method.own_losses)]
+
+
 @pytest.mark.parametrize('flags', [
-    ['--algorithm', 'fixmatch'],
-    ['--algorithm', 'fixmatch', '--calmix-split', 'bank', '--calmix-gamma-dist', 'beta-pair'],
-    ['--algorithm', 'fixmatch', '--calmix-pairing', 'random', '--weak-forward', 'no-grad'],
-    ['--algorithm', 'fixmatch', '--calmix-preset', 'authors-code', '--calmix-warmup-epochs', '0'],
-    ['--algorithm', 'fixmatch', '--calmix-min-confidence', '0.9', '--calmix-similarity', 'euclidean'],
-    # VAT takes a gradient within the step, for which torch's engine wants a real GPU.
-    *(['--algorithm', name] for name in methods.ALGORITHMS if name not in ('supervised', 'fixmatch', 'vat')),
+    *(['--calmix-preset', preset] for preset in PRESETS),
+    ['--calmix-split', 'bank', '--calmix-gamma-dist', 'beta-pair'],
+    ['--calmix-pairing', 'random', '--weak-forward', 'no-grad', '--label-smoothing', '0.1'],
+    ['--calmix-min-confidence', '0.9', '--calmix-similarity', 'euclidean', '--calmix-bank-dtype', 'float16'],
+    ['--calmix-split', 'joined', '--calmix-bank-shards', '--calmix-preset', 'steered', '--logit-adjustment', '1'],
+    ['--algorithm', 'freematch', '--calmix-split', 'joined', '--logit-margin-penalty', '1', '--logit-margin-rows',
+     'agreeing'],
+    ['--algorithm', 'softmatch', '--softmatch-usb-stats', '--aum-threshold-samples', '2', '--save-margins'],
+    *(['--algorithm', name] for name in methods.ALGORITHMS),
+    *(['--algorithm', name, '--logit-adjustment', '1'] for name in ADJUSTED),
 ], ids=' '.join)
-def test_no_step_waits_for_a_gpu(flags):
+def test_no_step_waits_for_a_gpu(flags, monkeypatch):
     """A tensor without content cannot be read: `.item()`, `bool()` or a boolean index would raise. Nor are there copies
-    to the GPU that wait.
+    to the GPU that wait. Where the joined batch is split, one of two processes takes the step.
     """
-    args = train_ssl._parse_args(['--calibratemix', '--calmix-warmup-epochs', '0', '--device', 'cpu', *flags])
-    accelerator = Accelerator(cpu=True)
+    with_calmix = [] if 'supervised' in flags else ['--calibratemix', '--calmix-warmup-epochs', '0']
+    args = train_ssl._parse_args([*with_calmix, '--device', 'cpu', *flags])
+    accelerator = TwoProcesses() if args.calmix_split == 'joined' else Accelerator(cpu=True)
     model = Toy(methods.num_outputs(args, 4))
-    method = methods.ALGORITHMS[args.algorithm](40, 4, args)
     datasets = data.Datasets(range(10), range(40), None, None, torch.arange(10), None, None, None)
+    method = methods.ALGORITHMS[args.algorithm] and methods.ALGORITHMS[args.algorithm](40, 4, args)
     calmix = train_ssl.build_calmix(args, datasets, 4, accelerator)
-    monitor = train_ssl.Monitor(accelerator)
+    adjustment = imbalance.build_adjustment(args, torch.arange(10) % 4, 4)
+    monitor = train_ssl.Monitor(Accelerator(cpu=True))
+    # VAT takes a gradient within the step, for which torch's engine wants a real GPU.
+    monkeypatch.setattr(torch.autograd, 'grad', lambda output, x: (torch.ones_like(x) * output.detach(),))
+    moments = dict(  # just before the end of Dash's warmup and after it; MarginMatch draws images, and draws none
+        dash=(2047, 5000), marginmatch=(80_000, 80_001), supervised=(5000,),
+    ).get(args.algorithm, (5000,))
     with FakeTensorMode():
         def images(number):
             return torch.randn(number, 3, 8, 8, device='cuda')
@@ -157,19 +191,24 @@ def test_no_step_waits_for_a_gpu(flags):
         def integers(high, number):
             return torch.randint(high, (number,), device='cuda')
 
-        for module in (model, method, calmix):
+        for module in filter(None, (model, method, calmix, adjustment)):
             on_fake_gpu(module)
         monitor.sums, monitor.bad = torch.zeros(8, device='cuda'), torch.zeros(9, device='cuda')
         monitor.one = torch.ones((), device='cuda')
-        labeled = dict({name: images(6) for name in method.labeled_views}, target=integers(4, 6), index=integers(10, 6))
-        unlabeled = dict({name: images(12) for name in method.views}, target=integers(4, 12), index=integers(40, 12))
-        with NoBlockingCopies():
-            terms = train_ssl.semi_supervised_step(
-                model, labeled, unlabeled, method, calmix, 5000, accelerator, args,
-                average=model if method.takes_average else None,
-            )
-            monitor.add(terms, 5)
-        assert terms['loss'].is_cuda and calmix.apm.value.is_cuda and monitor.sums.is_cuda
+        views = (method.labeled_views, method.views) if method else (dict(image='weak'), {})
+        labeled = dict({name: images(6) for name in views[0]}, target=integers(4, 6), index=integers(10, 6))
+        unlabeled = dict({name: images(12) for name in views[1]}, target=integers(4, 12), index=integers(40, 12))
+        for num_updates in moments:
+            with NoBlockingCopies():
+                if method is None:
+                    terms = train_ssl.supervised_step(model, labeled, calmix, accelerator, args, adjustment)
+                else:
+                    terms = train_ssl.semi_supervised_step(
+                        model, labeled, unlabeled, method, calmix, num_updates, accelerator, args, adjustment,
+                        average=model if method.takes_average else None,
+                    )
+                monitor.add(terms, 5)
+        assert terms['loss'].is_cuda and monitor.sums.is_cuda and (calmix is None or calmix.apm.value.is_cuda)
         with pytest.raises(DataDependentOutputException):
             terms['loss'].item()
         for copy_number in (terms['loss'].new_tensor, lambda x: monitor.sums.__setitem__(0, x)):
@@ -177,18 +216,28 @@ def test_no_step_waits_for_a_gpu(flags):
                 copy_number(1.)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('kinds', [dict(weak='weak', strong='strong'), None], ids=['views', 'evaluation'])
+def test_no_batch_waits_for_a_gpu(kinds):
+    """Numbers on the CPU, and pixels on a device whose tensors have no content."""
+    pixels = torch.zeros((12, 8, 8, 3) if kinds else (12, 3, 8, 8), dtype=torch.uint8)
+    config = data.DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3, '', 1.0)
+    views = kinds and BatchViews(kinds, 8, (.5,) * 3)
+    dataset = data.BatchDataset(data.ViewDataset(noise_source(12), {}), pixels, torch.arange(12), views, defer=True)
+    feed = data.Feed(data.create_loader(dataset, [[*range(12)]]), config, torch.device('meta'), False)
+    with NoBlockingCopies():
+        batch, = feed
+    names = kinds or ['image']
+    assert all(batch[name].is_meta and batch[name].shape == (12, 3, 8, 8) for name in names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=f'{NO_GPU}, and this asks whether a real one is waited for')
 @pytest.mark.parametrize('algorithm', [name for name in methods.ALGORITHMS if name != 'supervised'])
 def test_no_update_waits_for_a_real_gpu(algorithm):
     options = benchmark.create_parser().parse_args(['--device', 'cuda', '--model', 'wide_resnet10_1', '-b', '8'])
     options.img_size = 16
-    labeled, unlabeled = benchmark.create_batches(options, torch.device('cuda'))
-    method = methods.ALGORITHMS[algorithm]
-    for batch, image, views in ((labeled, 'image', method.labeled_views), (unlabeled, 'weak', method.views)):
-        images = {name: torch.randn_like(batch[image]) for name in views}
-        batch.pop('strong', None)
-        batch.update(images)
-    step = benchmark.our_step(options, labeled, unlabeled, '--calibratemix', '--algorithm', algorithm)
+    forget_accelerator()
+    batches = batches_for(algorithm, options, 'cuda')
+    step = benchmark.our_step(options, *batches, '--calibratemix', '--algorithm', algorithm)
     step()
     torch.cuda.set_sync_debug_mode('error')
     try:
@@ -196,6 +245,127 @@ def test_no_update_waits_for_a_real_gpu(algorithm):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert step.run.num_updates == 2
+
+
+# --- Batches on a stream of their own ---------------------------------------------------------------------------------
+
+class Stream:
+    """Stands for a CUDA stream: tells a log what it is asked."""
+
+    def __init__(self, name: str, log: list):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f'{self.name} waits for {other.name}')
+
+    def record_event(self):
+        self.log.append('event')
+        return self.log.count('event') - 1
+
+    def wait_event(self, event):
+        self.log.append(f'{self.name} waits for event {event}')
+
+
+@pytest.fixture
+def aside(monkeypatch) -> list:
+    """Lets every Feed work on the CPU as it does on a GPU; the log of what its streams are asked."""
+    log = []
+    streams, create, prepare = [Stream('main', log)], data.Feed.__init__, data.Feed._prepare
+
+    @contextmanager
+    def within(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def created(self, *args):
+        create(self, *args)
+        self.stream = Stream('aside', log)
+
+    def prepared(self, batch):
+        log.append(f'prepare {batch["index"][0]} {streams[-1].name}')
+        return prepare(self, batch)
+
+    monkeypatch.setattr(torch.cuda, 'stream', within)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: streams[-1])
+    monkeypatch.setattr(torch.Tensor, 'record_stream', lambda self, stream: log.append(f'in use by {stream.name}'))
+    monkeypatch.setattr(data.Feed, '__init__', created)
+    monkeypatch.setattr(data.Feed, '_prepare', prepared)
+    return log
+
+
+def loaded(index: int, skipped: int = -1) -> dict:
+    """A batch as a loader gives it."""
+    return dict(image=torch.full((2, 3, 4, 4), index, dtype=torch.uint8), index=torch.tensor([index, 9]),
+                skipped=torch.tensor([-1, skipped]), target=torch.zeros(2).long())
+
+
+CONFIG = data.DataConfig((3, 4, 4), (0.5,) * 3, (0.5,) * 3, '', 1.0)
+
+
+def test_the_next_batch_is_prepared_on_its_own_stream_before_the_current_one_is_waited_for(aside):
+    for batch in data.Feed([loaded(0), loaded(1), loaded(2)], CONFIG, 'cpu', False):
+        aside.append(f'step {batch["index"][0]}')
+    in_use = ['in use by main'] * 4
+    assert aside == [
+        'aside waits for main', 'prepare 0 aside', 'event',
+        'prepare 1 aside', 'event', 'main waits for event 0', *in_use,
+        'step 0', 'prepare 2 aside', 'event', 'main waits for event 1', *in_use,
+        'step 1', 'main waits for event 2', *in_use,
+        'step 2',
+    ]
+
+
+def test_a_batch_that_was_prepared_early_tells_of_its_broken_images_in_its_turn(aside):
+    class Loader(list):
+        dataset = SimpleNamespace(stream='unlabeled')
+
+    loader, seen = Loader([loaded(0), loaded(1, 7), loaded(2, 8), ImageError('broken')]), []
+    feed = data.Feed(loader, CONFIG, 'cpu', False)
+    with pytest.raises(ImageError, match='broken'):
+        for batch in feed:
+            seen.append((batch['index'][0].item(), sorted(feed.skipped)))
+    assert seen == [(0, []), (1, [7]), (2, [7, 8])]
+
+
+def test_batches_prepared_early_change_no_run_and_a_resume_begins_with_the_first_one_not_trained_on(
+        train, tmp_path, request,
+):
+    flags = ('--calibratemix', '--calmix-warmup-epochs', 1, '--recovery-interval', 1, '--checkpoint-hist', 99)
+    plain = train('plain', *flags)
+    log = request.getfixturevalue('aside')
+    early = train('early', *flags)
+    assert_same_run(plain, early)
+    assert log.count('event') > 16
+    rewind(early, tmp_path / 'resumed', 3)
+    assert_same_run(plain, train('resumed', *flags, '--resume', 'auto'))
+
+
+def test_memory_is_pinned_for_a_gpu_unless_asked_otherwise():
+    dataset = data.ViewDataset(noise_source(2), {})
+
+    def pinned(device, asked=None):
+        return data.create_loader(dataset, [[0]], 0, asked, torch.device(device)).pin_memory
+
+    assert [pinned('cuda'), pinned('cpu'), pinned('cuda', False), pinned('cpu', True)] == [True, False, False, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=f'{NO_GPU}, and this compares its batches with a CPU\'s')
+def test_batches_on_a_gpu_are_those_on_a_cpu():
+    keys, kinds = [[(k, i) for i in range(12)] for k in range(5)], dict(weak='weak', strong='strong')
+    pixels = torch.from_numpy(noise(12, 16))
+    for defer in (False, True):
+        dataset = data.BatchDataset(data.ViewDataset(noise_source(12), {}), pixels, torch.arange(12),
+                                    BatchViews(kinds, 16, (0.5,) * 3), defer)
+        feeds = [data.Feed(data.create_loader(dataset, keys, device=device), CONFIG, device, False)
+                 for device in (torch.device('cpu'), torch.device('cuda'))]
+        assert feeds[1].loader.pin_memory and not feeds[0].loader.pin_memory
+        for ours, other in zip(*feeds):
+            for key in ours.keys() - {'repeated'}:
+                assert other[key].is_cuda
+                off = (other[key].cpu() - ours[key]).abs() > 1e-6
+                # A strong view's pixels are rounded differently where sines and sums of the two devices differ.
+                assert off.float().mean() <= (0.02 if key == 'strong' and defer else 0), key
 
 
 # --- benchmark.py -----------------------------------------------------------------------------------------------------
@@ -270,10 +440,12 @@ def test_a_table_that_cannot_be_written_is_told_before_the_measurements(tmp_path
 
 @pytest.mark.parametrize(('flags', 'told'), [
     ([], 'the package semilearn is not installed'), (['--quick'], '--model wide_resnet10_1 is none of wide_resnet28_2'),
+    (['--device', 'cuda'], '--device cuda: torch finds no CUDA GPU here'),
 ])
-def test_usb_s_step_is_refused_where_usb_cannot_run(flags, told, monkeypatch, capsys):
+def test_rows_that_cannot_be_measured_here_are_refused_in_a_line(flags, told, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--rows', 'usb', *flags])
     monkeypatch.setattr(benchmark.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit) as exit_:
         benchmark.main()
     assert exit_.value.code == 2
@@ -286,11 +458,11 @@ def test_memory_freed_on_a_cpu_is_kept_for_the_next_step_unless_the_environment_
         monkeypatch.delenv(name)
     program.keep_freed_memory()
     faults = []
-    for _ in range(2):
+    for _ in range(4):  # what ran before may have left a piece of the heap that is a little too small
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.empty(2 ** 26, dtype=torch.uint8).fill_(1)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert faults[1] < 100, f'{faults} page faults in turn'
+    assert min(faults[1:]) < 100, f'{faults} page faults in turn'
     monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '131072')
     monkeypatch.setattr(ctypes, 'CDLL', lambda *args: pytest.fail('the environment is not obeyed'))
     program.keep_freed_memory()

@@ -26,6 +26,7 @@ import backbone
 import checkpoint
 import data
 import methods
+import schedule
 import sources
 import train_ssl
 from calibratemix import CalibrateMix
@@ -328,6 +329,24 @@ def test_the_seven_sixteenths_cosine_steps_once_an_update(train, tmp_path, proce
              '--grad-accum-steps', accumulation)
     rates = [float(row['lr']) for row in summary(run_on(processes, train, tmp_path, 'run', *flags))]
     assert rates == pytest.approx([0.023190, 0.005853], abs=1e-6)
+
+
+def test_the_optimizer_is_fused_only_on_request_does_the_same_then_and_is_refused_where_float16_skips_updates():
+    models = [copy.deepcopy(model) for model in [Toy()] * 2]
+    asked = train_ssl._parse_args(['--opt-kwargs', 'fused=True'])
+    optimizers = [schedule.build_optimizer(*both) for both in zip(models, (step_args(), asked))]
+    assert [[(group['fused'], group['foreach']) for group in optimizer.param_groups] for optimizer in optimizers] == [
+        [(None, None)] * 2, [(True, None)] * 2]
+    x = torch.randn(6, 3, 8, 8)
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers):
+            optimizer.zero_grad()
+            model(x)[1].square().mean().backward()
+            optimizer.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(*(model.parameters() for model in models)))
+    asked.amp, asked.amp_dtype = True, 'float16'
+    with pytest.raises(UsageError, match='--opt sgd --opt-kwargs fused=True: with --amp-dtype float16 .* bfloat16'):
+        schedule.build_optimizer(models[0], asked)
 
 
 def test_a_warmup_of_the_learning_rate_is_linear():
@@ -672,11 +691,14 @@ def test_going_back_leaves_the_abandoned_checkpoints_behind_for_good(train, unin
 
 def test_changed_settings_of_the_optimizer_hold_after_a_resume(train, uninterrupted, tmp_path):
     folder = rewind(uninterrupted, tmp_path / 'run', 4)
-    train('run', *CALMIX, '--resume', 'auto', '--weight-decay', 0.5, '--momentum', 0.8)
+    train('run', *CALMIX, '--resume', 'auto', '--weight-decay', 0.5, '--momentum', 0.8, '--opt-kwargs', 'fused=True')
     state = checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])
     groups = state['optimizer']['param_groups']
     assert sorted(group['weight_decay'] for group in groups) == [0, 0.5]
-    assert {group['momentum'] for group in groups} == {0.8}
+    assert {(group['momentum'], group['fused']) for group in groups} == {(0.8, True)}
+    train('run', *CALMIX, '--resume', 'auto', '--epochs', 3, '--train-steps-per-epoch', 3)
+    state = checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])
+    assert {group['fused'] for group in state['optimizer']['param_groups']} == {None}
 
 
 def test_best_starts_anew_where_a_resume_changes_its_metric(train, uninterrupted, tmp_path, caplog):
@@ -932,6 +954,7 @@ def digits_folder(root: Path, broken: bool = False) -> Path:
     (('--momentum', '-1'), '--opt sgd: Invalid momentum'),
     (('--opt', 'adamw', '--opt-betas', '0.9'), '--opt adamw: '),
     (('--opt-eps', '0.1'), '--opt-eps: sgd has no eps'),
+    (('--opt-kwargs', 'foo=1'), "--opt sgd: .* unexpected keyword argument 'foo'"),
     (('--grad-checkpointing', '--model', 'vgg11', '--img-size', '32'), '--grad-checkpointing: vgg11 does not support'),
     (('--sync-bn',), '--sync-bn: needs GPUs'),
     (('--amp', '--amp-dtype', 'float16'), '--amp-dtype float16: not available on the device cpu'),
