@@ -79,16 +79,24 @@ def forward_views(
 
 @contextmanager
 def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it no running batch-norm statistics move; batches are still normalised by their own."""
+    """Within it no running batch-norm statistics move; batches are still normalised by their own.
+
+    Nor is a pass within it computed again in the backward pass, by timm's gradient checkpointing: that would move them.
+    """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    again = [module for module in model.modules() if getattr(module, 'grad_checkpointing', False) is True]
     for norm in norms:
         norm.momentum = 0.
+    for module in again:
+        module.grad_checkpointing = False
     try:
         yield
     finally:
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
+        for module in again:
+            module.grad_checkpointing = True
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ import backbone
 import checkpoint
 import data
 import methods
+import passes
 import schedule
 import sources
 import train_ssl
@@ -242,6 +244,18 @@ def test_joint_forward_moves_the_statistics_as_one_pass_over_the_concatenation()
     assert torch.allclose(model.body[1].running_mean, 0.1 * x.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(model.body[1].running_var, 0.9 + 0.1 * x.var((0, 2, 3)), atol=1e-5)
     assert model.body[1].num_batches_tracked == 1
+
+
+def test_gradient_checkpointing_moves_no_statistics_of_a_pass_that_is_to_move_none():
+    model = timm.create_model('resnet10t', num_classes=4).train()
+    model.set_grad_checkpointing()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if 'running' in name}
+    for still in (True, False):
+        with passes.still_statistics(model) if still else nullcontext():
+            loss = model(torch.randn(4, 3, 32, 32)).sum()
+        loss.backward()
+        assert still == all(torch.equal(before[name], model.get_buffer(name)) for name in before)
+    assert model.grad_checkpointing
 
 
 def test_mixed_images_train_the_network_and_move_its_running_statistics_only_if_asked():
