@@ -9,7 +9,8 @@
     python benchmark.py --device cuda --amp --channels-last --model resnet50 --img-size 224
 
 Every figure is the median of repeats in which the compared things take turns, so that a busy machine slows them alike;
-a ratio is formed within each repeat. --results-file writes the table as CSV.
+a ratio is formed within each repeat. Where others keep all cores busy, --processor-time counts only the time that this
+process had a core, best with OMP_NUM_THREADS=1. --results-file writes the table as CSV.
 """
 import argparse
 import csv
@@ -32,6 +33,8 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.models import save_for_hf
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,14 +47,14 @@ from checkpoint import Run
 from data import SMALL, BatchDataset, DataConfig, EndlessBatches, Feed, ViewDataset, create_loader
 from figures import complexity_diagram
 from methods import ALGORITHMS, num_outputs
-from program import ArgumentParser, setup_accelerator
+from program import ArgumentParser, bfloat16_units, setup_accelerator
 from schedule import build_optimizer, build_scheduler
 from seeds import seeded
 from sources import ArraySource
 from views import BatchViews, build_views
 
 NUM_CLASSES = 10
-ROWS = ('steps', 'bank', 'pairing', 'views', 'loader', 'predict', 'processes')
+ROWS = ('steps', 'bank', 'pairing', 'views', 'loader', 'predict', 'bfloat16', 'processes')
 USB_MODELS = {'wide_resnet28_2': 'wrn_28_2', 'wide_resnet28_8': 'wrn_28_8', 'wide_resnet37_2': 'wrn_var_37_2'}
 TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'CalibrateMix step / FixMatch step, joint': 1.10,
@@ -70,10 +73,22 @@ TARGETS = {  # by row the most that is wanted, or with a minus sign the least
        for method in ('fixmatch', 'flexmatch', 'softmatch', 'freematch') for preset in ('paper', 'steered')},
     'two-pass step / ours, joint': -1.9,
     'two-pass step / ours, no-grad': -2.6,
+    'USB / our fixmatch step with the recommended flags': -3.,
 }
+# What train_ssl.py recommends on a processor with units for bfloat16, from plain on.
+FLAGS = {
+    'plain': {},
+    '--channels-last': dict(channels_last=True),
+    '--amp --channels-last': dict(channels_last=True, amp=True),
+    '--amp --channels-last --weak-forward no-grad': dict(channels_last=True, amp=True),
+}
+RECOMMENDED = [*FLAGS][-1]
 
 
 # --- Timing -----------------------------------------------------------------------------------------------------------
+
+clock = time.perf_counter
+
 
 def take_turns(functions: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each function in each of the repeats, in which they take turns, after one round unmeasured."""
@@ -82,12 +97,12 @@ def take_turns(functions: dict[str, Callable], repeats: int, device: torch.devic
         for name, function in functions.items():
             if device.type == 'cuda':
                 torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = clock()
             function()
             if device.type == 'cuda':
                 torch.cuda.synchronize()
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
@@ -123,18 +138,32 @@ class Cheap(torch.nn.Module):
         return features, self.head(features)
 
 
+def changed(options: argparse.Namespace, **values) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **values})
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate for a run beside others: its precision is the process's, and would else have to be that of the first.
+
+    A run holds on to its own: that of its forward pass is fixed when its model is prepared.
+    """
+    AcceleratorState._reset_state()
+    return setup_accelerator(args.device, args.amp, args.amp_dtype)
+
+
 def create_run(
         options: argparse.Namespace,
         *flags: str,
         cheap: bool = False,
 ) -> tuple[Run, argparse.Namespace]:
     """What train_ssl.py trains, without its data."""
-    argv = ['--model', options.model, '-b', str(options.batch_size), '--mu', str(options.mu), *flags]
+    argv = ['--model', options.model, '--img-size', str(options.img_size), '-b', str(options.batch_size)]
+    argv += ['--mu', str(options.mu), *flags]
     argv += ['--calmix-warmup-epochs', '0', '--device', options.device]
     argv += [flag for flag, given in (('--amp', options.amp), ('--channels-last', options.channels_last)) if given]
     argv += ['--torchcompile'] if options.torchcompile else []
     args = train_ssl._parse_args(argv)
-    accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
+    accelerator = create_accelerator(args)
     torch.manual_seed(0)
     timm_model = build_model(args, num_outputs(args, NUM_CLASSES)).to(accelerator.device)
     if args.channels_last:
@@ -327,11 +356,37 @@ def usb_rows(options: argparse.Namespace, device: torch.device) -> dict[str, lis
         steps[f'USB {algorithm}'] = usb_step(algorithm, options, labeled, unlabeled)
         steps[f'our {algorithm}'] = our_step(options, labeled, unlabeled, *flags)
         steps[f'our {algorithm} no-grad'] = our_step(options, labeled, unlabeled, *flags, '--weak-forward', 'no-grad')
+    if bfloat16_units() and device.type == 'cpu':
+        steps['our fixmatch recommended'] = flagged_step(options, RECOMMENDED, device)
+    else:
+        print('the row with the recommended flags is left out: they are for processors with units for bfloat16')
     seconds = take_turns(steps, options.repeats, device)
     rows = {f'{name} step, s': values for name, values in seconds.items()}
     for name in steps:
         if name.startswith('our'):
-            rows[f'USB / {name} step'] = ratios(seconds, f'USB {name.split()[1]}', name)
+            rows[f'USB / {name} step'.replace(' recommended step', ' step with the recommended flags')] = ratios(
+                seconds, f'USB {name.split()[1]}', name)
+    return rows
+
+
+def flagged_step(options: argparse.Namespace, flags: str, device: torch.device) -> Callable:
+    """FixMatch's step with one of FLAGS, on a batch in its memory layout."""
+    options = changed(options, **FLAGS[flags])
+    rest = [word for word in flags.split() if word in ('--weak-forward', 'no-grad')]
+    return our_step(options, *create_batches(options, device), *rest)
+
+
+def bfloat16_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """FixMatch's step in float32 and with the flags for bfloat16, of a wide ResNet, a ResNet and a small ViT."""
+    rows, others = {}, {'resnet18': 64, 'vit_tiny_patch16_224': 64}
+    if options.quick:
+        others = {'test_resnet': 32, 'test_vit': 32}
+    for model, size in {options.model: options.img_size, **others}.items():
+        own = changed(options, model=model, img_size=size)
+        seconds = take_turns({flags: flagged_step(own, flags, device) for flags in FLAGS}, options.repeats, device)
+        rows.update({f'{model}, {size} px, {flags}: step, s': values for flags, values in seconds.items()})
+        for flags in [*FLAGS][1:]:
+            rows[f'{model}, {size} px: plain step / with {flags}'] = ratios(seconds, 'plain', flags)
     return rows
 
 
@@ -440,7 +495,7 @@ def predict_rows(options: argparse.Namespace, device: torch.device) -> dict[str,
         argv = [str(root), '--checkpoint', str(weights), '--device', device.type]
         argv += ['-b', '32', '-j', str(options.workers)]
         args = predict._parse_args(argv + ['--amp'] * options.amp + ['--channels-last'] * options.channels_last)
-        accelerator = setup_accelerator(args.device, args.amp, args.amp_dtype)
+        accelerator = create_accelerator(args)
         source, (model, config, view) = predict.open_all(args), load_model(args, weights, {})
         model.eval().to(device)
         if args.channels_last:
@@ -627,9 +682,12 @@ def describe_machine(device: torch.device) -> str:
     if device.type == 'cpu' and cpuinfo.exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith('model name')]
         name = f'{len(lines)} cores of {lines[0].partition(": ")[2]}' if lines else name
+    units = bfloat16_units() if device.type == 'cpu' else ''
+    name += f' with {units}' if units else ''
     allocator = ' '.join(f'{key}={value}' for key, value in os.environ.items() if key.startswith('MALLOC_'))
     return (f'{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, timm {timm.__version__}, '
-            f'python {platform.python_version()}, {allocator or "default allocator"}')
+            f'python {platform.python_version()}, {allocator or "default allocator"}'
+            + (', processor time' if clock is time.process_time else ''))
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -647,6 +705,9 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('-j', '--workers', type=int, metavar='N', default=2, help='loading processes (default: 2)')
     parser.add_argument('--picture', metavar='FILE', default='complexity.png', help='of --rows complexity')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'], help='default: cpu')
+    parser.add_argument('--processor-time', action='store_true',
+                        help='count the time that this process had a core, not the time on the wall (CPU; loading '
+                             'processes, and the row of two processes, do not go with it)')
     parser.add_argument('--amp', action=flag, default=False, help='bfloat16')
     parser.add_argument('--channels-last', action=flag, default=False)
     parser.add_argument('--torchcompile', action=flag, default=False, help='compile the network')
@@ -678,6 +739,13 @@ def main() -> None:
         except OSError as error:
             parser.error(f'{flag} {path}: cannot be written: {error.strerror}')
     device = torch.device(options.device)
+    if options.processor_time:
+        waiting = sorted({'loader', 'predict', 'processes'} & {*options.rows})
+        if waiting or device.type != 'cpu':
+            parser.error(f'--processor-time: {", ".join(waiting) or "--device cuda"}: their work is not done in this '
+                         'process; leave it out, or name other --rows')
+        global clock
+        clock = time.process_time
     if options.steps_only:
         labeled, unlabeled = create_batches(options, device)
         step = our_step(options, labeled, unlabeled, '--calibratemix')
@@ -700,6 +768,8 @@ def main() -> None:
         rows.update(operator_rows(options, device))
     if 'predict' in options.rows:
         rows.update(predict_rows(options, device))
+    if 'bfloat16' in options.rows:
+        rows.update(bfloat16_rows(options, device))
     if 'usb' in options.rows:
         rows.update(usb_rows(options, device))
     if 'complexity' in options.rows:

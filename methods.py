@@ -44,6 +44,24 @@ ALGORITHMS = {
 }
 
 
+# Arguments that only some methods look at, or with True all but the supervised one.
+LOOKED_AT_BY = {
+    'mu': True,
+    'lambda_u': True,
+    'lambda_u_warmup': True,
+    'weak_forward': True,
+    'threshold': ('pseudo_label', 'fixmatch', 'flexmatch', 'marginmatch', 'uda', 'adamatch', 'defixmatch'),
+    'temperature': ('uda', 'dash', 'mixmatch', 'remixmatch'),
+    'mixmatch_alpha': ('mixmatch', 'remixmatch'),
+    'vat_eps': ('vat',),
+    'stat_momentum': ('softmatch', 'freematch', 'adamatch', 'remixmatch'),
+    'softmatch_align': ('softmatch',),
+    'softmatch_usb_stats': ('softmatch',),
+    'freematch_fairness': ('freematch',),
+    'freematch_max_threshold': ('freematch',),
+}
+
+
 def published(algorithm: str, dataset: str = '') -> dict:
     """Arguments that a method's published recipe has for a data set, by name."""
     method = ALGORITHMS[algorithm] or Method

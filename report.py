@@ -34,7 +34,7 @@ import torch
 import yaml
 
 from figures import Curve, Panel, reliability_diagram, training_curves
-from methods import warmup_updates
+from methods import ALGORITHMS, LOOKED_AT_BY, published, warmup_updates
 from metrics import ReliabilityBins
 from program import ArgumentParser, UsageError
 
@@ -118,11 +118,25 @@ def end_of_warmup(args: dict) -> int | None:
     return warmup_updates(argparse.Namespace(**args)) if args['calibratemix'] else None
 
 
+def counts(key: str, args: dict) -> bool:
+    """Whether this run looks at an argument: CalibrateMix's own counts only with it, a method's only with the method.
+
+    Logit adjustment moves its means by the momentum of the methods' statistics.
+    """
+    methods = LOOKED_AT_BY.get(key)
+    if key.startswith('calmix_'):
+        return args['calibratemix']
+    if methods is None or (key == 'stat_momentum' and args.get('logit_adjustment')):
+        return True
+    return args['algorithm'] != 'supervised' if methods is True else args['algorithm'] in methods
+
+
 def add_settings(runs: list[dict]) -> list[str]:
     """Gives each run its settings, by which runs are grouped; returns their names.
 
     dataset, labels, algorithm and variant, and every other argument that differs among runs of one data set and number
-    of labels. CalibrateMix's own are compared only among the runs that have it, and are None (–) in the others.
+    of labels. An argument is compared only among the runs that look at it (`counts`), and is None (–) in the others.
+    Where runs differ because each has the value that its method has by default, the method's name says it.
     """
     differ = []
     folders = {run['args']['data_dir'] or '' for run in runs if not run['args']['dataset']}
@@ -132,19 +146,21 @@ def add_settings(runs: list[dict]) -> list[str]:
         dataset = args['dataset'] or (Path(folder).name if alike[Path(folder).name] == 1 else folder)
         run['settings'] = dict(dataset=dataset, labels=run['labels'], algorithm=args['algorithm'],
                                variant=variant(args))
+        run['defaults'] = published(args['algorithm'], args['dataset'] or '') if args['algorithm'] in ALGORITHMS else {}
     for key in {key: None for run in runs for key in run['args'] if key not in IGNORED + NAMED}:
-        values = {}
+        values, given = {}, {}
         for run in runs:
             # A run of an older version, without the argument, is not set apart by it.
-            if key in run['args'] and (run['args']['calibratemix'] or not key.startswith('calmix_')):
-                block = values.setdefault((run['settings']['dataset'], run['labels']), set())
-                block.add(json.dumps(run['args'][key]))
-        if any(len(block) > 1 for block in values.values()):
+            if key in run['args'] and counts(key, run['args']):
+                block, value = (run['settings']['dataset'], run['labels']), json.dumps(run['args'][key])
+                default = key in run['defaults'] and run['args'][key] == run['defaults'][key]
+                values.setdefault(block, set()).add(value)
+                given.setdefault(block, set()).add('the default' if default else value)
+        if any(len(values[block]) > 1 and len(given[block]) > 1 for block in values):
             differ.append(key)
     for run in runs:
         for key in differ:
-            has = run['args']['calibratemix'] or not key.startswith('calmix_')
-            value = run['args'].get(key) if has else None
+            value = run['args'].get(key) if counts(key, run['args']) else None
             run['settings'][key] = value if isinstance(value, (int, float, str, type(None))) else json.dumps(value)
     return ['dataset', 'labels', 'algorithm', 'variant', *differ]
 

@@ -119,13 +119,13 @@ from program import (
     Stopped,
     StopRequest,
     UsageError,
-    bfloat16_units,
     catch_signals,
     once_a_machine,
     parse_with_config,
     run_program,
     setup_accelerator,
     takes_bar,
+    tell_bfloat16,
 )
 from schedule import build_optimizer, build_scheduler, step_scheduler
 from seeds import item_seed
@@ -1045,6 +1045,12 @@ def tell_batch(args: argparse.Namespace, processes: int, device: str) -> str:
             + (', with TF32 and cudnn.benchmark' if device.startswith('cuda') else ''))
 
 
+def saves_backward(args: argparse.Namespace) -> bool:
+    """Whether --weak-forward no-grad can be added, and saves anything: a frozen backbone has no gradient anyway."""
+    apart = getattr(ALGORITHMS[args.algorithm], 'weak_apart', False)
+    return apart and args.weak_forward == 'joint' and args.freeze != 'backbone'
+
+
 def describe(
         run: Run,
         datasets: Datasets,
@@ -1072,9 +1078,9 @@ def describe(
         if run.method.takes_average:
             who = 'the averaged network, the teacher'
         _logger.info(f'Pseudo-labels are those of {who}')
-    units = bfloat16_units() if run.accelerator.device.type == 'cpu' else ''
-    if units and not (args.amp and args.channels_last):
-        _logger.info(f'This processor has units for bfloat16 ({units}): --amp --channels-last would be faster')
+    speed = tell_bfloat16(args.amp, saves_backward(args)) if run.accelerator.device.type == 'cpu' else ''
+    if speed:
+        _logger.info(speed)
     tell_choice(args, split)
     _logger.info(describe_averages(run.timm_model, args))
     if args.calibratemix:

@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState, GradientState
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_ssl
+import wide_resnet
 from program import RunError, UsageError
 
 FIELDS = ['family', 'model', 'result', 'seconds', 'reason']
@@ -107,7 +108,9 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     logging.disable(logging.WARNING)
-    families = [family for family in args.families or timm.list_modules() if timm.list_models(module=family)]
+    # wide_resnet is this project's own, which its import has put among timm's.
+    modules = args.families or [family for family in timm.list_modules() if family != wide_resnet.__name__]
+    families = [family for family in modules if timm.list_models(module=family)]
     rows = read_rows(args.results_file) if args.results_file else {}
     for family in families:
         if family in rows and family not in args.families:

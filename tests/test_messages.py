@@ -17,6 +17,7 @@ import backbone
 import benchmark
 import mislabeled
 import predict
+import program
 import report
 import train_ssl
 import validate
@@ -179,7 +180,7 @@ def test_pretrained_weights_that_cannot_be_fetched_are_told_at_once(monkeypatch,
 
 
 def test_the_start_of_a_run_tells_sets_splits_batch_and_who_labels(train, monkeypatch, caplog):
-    monkeypatch.setattr(train_ssl, 'bfloat16_units', lambda: 'amx_bf16')
+    monkeypatch.setattr(train_ssl, 'tell_bfloat16', lambda *_: 'which flags are faster')
     with caplog.at_level('INFO', 'train'):
         train('run', '--epochs', 1, '--grad-accum-steps', 2, '--train-steps-per-epoch', 1, '--val-fraction', 0.2,
               '--test-split', 'test')
@@ -194,7 +195,7 @@ def test_the_start_of_a_run_tells_sets_splits_batch_and_who_labels(train, monkey
            'cpu' in lines
     assert 'Pseudo-labels are those of the student, the network that is trained, not the average that is evaluated' in \
            lines
-    assert caplog.text.count('units for bfloat16 (amx_bf16): --amp --channels-last would be faster') == 1
+    assert lines.count('which flags are faster') == 1
 
 
 def test_the_batch_is_told_of_all_processes():
@@ -203,11 +204,37 @@ def test_the_batch_is_told_of_all_processes():
                                                      'device cuda, with TF32 and cudnn.benchmark')
 
 
-def test_units_for_bfloat16_are_found_where_the_system_names_them(tmp_path):
-    for flags, units in (('avx2 avx512_bf16 amx_bf16', 'avx512_bf16, amx_bf16'), ('avx512f amx_tile', '')):
+def test_units_for_bfloat16_are_found_where_the_system_or_torch_names_them(tmp_path, monkeypatch):
+    for flags, units in (('sse2 avx512_bf16 amx_bf16', 'avx512_bf16, amx_bf16'), ('sse2 avx512f amx_tile', ''),
+                         ('asimd bf16', None)):
         (tmp_path / 'cpuinfo').write_text(f'processor : 0\nflags : fpu {flags}\n')
         assert bfloat16_units(str(tmp_path / 'cpuinfo')) == units
-    assert bfloat16_units(str(tmp_path / 'nowhere')) == ''
+    told = dict(sse2=True, avx512_bf16=True, amx_bf16=False, cpu_name='any')
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: told, raising=False)
+    assert bfloat16_units(str(tmp_path / 'nowhere')) == 'avx512_bf16'
+    monkeypatch.delattr(torch.cpu, 'get_capabilities')
+    assert bfloat16_units(str(tmp_path / 'nowhere')) is None
+
+
+@pytest.mark.parametrize('flags, told', [
+    ([], '--amp --channels-last, --weak-forward no-grad'),
+    (['--weak-forward', 'no-grad'], '--amp --channels-last'),
+    (['--algorithm', 'supervised'], '--amp --channels-last'),
+    (['--algorithm', 'mixmatch'], '--amp --channels-last'),
+    (['--freeze', '--pretrained'], '--amp --channels-last'),
+    (['--freeze', '2', '--pretrained'], '--amp --channels-last, --weak-forward no-grad'),
+    (['--amp'], ''),
+])
+def test_flags_for_bfloat16_units_are_told_to_runs_that_lack_them_and_can_have_them(flags, told, monkeypatch):
+    def line(units):
+        monkeypatch.setattr(program, 'bfloat16_units', lambda: units)
+        return program.tell_bfloat16(args.amp, train_ssl.saves_backward(args))
+
+    args = train_ssl._parse_args(flags)
+    found = re.findall('--amp --channels-last|--weak-forward no-grad', line('amx_bf16'))
+    assert ', '.join(found) == told and '\n' not in line('amx_bf16')
+    train_ssl._parse_args([*flags, *' '.join(found).split()])  # they can be added as they stand there
+    assert bool(line('')) == args.amp and not line(None)
 
 
 def test_pictures_to_predict_are_limited_as_those_of_a_run_are(tmp_path):

@@ -1,4 +1,5 @@
 """The table and picture of finished runs, and the quickstart that ends in them."""
+import argparse
 import csv
 import json
 import os
@@ -15,6 +16,7 @@ from PIL import Image
 
 import report
 import train_ssl
+from methods import ALGORITHMS, LOOKED_AT_BY
 from metrics import reliability_bins
 from program import UsageError
 
@@ -241,6 +243,43 @@ def test_arguments_that_differ_make_lines_of_their_own(make_run, tmp_path):
         ('alone', '–'), ('label smoothing 0.1', '–'), ('CalibrateMix', '0.05'), ('CalibrateMix', '0.15'),
         ('random mixup', '–')]
     assert list(rows[0]) == ['algorithm', 'variant', 'calmix-topk', 'error %', 'ECE %', 'NLL']
+
+
+def test_a_method_s_arguments_tell_its_own_runs_apart_alone_and_only_if_they_were_given(make_run):
+    """Methods with defaults of their own stand beside each other without a column that says so."""
+    def settings(*folders):
+        runs = [report.read_run(folder) for folder in folders]
+        return report.add_settings(runs), [run['settings'] for run in runs]
+
+    by_default = [make_run(name, '--algorithm', name) for name in ('fixmatch', 'uda', 'pi_model', 'supervised')]
+    assert settings(*by_default)[0] == ['dataset', 'labels', 'algorithm', 'variant']
+    older = ('--freematch-fairness', '0.01', '--softmatch-usb-stats', '--vat-eps', '3', '--temperature', '0.9')
+    folders = [make_run('older', *older), make_run('free', '--algorithm', 'freematch'),
+               make_run('free-older', '--algorithm', 'freematch', *older), make_run('half', '--threshold', '0.8'),
+               make_run('adjusted', '--logit-adjustment', '1', '--stat-momentum', '0.5')]
+    keys, found = settings(*by_default, *folders)
+    assert {*keys[4:]} == {'threshold', 'freematch_fairness', 'logit_adjustment', 'stat_momentum'}
+    assert found[4] == found[0]
+    assert [[run[key] for key in ('threshold', 'freematch_fairness', 'stat_momentum')] for run in found] == [
+        [0.95, None, None], [0.8, None, None], [None, None, None], [None, None, None], [0.95, None, None],
+        [None, 0.001, 0.9], [None, 0.01, 0.9], [0.8, None, None], [0.95, None, 0.5]]
+
+
+def test_the_arguments_that_a_method_looks_at_are_named_for_it():
+    """What its constructor reads; those that train on views twice share one, and read more than they look at."""
+    class Told(argparse.Namespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    own = {key: methods for key, methods in LOOKED_AT_BY.items() if methods is not True}
+    for name, method in ALGORITHMS.items():
+        if method is not None:
+            args, read = Told(**vars(train_ssl._parse_args(['--algorithm', name]))), set()
+            method(10, 4, args)
+            named = {key for key, methods in own.items() if name in methods}
+            idle = {'temperature', 'mixmatch_alpha'} if name in ('pi_model', 'meanteacher', 'vat') else set()
+            assert read & own.keys() - idle == named, name
 
 
 def test_unfinished_runs_are_left_out_and_named(make_run, tmp_path, capsys):

@@ -380,12 +380,45 @@ def test_the_quick_benchmark_measures_every_row_and_writes_them_as_csv(tmp_path,
         table = list(csv.DictReader(opened))
     assert list(table[0]) == ['row', 'value', 'min', 'max', 'target', 'met']
     assert {row['row'] for row in table} >= benchmark.TARGETS.keys() - {
-        'step of 2 processes on half the batch / of 1 on all'}
+        'step of 2 processes on half the batch / of 1 on all', 'USB / our fixmatch step with the recommended flags'}
     for preset in ('paper', 'steered'):  # does not depend on the size
         name = f'operators, fixmatch + {preset}: all of ours'
         assert [float(row['value']) <= 150 for row in table if row['row'] == name] == [True]
     assert Image.open(tmp_path / 'picture.png').width > 1000
     assert all(float(row['min']) <= float(row['value']) <= float(row['max']) for row in table)
+
+
+def test_steps_of_two_precisions_in_one_process_compute_each_in_its_own():
+    """Else a ratio of float32 and bfloat16 would be near 1, and look like a slow machine."""
+    options = benchmark.create_parser().parse_args(['--model', 'wide_resnet10_1', '-b', '2', '--mu', '1'])
+    options.img_size, steps, seen = 8, {}, {}
+    for flags in ('plain', benchmark.RECOMMENDED, '--channels-last', '--amp --channels-last'):
+        step = steps[flags] = benchmark.flagged_step(options, flags, torch.device('cpu'))
+        step.run.timm_model.conv1.register_forward_hook(
+            lambda _, given, out, flags=flags: seen.setdefault(flags, []).append((out.dtype, given[0])))
+    for flags, step in steps.items():
+        step()
+        assert {dtype for dtype, _ in seen[flags]} == {torch.bfloat16 if '--amp' in flags else torch.float32}
+        assert all(x.is_contiguous(memory_format=torch.channels_last) == ('last' in flags) for _, x in seen[flags])
+        assert len(seen[flags]) == (2 if 'no-grad' in flags else 1)
+
+
+def test_the_recommended_flags_stand_beside_usb_s_step_where_the_processor_has_units(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, 'usb_step', lambda *_: lambda: None)  # its package is not there
+    options = benchmark.create_parser().parse_args(['--model', 'wide_resnet10_1', '-b', '2', '--mu', '1'])
+    options.img_size, options.repeats, row = 8, 1, 'USB / our fixmatch step with the recommended flags'
+    for units in ('', 'amx_bf16'):
+        monkeypatch.setattr(benchmark, 'bfloat16_units', lambda units=units: units)
+        found = benchmark.usb_rows(options, torch.device('cpu'))
+        assert benchmark.TARGETS.keys() & found == ({row} if units else set())
+    assert capsys.readouterr().out.count('left out') == 1
+
+
+def test_processor_time_is_refused_for_what_other_processes_do(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--processor-time', '--rows', 'pairing', 'processes'])
+    with pytest.raises(SystemExit, match='2'):
+        benchmark.main()
+    assert '--processor-time: processes: their work is not done in this process' in capsys.readouterr().err
 
 
 def test_targets_are_upper_bounds_or_with_a_minus_sign_lower_ones():
