@@ -36,8 +36,8 @@ What to know before it runs in your own loop:
 * An index is the position of an image in its set, also of a copy that fills a batch. Indices and labels are int64.
 * If labeled images are in the unlabeled set too, give `labeled_to_unlabeled`, or one may be mixed with itself.
 * By default the first 102,400 steps do not mix: set `warmup_steps`. In the paper it is a tenth of all steps.
-* Batch norm: set the `momentum` of each to 0 for the pass of the mixed images, and back. Else half of the running
-  statistics are of images unlike those that come to be classified, which costs accuracy and confidence.
+* Batch norm: set `track_running_stats` of each to False for the pass of the mixed images, and back. Else half of the
+  running statistics are of images unlike those that come to be classified, which costs accuracy and confidence.
 * On several processes, gather the six tensors that `update` takes, so that the tables are the same on all. `mix` and
   `loss` work on a process's own batch. Keep `calmix` out of the wrapped model, or DDP sends its tables each step.
 * Tested with Python 3.8 and torch 2.0 (on the CPU alone), and with Python 3.11 and torch 2.14.

@@ -79,24 +79,29 @@ def forward_views(
 
 @contextmanager
 def still_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it no running batch-norm statistics move; batches are still normalised by their own.
+    """Within it no running statistics of norms move; batches are still normalised by their own.
 
     Nor is a pass within it computed again in the backward pass, by timm's gradient checkpointing: that would move them.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    again = [module for module in model.modules() if getattr(module, 'grad_checkpointing', False) is True]
-    for norm in norms:
-        norm.momentum = 0.
-    for module in again:
-        module.grad_checkpointing = False
+    kept = []
+
+    def put(module, name, value):
+        kept.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            # Momentum 0 would not do: 0 times an infinite mean is NaN, and with momentum None the pass would count.
+            put(module, 'track_running_stats', False)
+        elif getattr(module, 'running_var', None) is not None and hasattr(module, 'momentum'):  # such as timm's EvoNorm
+            put(module, 'momentum', 0.)
+        if getattr(module, 'grad_checkpointing', False) is True:
+            put(module, 'grad_checkpointing', False)
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
-        for module in again:
-            module.grad_checkpointing = True
+        for module, name, value in kept:
+            setattr(module, name, value)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

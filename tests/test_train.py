@@ -21,6 +21,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT, TINY, run_script
 from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d
+from timm.layers.evo_norm import EvoNorm2dB0
 from torch import nn
 
 import backbone
@@ -244,6 +246,25 @@ def test_joint_forward_moves_the_statistics_as_one_pass_over_the_concatenation()
     assert torch.allclose(model.body[1].running_mean, 0.1 * x.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(model.body[1].running_var, 0.9 + 0.1 * x.var((0, 2, 3)), atol=1e-5)
     assert model.body[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize('norm', [
+    nn.BatchNorm2d(1), nn.BatchNorm2d(1, momentum=None), BatchNormAct2d(1), EvoNorm2dB0(1),
+    nn.InstanceNorm2d(1, track_running_stats=True),
+], ids=['plain', 'cumulative', 'with-activation', 'evonorm', 'instance'])
+def test_norms_after_passes_with_still_statistics_are_as_without_them_also_where_one_overflowed_or_failed(norm):
+    alone, seen = copy.deepcopy(norm).train(), norm.train()
+    for batch in torch.randn(3, 4, 1, 5, 5) + torch.arange(3).view(-1, 1, 1, 1, 1):
+        alone(batch)
+        seen(batch)
+        with passes.still_statistics(seen):
+            seen(batch + 9)
+            if isinstance(norm, nn.BatchNorm2d):
+                seen(batch / 0)
+        with pytest.raises((ValueError, AssertionError)), passes.still_statistics(seen):
+            seen(batch[0, 0])
+    assert all(torch.equal(*both) for both in zip(alone.buffers(), seen.buffers()))
+    assert not torch.equal(alone.running_var, torch.ones(1))
 
 
 def test_gradient_checkpointing_moves_no_statistics_of_a_pass_that_is_to_move_none():
