@@ -33,7 +33,7 @@ from data import DataConfig, Datasets, Feed, check_classes_left
 from digests import to_text
 from imbalance import describe_draw
 from labels import label_seed, write_labels
-from methods import lambda_u, warmup_updates
+from methods import lambda_u, older_presets, warmup_updates
 from program import RunError, UsageError, mend_folder, replace_file, replace_folder
 from schedule import step_scheduler
 from shards import load_whole, whole_bank
@@ -379,7 +379,8 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
     if state.get('format') != CHECKPOINT_FORMAT:
         raise UsageError(f'--resume {path}: another version of this script made the checkpoint, of format '
                          f'{state.get("format", "0")} where this one reads {CHECKPOINT_FORMAT}; resume with that one')
-    changed = {key: (old, getattr(args, key)) for key, old in state['args'].items()
+    before = {**state['args'], **older_presets(state['args'])}
+    changed = {key: (old, getattr(args, key)) for key, old in before.items()
                if key not in FREE_ARGS and hasattr(args, key) and getattr(args, key) != old}
     if args.global_batch_size is not None:
         changed.pop('batch_size', None)  # follows from the other, and from the number of processes

@@ -79,14 +79,31 @@ def fit_to_method(args: argparse.Namespace) -> None:
 def without_defaults(entries: dict, given: Iterable[str]) -> dict:
     """A run's arguments by name, without those that it took from `published` and that another method may not have.
 
+    And with those that it took from the presets of an older version, as it would else be another run.
+
     Args:
         entries: The arguments, from a file.
         given: Names of the arguments that the command line gives.
     """
+    if 'calmix_preset' not in given:
+        entries = {**entries, **older_presets(entries)}
     if not {'algorithm', 'dataset'} & set(given) or entries.get('algorithm', 'fixmatch') not in ALGORITHMS:
         return entries
     own = published(entries.get('algorithm', 'fixmatch'), entries.get('dataset') or '')
     return {name: value for name, value in entries.items() if name not in own or value != own[name]}
+
+
+def older_presets(entries: dict) -> dict:
+    """What a run of before --calmix-mixed-statistics had by its preset, by argument: the presets have changed since.
+
+    Args:
+        entries: The run's arguments, all of them. A file written by hand has fewer, and means today's presets.
+    """
+    whole = 'calmix_apm_in_warmup' in entries and 'calmix_mixed_statistics' not in entries
+    if not whole or not entries['calibratemix'] or entries['calmix_preset'] == 'authors-code':
+        return {}
+    weight = entries['calmix_weight']
+    return dict(calmix_mixed_statistics=True, calmix_weight=1. if weight is None else weight)
 
 
 def tell_published(name: str) -> str:

@@ -34,7 +34,7 @@ import torch
 import yaml
 
 from figures import Curve, Panel, reliability_diagram, training_curves
-from methods import ALGORITHMS, LOOKED_AT_BY, published, warmup_updates
+from methods import ALGORITHMS, LOOKED_AT_BY, older_presets, published, warmup_updates
 from metrics import ReliabilityBins
 from program import ArgumentParser, UsageError
 
@@ -88,6 +88,7 @@ def read_run(folder: Path) -> dict:
         missing = [key for key in ('data_dir', 'calmix_warmup_epochs', *NAMED) if key not in args]
         if missing:
             raise KeyError(f'args.yaml has no {", ".join(missing)}')
+        args.update(older_presets(args))  # else it would be averaged with runs that are trained otherwise
         labels = json.loads((folder / 'labels.json').read_text())['num_labels']
         with open(folder / 'summary.csv', newline='') as file:
             curve = [{key: float(row[key]) for key in ('num_updates', 'eval_error', 'eval_ece')}

@@ -245,6 +245,19 @@ def test_arguments_that_differ_make_lines_of_their_own(make_run, tmp_path):
     assert list(rows[0]) == ['algorithm', 'variant', 'calmix-topk', 'error %', 'ECE %', 'NLL']
 
 
+def test_runs_of_older_presets_are_not_averaged_with_todays(make_run):
+    folders = [make_run(name, '--calibratemix', '--calmix-preset', preset) for name, preset in (
+        ('today', 'paper'), ('older', 'paper'), ('authors', 'authors-code'), ('older-authors', 'authors-code'))]
+    for folder in folders[1::2]:
+        args = yaml.safe_load((folder / 'args.yaml').read_text())
+        del args['calmix_mixed_statistics']
+        (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    runs = [report.read_run(folder) for folder in folders]
+    groups = report.group(runs, report.add_settings(runs))
+    assert [[run['run'] for run in group] for group in groups.values()] == [
+        ['today'], ['older'], ['authors', 'older-authors']]
+
+
 def test_a_method_s_arguments_tell_its_own_runs_apart_alone_and_only_if_they_were_given(make_run):
     """Methods with defaults of their own stand beside each other without a column that says so."""
     def settings(*folders):

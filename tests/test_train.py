@@ -736,10 +736,20 @@ def test_changed_settings_of_the_optimizer_hold_after_a_resume(train, uninterrup
     assert {group['fused'] for group in state['optimizer']['param_groups']} == {None}
 
 
-def test_best_starts_anew_where_a_resume_changes_its_metric(train, uninterrupted, tmp_path, caplog):
+def test_best_starts_anew_where_a_resume_changes_its_metric_and_changed_presets_are_told(
+        train, uninterrupted, tmp_path, caplog, monkeypatch,
+):
     """A best top1 is above every NLL, and would never be reached by one."""
+    def read_older(path, read=checkpoint.read_checkpoint):
+        state = read(path)
+        del state['args']['calmix_mixed_statistics']
+        return state
+
+    monkeypatch.setattr(train_ssl, 'read_checkpoint', read_older)
     folder = rewind(uninterrupted, tmp_path / 'run', 4)
     train('run', *CALMIX, '--resume', 'auto', '--eval-metric', 'nll')
+    told, = [line for line in caplog.messages if 'with changed arguments' in line]
+    assert '--calmix-mixed-statistics True -> None' in told and '--calmix-weight 1.0 -> None' in told
     told, = [line for line in caplog.messages if 'best starts anew' in line]
     assert told.startswith('--eval-metric top1 -> nll: ')
     best = json.loads((folder / 'best' / 'metrics.json').read_text())
@@ -1039,6 +1049,24 @@ def test_the_command_line_wins_over_the_config_file_and_the_file_over_defaults(t
     args = train_ssl._parse_args(['--config', str(path), '--epochs', '6'])
     assert (args.epochs, args.lr, args.model_ema, args.opt_betas) == (6, 0.1, False, [0.8, 0.9])
     assert args.model_kwargs == {'act_layer': 'relu'}
+
+
+def test_the_arguments_of_a_run_of_older_presets_run_it_again_and_a_file_written_by_hand_means_todays(tmp_path):
+    path = tmp_path / 'args.yaml'
+
+    def replayed(*flags, preset='paper', drop=('calmix_mixed_statistics',), given=()):
+        entries = vars(train_ssl._parse_args(['--calibratemix', '--calmix-preset', preset, *flags]))
+        path.write_text(yaml.safe_dump({k: v for k, v in entries.items() if k not in drop}))
+        args = train_ssl._parse_args(['--config', str(path), *given])
+        return args.calmix_mixed_statistics, args.calmix_weight
+
+    assert replayed() == replayed(preset='ours') == (True, 1)
+    assert replayed('--calmix-weight', '0.2') == (True, 0.2)
+    assert replayed(given=('--calmix-weight', '0.2', '--no-calmix-mixed-statistics')) == (False, 0.2)
+    for other in (dict(preset='authors-code'), dict(drop=()), dict(given=('--calmix-preset', 'authors-code'))):
+        assert replayed(**other) == (None, None)
+    path.write_text('calibratemix: true\ncalmix_preset: ours\n')
+    assert train_ssl._parse_args(['--config', str(path)]).calmix_mixed_statistics is None
 
 
 def test_the_command_line_puts_out_what_the_config_file_says_of_the_same_choice(tmp_path):
