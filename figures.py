@@ -566,6 +566,64 @@ def training_curves(panels: list[tuple[str, list[Curve]]], path: str | Path) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Error and ECE
+
+
+class Move(NamedTuple):
+    """From a base method to what was added to it, with one seed.
+
+    Attributes:
+        method: Name of the base method.
+        variant: Name of what was added.
+        base: Error and ECE of the base method, in percent.
+        other: Of the variant.
+    """
+    method: str
+    variant: str
+    base: tuple[float, float]
+    other: tuple[float, float]
+
+
+def error_ece_diagram(panels: list[tuple[str, list[Move]]], path: str | Path) -> None:
+    """Writes ECE against error, side by side: a mark a method and seed, and an arrow from it to each variant.
+
+    Args:
+        panels: Heading and moves of each.
+        path: The PNG file to write.
+    """
+    width = CURVES_WIDTH if len(panels) > 1 else 7.5
+    variants = list(dict.fromkeys(move.variant for _, moves in panels for move in moves))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = new_figure(width, 5.2 * rows + 0.2 * len(variants), rows, columns)
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    for (heading, moves), axis in zip(panels, axes.flat):
+        axis.set_title(literal(heading, width / columns - 0.6, LABEL, lines=2), fontsize=LABEL)
+        several = len({move.method for move in moves}) > 1
+        named = set()
+        for move in moves:
+            colour = line_style(variants.index(move.variant))['color']
+            axis.annotate('', move.other, move.base, arrowprops=dict(arrowstyle='->', color=colour, alpha=0.6))
+            axis.plot(*move.other, marker='o', markersize=5, color=colour, linestyle='none')
+            axis.plot(*move.base, marker='o', markersize=6, color=GREY, fillstyle='none', linestyle='none')
+            if several and (move.method, move.base) not in named:
+                axis.annotate(literal(move.method, 1.6, 8), move.base, (5, 3), textcoords='offset points', fontsize=8)
+                named.add((move.method, move.base))
+        axis.set_xlabel('error %', fontsize=LABEL)
+        axis.set_ylabel('ECE %', fontsize=LABEL)
+        axis.set_ylim(bottom=0)
+        axis.margins(0.08)
+    marks = [Line2D([], [], marker='o', markersize=6, color=GREY, fillstyle='none', linestyle='none')] + [
+        Line2D([], [], marker='o', markersize=5, **dict(line_style(i), linestyle='none')) for i in range(len(variants))]
+    names = ['base method alone', *(literal(variant, width - 1.2, SMALL) for variant in variants)]
+    widest = max(sum(map(_width, _shown(name))) for name in names) * SMALL / 72 + 0.8  # and its mark
+    ncols = min(3, len(names), max(1, int((width - 0.4) / widest)))
+    figure.legend(marks, names, loc='outside lower center', ncols=ncols, frameon=False, fontsize=SMALL)
+    save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Contact sheet
 
 SHEET_COLUMNS = 8

@@ -20,6 +20,8 @@ Writes to --output:
     comparison.csv        name and metrics of each run, in the order given
     reliability.png       reliability diagrams side by side, the images of all seeds pooled; a file for each of --rows
     curves.png            error and ECE against updates, mean and deviation over seeds, the end of warmup marked
+    error_ece.png         ECE against error, with an arrow from each run of a base method alone to those with the same
+                          seed that add something; where there are such
 """
 import argparse
 import csv
@@ -33,7 +35,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from figures import Curve, Panel, reliability_diagram, training_curves
+from figures import Curve, Move, Panel, error_ece_diagram, reliability_diagram, training_curves
 from methods import ALGORITHMS, LOOKED_AT_BY, older_presets, published, warmup_updates
 from metrics import ReliabilityBins
 from program import ArgumentParser, UsageError
@@ -44,7 +46,9 @@ METRICS = ('error', 'ece', 'ece_10', 'nll', 'brier', 'confidence')
 CLASS_METRICS = ('balanced_accuracy', 'macro_f1', 'ece_balanced', 'tail_error')  # where all runs have them
 DIGITS = {'nll': 3, 'brier': 3}
 NAMES = {'supervised': 'Supervised', 'pseudo_label': 'Pseudo-Label', 'fixmatch': 'FixMatch', 'flexmatch': 'FlexMatch',
-         'softmatch': 'SoftMatch', 'freematch': 'FreeMatch', 'marginmatch': 'MarginMatch'}
+         'softmatch': 'SoftMatch', 'freematch': 'FreeMatch', 'marginmatch': 'MarginMatch', 'uda': 'UDA',
+         'adamatch': 'AdaMatch', 'dash': 'Dash', 'defixmatch': 'DeFixMatch', 'pi_model': 'Pi-Model',
+         'meanteacher': 'Mean Teacher', 'vat': 'VAT', 'mixmatch': 'MixMatch', 'remixmatch': 'ReMixMatch'}
 MISSING = '–'
 # Arguments that make another run of the same setting, or change no result.
 REPLICATE = ('seed', 'label_seed', 'label_fold', 'labels_file')
@@ -377,6 +381,25 @@ def curves(runs: list[dict], keys: list[str]) -> list[Curve]:
     return found
 
 
+def moves(runs: list[dict], keys: list[str]) -> list[Move]:
+    """From each run of a base method alone to those that differ by nothing but what they add to it."""
+    own = [key for key in varying(runs, keys) if key == 'variant' or key.startswith('calmix_')]
+    shared = [key for key in keys if key not in own]
+    bases, found = {}, []
+    for alone in (True, False):
+        for run in runs:
+            if (run['settings']['variant'] == 'alone') != alone:
+                continue
+            same = json.dumps([[run['settings'][key] for key in shared], [run['args'].get(key) for key in REPLICATE]])
+            point = run['metrics']['error'], run['metrics']['ece']
+            if alone:
+                bases[same] = point
+            elif same in bases:
+                name = title(own, tuple(run['settings'][key] for key in own))
+                found.append(Move(text(run['settings']['algorithm']), name, bases[same], point))
+    return found
+
+
 def write_report(
         runs: list[dict],
         output: Path,
@@ -411,8 +434,14 @@ def write_report(
     pictures = draw_reliability(runs, keys, rows, output)
     panels = [(heading(found, rows), curves(found, keys)) for found in group(runs, rows).values()]
     training_curves(panels, output / 'curves.png')
+    pictures.append(output / 'curves.png')
+    blocks = [(heading(found, columns), moves(found, keys)) for found in group(runs, columns).values()]
+    blocks = [block for block in blocks if block[1]]
+    if blocks:
+        error_ece_diagram(blocks, output / 'error_ece.png')
+        pictures.append(output / 'error_ece.png')
     names = ('table.md', 'table.tex', 'table.csv', 'runs.csv', 'comparison.csv')
-    return markdown, [*(output / name for name in names), *pictures, output / 'curves.png']
+    return markdown, [*(output / name for name in names), *pictures]
 
 
 def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:

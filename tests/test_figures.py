@@ -243,6 +243,22 @@ def test_training_curves_take_the_page_whatever_the_settings_are_called(settings
             assert figures.literal(curve.label, 9.8, 10) in shown
 
 
+@pytest.mark.parametrize('number', [1, 3])
+def test_error_against_ece_has_a_mark_and_an_arrow_a_run_and_names_methods_where_there_are_several(number, texts_of):
+    moves = [figures.Move(method, variant, (50. + i, 20. + 9 * k), (40. + i, 5.)) for i in (0, 30)
+             for k, method in enumerate(('FixMatch', 'cost_$5')[:number]) for variant in ('CalibrateMix', 'W' * 200)]
+    shown = texts_of(figures.error_ece_diagram, [(f'digits {i}', moves) for i in range(number)])
+    axes = [axis for axis in texts_of.figure.axes if axis.axison]
+    assert len(axes) == number and {axis.get_title() for axis in axes} == {f'digits {i}' for i in range(number)}
+    for axis in axes:
+        marks = sorted(tuple(line.get_xydata()[0]) for line in axis.lines)
+        assert marks == sorted(point for move in moves for point in (move.base, move.other))
+        arrows = [text for text in axis.texts if text.arrow_patch is not None]
+        assert [(text.xyann, text.xy) for text in arrows] == [(move.base, move.other) for move in moves]
+    assert {'base method alone', 'CalibrateMix'} <= set(shown)
+    assert (r'cost_\$5' in shown) == (number > 1) == ('FixMatch' in shown)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes and imports
 @pytest.mark.parametrize('num_classes', [2, 10, 100, 1000])

@@ -402,11 +402,29 @@ def test_pictures_one_for_each_row_and_the_curves(make_run, tmp_path):
                for algorithm in ('fixmatch', 'softmatch') for flags in ((), ('--calibratemix',)) for seed in range(2)]
     _, paths = write(*folders, output=tmp_path / 'out')
     pictures = [path.name for path in paths if path.suffix == '.png']
-    assert pictures == ['reliability-fixmatch.png', 'reliability-softmatch.png', 'curves.png']
+    assert pictures == ['reliability-fixmatch.png', 'reliability-softmatch.png', 'curves.png', 'error_ece.png']
     sizes = []
     for name in pictures:
         with Image.open(tmp_path / 'out' / name) as picture:
             sizes.append(picture.size)
     assert sizes[0] == sizes[1] and sizes[0][0] > 1000 and sizes[2][1] > 1000
     _, paths = write(*folders, output=tmp_path / 'all', rows=[])
+    assert [path.name for path in paths if path.suffix == '.png'] == ['reliability.png', 'curves.png', 'error_ece.png']
+    _, paths = write(folders[0], output=tmp_path / 'one')
     assert [path.name for path in paths if path.suffix == '.png'] == ['reliability.png', 'curves.png']
+
+
+def test_an_arrow_leads_from_a_base_method_to_what_was_added_with_the_same_seed_and_settings(make_run):
+    runs = [report.read_run(make_run(str(i), *flags, seed=seed, error=error)) for i, (flags, seed, error) in enumerate([
+        (('--calibratemix', '--calmix-topk', '0.1'), 0, 11), ((), 0, 10), ((), 1, 20), (('--calibratemix',), 1, 21),
+        (('--label-smoothing', '0.1'), 1, 22), (('--calibratemix',), 2, 31),
+        (('--algorithm', 'softmatch', '--calibratemix'), 0, 41), (('--lr', '0.5'), 2, 50),
+        (('--lr', '0.5', '--calibratemix'), 2, 51),
+    ])]
+    found = report.moves(runs, report.add_settings(runs))
+    assert [(move.method, move.variant, move.base[0], move.other[0]) for move in found] == [
+        ('FixMatch', 'CalibrateMix, topk 0.1', 10, 11), ('FixMatch', 'CalibrateMix', 20, 21),
+        ('FixMatch', 'label smoothing 0.1', 20, 22), ('FixMatch', 'CalibrateMix', 50, 51),
+    ]
+    ece = runs[1]['metrics']['ece']
+    assert found[0].base == (10, ece)
