@@ -288,7 +288,7 @@ def test_mixed_images_train_the_network_and_move_its_running_statistics_only_if_
         take_step(model, labeled, unlabeled, step_args(), calmix)['loss'].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         statistics.append(torch.cat([model.body[1].running_mean, model.body[1].running_var]))
-        assert model.body[1].momentum == 0.1
+        assert model.body[1].track_running_stats
     assert torch.equal(statistics[0], statistics[3]) and torch.equal(statistics[1], statistics[3])
     assert not torch.allclose(statistics[2], statistics[3], rtol=1e-3)
     assert torch.equal(gradients[0], gradients[2]) and not torch.allclose(gradients[0], gradients[3], rtol=1e-3)
