@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
             **asked,
             **args.opt_kwargs,
         )
-    except (ValueError, IndexError, TypeError, ImportError) as error:
+    except (ValueError, IndexError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError(f'--opt {args.opt}: {" ".join(str(error).split())}') from error
     for key in asked.keys() - optimizer.defaults.keys():  # timm leaves out what the optimizer does not take
         raise UsageError(f'--opt-{key}: {args.opt} has no {key}')

@@ -1000,6 +1000,7 @@ def digits_folder(root: Path, broken: bool = False) -> Path:
     (('--opt', 'adamw', '--opt-betas', '0.9'), '--opt adamw: '),
     (('--opt-eps', '0.1'), '--opt-eps: sgd has no eps'),
     (('--opt-kwargs', 'foo=1'), "--opt sgd: .* unexpected keyword argument 'foo'"),
+    (('--opt-kwargs', 'fused=True', 'foreach=True'), '--opt sgd: `fused` and `foreach` cannot be'),
     (('--grad-checkpointing', '--model', 'vgg11', '--img-size', '32'), '--grad-checkpointing: vgg11 does not support'),
     (('--sync-bn',), '--sync-bn: needs GPUs'),
     (('--amp', '--amp-dtype', 'float16'), '--amp-dtype float16: not available on the device cpu'),
