@@ -346,7 +346,8 @@ def create_parser() -> argparse.ArgumentParser:
                        help='paper: arXiv 2511.12964; authors-code: their public code, which differs (after warmup '
                             'it minimises 2 base + mix: this at twice the --lr and half the --weight-decay); ours: '
                             'the paper\'s with equal weights and without ranking; steered: random pairs with equal '
-                            'weights, and a factor of the loss that finds itself, an experiment (default: paper)')
+                            'weights, and a factor of the loss that finds itself: the best one with a thousand '
+                            'unlabeled images or more (default: paper)')
     group.add_argument('--calmix-gamma', type=float, metavar='X', default=None,
                        help='weight of the labeled image (fixed), or the parameter of Beta(X, X) (ours, '
                             'steered: 0.5, the others: 0.4)')
@@ -366,7 +367,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
                        help='factor of the mixup loss (presets: 0.5, steered: at most 1)')
     group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
-                       help='move that factor after warmup, between 0 and --calmix-weight, so that the network is as '
+                       help='move that factor after warmup, from 0 up to --calmix-weight and back, so that the network is as '
                             'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
                             'each update (steered: 0.1, the others: 0, a fixed factor)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
