@@ -367,8 +367,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--calmix-weight', type=float, metavar='X', default=None,
                        help='factor of the mixup loss (presets: 0.5, steered: at most 1)')
     group.add_argument('--calmix-weight-rate', type=float, metavar='X', default=None,
-                       help='move that factor after warmup, from 0 to --calmix-weight and back, so that the network is as '
-                            'sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
+                       help='move that factor after warmup, from 0 to --calmix-weight and back, so that the network is '
+                            'as sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
                             'each update (steered: 0.1, the others: 0, a fixed factor)')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
                        help='easy and hard by the median of the batch of a process, of the joined batch of all '
