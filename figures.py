@@ -612,8 +612,8 @@ def error_ece_diagram(panels: list[tuple[str, list[Move]]], path: str | Path) ->
                 named.add((move.method, move.base))
         axis.set_xlabel('error %', fontsize=LABEL)
         axis.set_ylabel('ECE %', fontsize=LABEL)
-        axis.set_ylim(bottom=0)
-        axis.margins(0.08)
+        axis.margins(x=0.08)
+        axis.set_ylim(0, 1.08 * max(point[1] for move in moves for point in (move.base, move.other)) or 1)
     marks = [Line2D([], [], marker='o', markersize=6, color=GREY, fillstyle='none', linestyle='none')] + [
         Line2D([], [], marker='o', markersize=5, **dict(line_style(i), linestyle='none')) for i in range(len(variants))]
     names = ['base method alone', *(literal(variant, width - 1.2, SMALL) for variant in variants)]

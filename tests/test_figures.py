@@ -253,6 +253,7 @@ def test_error_against_ece_has_a_mark_and_an_arrow_a_run_and_names_methods_where
     for axis in axes:
         marks = sorted(tuple(line.get_xydata()[0]) for line in axis.lines)
         assert marks == sorted(point for move in moves for point in (move.base, move.other))
+        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > 1.05 * max(ece for _, ece in marks)  # none is cut off
         arrows = [text for text in axis.texts if text.arrow_patch is not None]
         assert [(text.xyann, text.xy) for text in arrows] == [(move.base, move.other) for move in moves]
     assert {'base method alone', 'CalibrateMix'} <= set(shown)
