@@ -592,6 +592,12 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
                        help='timm\'s training size where a pretrained model has a larger one for evaluation')
 
 
+def add_pin_memory_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--pin-mem', action=argparse.BooleanOptionalAction, default=None,
+                       help='load into pinned memory, which is copied to a GPU without a wait (default: where there is '
+                            'one; timm\'s is no)')
+
+
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a program that evaluates, on what and how fast."""
     flag = argparse.BooleanOptionalAction
@@ -606,9 +612,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('-b', '--batch-size', type=int, metavar='N', default=256, help='per process (default: 256)')
     group.add_argument('-j', '--workers', type=int, metavar='N', default=None,
                        help='loading processes, per process, no more than there are processors (default: 4 at most)')
-    group.add_argument('--pin-mem', action=flag, default=None,
-                       help='load into pinned memory, which is copied to a GPU without a wait (default: where there is '
-                            'one; timm\'s is no)')
+    add_pin_memory_argument(group)
 
 
 def agree_on_precision(args: argparse.Namespace, names: list[str], runs: list[dict]) -> None:

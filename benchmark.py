@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times of the training step and its parts against their targets, paired in one process.
 
-    python benchmark.py                          # wide_resnet28_2, batch 64, mu 7, 32 px: about half an hour on a CPU
+    python benchmark.py            # wide_resnet28_2, batch 64, mu 7, 32 px: over half an hour on a CPU
     python benchmark.py --quick                  # every row on a small network, in a minute
     python benchmark.py --rows complexity --picture complexity.png    # how CalibrateMix's own cost grows
     python benchmark.py --rows operators         # how many small operators a step takes, and who calls them
@@ -75,14 +75,9 @@ TARGETS = {  # by row the most that is wanted, or with a minus sign the least
     'two-pass step / ours, no-grad': -2.6,
     'USB / our fixmatch step with the recommended flags': -3.,
 }
-# What train_ssl.py recommends on a processor with units for bfloat16, from plain on.
-FLAGS = {
-    'plain': {},
-    '--channels-last': dict(channels_last=True),
-    '--amp --channels-last': dict(channels_last=True, amp=True),
-    '--amp --channels-last --weak-forward no-grad': dict(channels_last=True, amp=True),
-}
-RECOMMENDED = [*FLAGS][-1]
+# Up to what train_ssl.py recommends on a processor with units for bfloat16.
+RECOMMENDED = '--amp --channels-last --weak-forward no-grad'
+FLAGS = ('plain', '--channels-last', '--amp --channels-last', RECOMMENDED)
 
 
 # --- Timing -----------------------------------------------------------------------------------------------------------
@@ -353,27 +348,26 @@ def usb_rows(options: argparse.Namespace, device: torch.device) -> dict[str, lis
     steps = {}
     for algorithm in ('fixmatch', 'softmatch'):
         flags = ('--algorithm', algorithm)
-        steps[f'USB {algorithm}'] = usb_step(algorithm, options, labeled, unlabeled)
-        steps[f'our {algorithm}'] = our_step(options, labeled, unlabeled, *flags)
-        steps[f'our {algorithm} no-grad'] = our_step(options, labeled, unlabeled, *flags, '--weak-forward', 'no-grad')
+        steps[f'USB {algorithm} step'] = usb_step(algorithm, options, labeled, unlabeled)
+        steps[f'our {algorithm} step'] = our_step(options, labeled, unlabeled, *flags)
+        apart = (*flags, '--weak-forward', 'no-grad')
+        steps[f'our {algorithm} no-grad step'] = our_step(options, labeled, unlabeled, *apart)
     if bfloat16_units() and device.type == 'cpu':
-        steps['our fixmatch recommended'] = flagged_step(options, RECOMMENDED, device)
+        steps['our fixmatch step with the recommended flags'] = flagged_step(options, RECOMMENDED, device)
     else:
         print('the row with the recommended flags is left out: they are for processors with units for bfloat16')
     seconds = take_turns(steps, options.repeats, device)
-    rows = {f'{name} step, s': values for name, values in seconds.items()}
+    rows = {f'{name}, s': values for name, values in seconds.items()}
     for name in steps:
         if name.startswith('our'):
-            rows[f'USB / {name} step'.replace(' recommended step', ' step with the recommended flags')] = ratios(
-                seconds, f'USB {name.split()[1]}', name)
+            rows[f'USB / {name}'] = ratios(seconds, f'USB {name.split()[1]} step', name)
     return rows
 
 
 def flagged_step(options: argparse.Namespace, flags: str, device: torch.device) -> Callable:
     """FixMatch's step with one of FLAGS, on a batch in its memory layout."""
-    options = changed(options, **FLAGS[flags])
-    rest = [word for word in flags.split() if word in ('--weak-forward', 'no-grad')]
-    return our_step(options, *create_batches(options, device), *rest)
+    options = changed(options, amp=False, channels_last='--channels-last' in flags)
+    return our_step(options, *create_batches(options, device), *([] if flags == 'plain' else flags.split()))
 
 
 def bfloat16_rows(options: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
@@ -385,7 +379,7 @@ def bfloat16_rows(options: argparse.Namespace, device: torch.device) -> dict[str
         own = changed(options, model=model, img_size=size)
         seconds = take_turns({flags: flagged_step(own, flags, device) for flags in FLAGS}, options.repeats, device)
         rows.update({f'{model}, {size} px, {flags}: step, s': values for flags, values in seconds.items()})
-        for flags in [*FLAGS][1:]:
+        for flags in FLAGS[1:]:
             rows[f'{model}, {size} px: plain step / with {flags}'] = ratios(seconds, 'plain', flags)
     return rows
 

@@ -384,20 +384,20 @@ def curves(runs: list[dict], keys: list[str]) -> list[Curve]:
 def moves(runs: list[dict], keys: list[str]) -> list[Move]:
     """From each run of a base method alone to those that differ by nothing but what they add to it."""
     own = [key for key in varying(runs, keys) if key == 'variant' or key.startswith('calmix_')]
-    shared = [key for key in keys if key not in own]
-    bases, found = {}, []
-    for alone in (True, False):
-        for run in runs:
-            if (run['settings']['variant'] == 'alone') != alone:
-                continue
-            same = json.dumps([[run['settings'][key] for key in shared], [run['args'].get(key) for key in REPLICATE]])
-            point = run['metrics']['error'], run['metrics']['ece']
-            if alone:
-                bases[same] = point
-            elif same in bases:
-                name = title(own, tuple(run['settings'][key] for key in own))
-                found.append(Move(text(run['settings']['algorithm']), name, bases[same], point))
-    return found
+
+    def shared(run):
+        return json.dumps([[run['settings'][key] for key in keys if key not in own],
+                           [run['args'].get(key) for key in REPLICATE]])
+
+    def point(run):
+        return run['metrics']['error'], run['metrics']['ece']
+
+    bases = {shared(run): point(run) for run in runs if run['settings']['variant'] == 'alone'}
+    return [
+        Move(text(run['settings']['algorithm']), title(own, tuple(run['settings'][key] for key in own)),
+             bases[shared(run)], point(run))
+        for run in runs if run['settings']['variant'] != 'alone' and shared(run) in bases
+    ]
 
 
 def write_report(

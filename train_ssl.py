@@ -43,6 +43,7 @@ from backbone import (
     PHOTO_SIDE,
     SMALL_MODEL,
     FeaturesAndLogits,
+    add_pin_memory_argument,
     average_lags,
     build_ema,
     build_model,
@@ -273,9 +274,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='where views are made: image by image through PIL, or, if the images are small and of one '
                             'size, as batches of tensors in the loading processes (cpu) or on the GPU. auto: as '
                             'tensors where possible, on the GPU if there is one (default: auto)')
-    group.add_argument('--pin-mem', action=flag, default=None,
-                       help='load into pinned memory, which is copied to a GPU without a wait (default: where there is '
-                            'one; timm\'s is no)')
+    add_pin_memory_argument(group)
 
     group = parser.add_argument_group('Optimizer and schedule')
     group.add_argument('--opt', metavar='NAME', default='sgd', help='timm optimizer (default: sgd, which is Nesterov)')

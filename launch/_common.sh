@@ -77,9 +77,6 @@ done
 # One thread a run: such networks are too small to share out.
 if [ "$SCALE" != paper ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    # glibc gives memory back to the system and takes it anew in every step; kept, it saves the page faults (README).
-    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
-    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
 fi
 
 if [ "$NUM_PROCESSES" = 1 ] && [ -z "${ACCELERATE_ARGS:-}" ]; then
