@@ -94,16 +94,20 @@ def without_defaults(entries: dict, given: Iterable[str]) -> dict:
 
 
 def older_presets(entries: dict) -> dict:
-    """What a run of before --calmix-mixed-statistics had by its preset, by argument: the presets have changed since.
+    """What an older run had by its preset, by argument: the presets have changed since.
 
     Args:
         entries: The run's arguments, all of them. A file written by hand has fewer, and means today's presets.
     """
-    whole = 'calmix_apm_in_warmup' in entries and 'calmix_mixed_statistics' not in entries
-    if not whole or not entries['calibratemix'] or entries['calmix_preset'] == 'authors-code':
+    if 'calmix_apm_in_warmup' not in entries or not entries['calibratemix']:
         return {}
-    weight = entries['calmix_weight']
-    return dict(calmix_mixed_statistics=True, calmix_weight=1. if weight is None else weight)
+    preset, older = entries['calmix_preset'], {}
+    if 'calmix_mixed_statistics' not in entries and preset != 'authors-code':
+        weight = entries['calmix_weight']
+        older = dict(calmix_mixed_statistics=True, calmix_weight=1. if weight is None else weight)
+    if 'calmix_mask_scale' not in entries and preset == 'steered':
+        older['calmix_mask_scale'] = 1.
+    return older
 
 
 def tell_published(name: str) -> str:

@@ -369,6 +369,10 @@ def create_parser() -> argparse.ArgumentParser:
                        help='move that factor after warmup, from 0 to --calmix-weight and back, so that the network is '
                             'as sure as it is right, judged by how often its pseudo-labels change: by X times the gap, '
                             'each update (steered: 0.1, the others: 0, a fixed factor)')
+    group.add_argument('--calmix-mask-scale', type=float, metavar='X', default=None,
+                       help='factor of the logits by which the base method chooses and weighs pseudo-labels after '
+                            'warmup: mixing takes confidence from all images, and fewer would pass a threshold '
+                            '(steered: 1.5, the others: 1). Methods with losses of their own are left as they are')
     group.add_argument('--calmix-split', default=None, choices=CHOICES['split'],
                        help='easy and hard by the median of the batch of a process, of the joined batch of all '
                             'processes, or of the whole bank (presets: batch)')
@@ -551,6 +555,7 @@ def build_calmix(
             loss=args.calmix_loss,
             weight=args.calmix_weight,
             weight_rate=args.calmix_weight_rate,
+            mask_scale=args.calmix_mask_scale,
             split=args.calmix_split,
             pairing=args.calmix_pairing,
             min_confidence=args.calmix_min_confidence,
@@ -672,11 +677,14 @@ def semi_supervised_step(
     i_all, y_all, z_all, j_all, z_weak_all, pseudo_label_all = accelerator.gather(
         (i, y, out.logits.detach(), j, out.weak_logits, pseudo_label),
     )
-    method.see_labeled(z_all, y_all, num_updates)
+    for_mask = calmix.for_mask if calmix is not None and not method.own_losses else lambda logits, step: logits
+    method.see_labeled(for_mask(z_all, num_updates), y_all, num_updates)
     first = accelerator.process_index * len(j)
-    weight_all = method(z_weak_all[:, :num_classes + method.virtual_class], j_all, num_updates)
+    seen_all = for_mask(z_weak_all[:, :num_classes + method.virtual_class], num_updates)
+    weight_all = method(seen_all, j_all, num_updates)
     weight = weight_all[first:first + len(j)]
     logits = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
+    out = out._replace(weak_logits=for_mask(out.weak_logits, num_updates))  # those that soft targets are made of
     loss, terms = base_losses(
         model, labeled, unlabeled, method, out, *logits, pseudo_label, weight, num_updates, accelerator, args,
     )

@@ -930,6 +930,14 @@ def test_the_weight_depends_on_no_label_and_a_state_goes_on_as_it_was():
     assert isinstance(CalibrateMix(1, 3, 2).weight, float) and 'weight' not in CalibrateMix(1, 3, 2).state_dict()
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_the_mask_sees_logits_times_its_scale_in_float32_after_warmup_and_else_the_very_logits(dtype):
+    calmix, logits = CalibrateMix(1, 3, 2, 'steered', warmup_steps=2), torch.tensor([[60000., 1.]], dtype=dtype)
+    assert calmix.for_mask(logits, 1) is logits and CalibrateMix(1, 3, 2).for_mask(logits, 200_000) is logits
+    scaled = calmix.for_mask(logits, 2)
+    assert scaled.dtype == torch.float32 and torch.equal(scaled, logits.float() * 1.5)
+
+
 def test_an_index_outside_of_the_set_changes_no_label_of_the_steered_weight():
     calmix = CalibrateMix(1, 3, 2, 'steered', apm_in_warmup=False)  # the bank does not look at it then
     for index in (-1, 3):
@@ -944,12 +952,12 @@ def test_an_index_outside_of_the_set_changes_no_label_of_the_steered_weight():
 
 def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
     paper = dict(gamma=0.4, gamma_dist='fixed', topk=0.05, similarity='cosine', space='feature', loss='ce', weight=0.5,
-                 weight_rate=0, split='batch', pairing='targeted', min_confidence=0, warmup_steps=102_400,
-                 apm_in_warmup=True, mixed_statistics=False)
+                 weight_rate=0, mask_scale=1, split='batch', pairing='targeted', min_confidence=0,
+                 warmup_steps=102_400, apm_in_warmup=True, mixed_statistics=False)
     authors = dict(paper, gamma_dist='beta-batch', topk=15 / 224, space='pixel', loss='bce', warmup_steps=150_000,
                    apm_in_warmup=False, mixed_statistics=True)
     ours = dict(paper, gamma=0.5, topk=0)
-    steered = dict(ours, pairing='random', weight=1, weight_rate=0.1)
+    steered = dict(ours, pairing='random', weight=1, weight_rate=0.1, mask_scale=1.5)
     assert PRESETS == {'paper': paper, 'authors-code': authors, 'ours': ours, 'steered': steered}
     parameters = inspect.signature(CalibrateMix).parameters
     assert parameters['preset'].default == 'paper'
@@ -966,7 +974,7 @@ def test_presets_hold_the_values_of_the_paper_of_the_authors_code_and_ours():
 @pytest.mark.parametrize('preset', PRESETS)
 def test_a_given_option_overrides_the_preset_even_if_it_is_zero_or_false(preset):
     options = dict(gamma=0.5, gamma_dist='beta-pair', topk=0, similarity='dot', space='pixel', loss='bce', weight=0,
-                   weight_rate=0, split='bank', pairing='random', min_confidence=0.5, warmup_steps=0,
+                   weight_rate=0, mask_scale=2, split='bank', pairing='random', min_confidence=0.5, warmup_steps=0,
                    apm_in_warmup=False, mixed_statistics=False)
     calmix = CalibrateMix(2, 2, 2, preset, **options)
     assert {key: getattr(calmix, 'loss_type' if key == 'loss' else key) for key in options} == options
@@ -998,6 +1006,8 @@ def test_apm_counts_from_the_first_step_or_only_after_warmup(apm_in_warmup, expe
     (dict(gamma=INF, gamma_dist='beta-pair'), 'gamma: expected a positive number, got inf'),
     (dict(weight=-1), 'weight: expected 0 or more, got -1'),
     (dict(weight_rate=-1), 'weight_rate: expected 0 or more, got -1'),
+    (dict(mask_scale=0), 'mask_scale: expected a positive number, got 0'),
+    (dict(mask_scale=NAN), 'mask_scale: expected a positive number, got nan'),
     (dict(warmup_steps=-5), 'warmup_steps: expected 0 or more, got -5'),
     (dict(num_labeled=-2), 'num_labeled: expected 0 or more, got -2'),
     (dict(num_unlabeled=-2), 'num_unlabeled: expected 0 or more, got -2'),

@@ -18,6 +18,7 @@ import checkpoint
 import methods
 import passes
 import train_ssl
+from calibratemix import CalibrateMix
 from program import UsageError
 
 B, U, K, STEPS = 5, 12, 4, 50
@@ -43,7 +44,7 @@ class Given(nn.Module):
         self.logits = logits
 
     def forward(self, x):
-        return torch.zeros(len(x), 2), self.logits
+        return torch.zeros(len(x), 2), self.logits[:len(x)]
 
 
 def random_logits(seed: int, columns: int = K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,16 +55,21 @@ def random_logits(seed: int, columns: int = K) -> tuple[torch.Tensor, torch.Tens
     return logits, torch.randint(K, (B,), generator=generator), torch.randint(40, (U,), generator=generator)
 
 
-def take_step(method, args, logits, target, index, num_updates) -> tuple[dict, torch.Tensor]:
+def take_step(method, args, logits, target, index, num_updates, calmix=None) -> tuple[dict, torch.Tensor]:
     """Terms and the gradient of the logits of one step."""
     logits = logits.clone().requires_grad_()
     labeled = dict(image=torch.zeros(B, 1), target=target, index=torch.arange(B))
     unlabeled = dict(weak=torch.zeros(U, 1), strong=torch.zeros(U, 1), target=torch.zeros(U).long(), index=index)
     terms = train_ssl.semi_supervised_step(
-        Given(logits), labeled, unlabeled, method, None, num_updates, Accelerator(cpu=True), args,
+        Given(logits), labeled, unlabeled, method, calmix, num_updates, Accelerator(cpu=True), args,
     )
     terms['loss'].backward()
     return terms, logits.grad
+
+
+def scaling(scale: float) -> CalibrateMix | None:
+    """CalibrateMix of which nothing is seen but what it does to the logits that the method chooses by."""
+    return None if scale == 1 else CalibrateMix(B, 40, K, 'steered', weight=0, mask_scale=scale, warmup_steps=0)
 
 
 def probabilities(row: list[float], temperature: float = 1.) -> list[float]:
@@ -134,15 +140,19 @@ class PlainDash:
             assert method.threshold.item() == pytest.approx(self.threshold, rel=1e-5)
 
 
+@pytest.mark.parametrize('scale', [1, 1.5])
 @pytest.mark.parametrize('name, plain, stride, flags', [
     ('uda', PlainUDA, 1, ()),
     ('adamatch', PlainAdaMatch, 1, ('--stat-momentum', 0.9)),
     ('dash', PlainDash, 1, ('--epochs', 20)),
     ('dash', PlainDash, 120, ('--epochs', 20)),
 ])
-def test_fifty_steps_equal_the_paper_s_equations_row_by_row(name, plain, stride, flags):
-    """Weights, targets, statistics, loss and gradient; in float64 and plain numbers on the other side."""
-    (method, args), plain = build(name, *flags), plain()
+def test_fifty_steps_equal_the_paper_s_equations_row_by_row(name, plain, stride, flags, scale):
+    """Weights, targets, statistics, loss and gradient; in float64 and plain numbers on the other side.
+
+    With a scale the equations get scaled logits, but the losses are of the logits as they are.
+    """
+    (method, args), plain, calmix = build(name, *flags), plain(), scaling(scale)
     counted = 0
     for step in range(STEPS):
         num_updates = step if stride == 1 or step < 40 else 40 + (step - 40) * 10 * stride
@@ -150,18 +160,18 @@ def test_fifty_steps_equal_the_paper_s_equations_row_by_row(name, plain, stride,
         logits, target, index = random_logits(step)
         exact = logits.double().requires_grad_()
         z, weak, strong = exact.split([B, U, U])
-        weights, targets = plain.weigh(z.tolist(), target.tolist(), weak.tolist(), num_updates)
+        weights, targets = plain.weigh((scale * z).tolist(), target.tolist(), (scale * weak).tolist(), num_updates)
         labeled = -sum(z[b].log_softmax(0)[k] for b, k in enumerate(target.tolist())) / B
         unlabeled = -sum(
             w * q[k] * strong[u].log_softmax(0)[k] for u, (w, q) in enumerate(zip(weights, targets)) for k in range(K)
         ) / U
         (labeled + unlabeled).backward()
-        terms, gradient = take_step(method, args, logits, target, index, num_updates)
+        terms, gradient = take_step(method, args, logits, target, index, num_updates, calmix)
         assert terms['mask_rate'].item() == pytest.approx(sum(weights) / U)
         assert terms['loss_unlabeled'].item() == pytest.approx(unlabeled.item(), abs=1e-5)
         assert terms['loss'].item() == pytest.approx((labeled + unlabeled).item(), abs=1e-5)
         assert torch.allclose(gradient.double(), exact.grad, atol=1e-5)
-        found = method.target(weak.detach().float(), weak.argmax(1), index)
+        found = method.target(scale * weak.detach().float(), weak.argmax(1), index)
         if sum(weights):
             assert torch.allclose(found.double(), torch.tensor(targets, dtype=torch.float64), atol=1e-5)
         plain.check(method)
@@ -482,6 +492,18 @@ def test_fifty_steps_of_own_losses_equal_the_paper_s_equations_image_by_image(na
         if state:
             assert method.class_count.tolist() == state['counts']
             assert method.class_mean.tolist() == pytest.approx(state['mean'], abs=1e-5)
+
+
+def test_losses_of_a_method_s_own_and_their_mask_rate_are_of_the_logits_as_they_are():
+    method, args = build('defixmatch', '--threshold', 0.5)
+    labeled, unlabeled = only_views(method, *random_batches(0))
+    model = Linear(torch.randn(3 * SIDE ** 2, K, generator=torch.Generator().manual_seed(0)) / 2)
+    alone, scaled = (train_ssl.semi_supervised_step(
+        model, labeled, unlabeled, method, calmix, 0, Accelerator(cpu=True), args,
+    ) for calmix in (None, scaling(30)))
+    assert 0 < alone['mask_rate'] < 1 and scaled['loss_mixup'] > 0
+    for name in ('loss', 'loss_unlabeled', 'mask_rate'):
+        assert alone[name] == scaled[name]
 
 
 def test_mixing_keeps_rows_at_1_and_pairs_images_with_labels_alike():

@@ -1059,13 +1059,14 @@ def test_the_arguments_of_a_run_of_older_presets_run_it_again_and_a_file_written
         entries = vars(train_ssl._parse_args(['--calibratemix', '--calmix-preset', preset, *flags]))
         path.write_text(yaml.safe_dump({k: v for k, v in entries.items() if k not in drop}))
         args = train_ssl._parse_args(['--config', str(path), *given])
-        return args.calmix_mixed_statistics, args.calmix_weight
+        return args.calmix_mixed_statistics, args.calmix_weight, args.calmix_mask_scale
 
-    assert replayed() == replayed(preset='ours') == (True, 1)
-    assert replayed('--calmix-weight', '0.2') == (True, 0.2)
-    assert replayed(given=('--calmix-weight', '0.2', '--no-calmix-mixed-statistics')) == (False, 0.2)
+    assert replayed() == replayed(preset='ours') == (True, 1, None)
+    assert replayed('--calmix-weight', '0.2') == (True, 0.2, None)
+    assert replayed(given=('--calmix-weight', '0.2', '--no-calmix-mixed-statistics')) == (False, 0.2, None)
+    assert replayed(preset='steered', drop=('calmix_mask_scale',)) == (None, None, 1)
     for other in (dict(preset='authors-code'), dict(drop=()), dict(given=('--calmix-preset', 'authors-code'))):
-        assert replayed(**other) == (None, None)
+        assert replayed(**other) == (None, None, None)
     path.write_text('calibratemix: true\ncalmix_preset: ours\n')
     assert train_ssl._parse_args(['--config', str(path)]).calmix_mixed_statistics is None
 
