@@ -583,6 +583,7 @@ def by_size(rows: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
 OWNERS = {  # of the operators of a step, by the file and the function that they are called from
     ('calibratemix.py', 'update'): 'bank update',
     ('calibratemix.py', 'steer'): 'steered weight',
+    ('calibratemix.py', 'for_mask'): 'method',
     ('calibratemix.py', 'find_easy'): 'split',
     ('calibratemix.py', 'pair_dissimilar'): 'pairing',
     ('calibratemix.py', '_similarity'): 'pairing',
