@@ -247,15 +247,16 @@ def test_arguments_that_differ_make_lines_of_their_own(make_run, tmp_path):
 
 def test_runs_of_older_presets_are_not_averaged_with_todays(make_run):
     folders = [make_run(name, '--calibratemix', '--calmix-preset', preset) for name, preset in (
-        ('today', 'paper'), ('older', 'paper'), ('authors', 'authors-code'), ('older-authors', 'authors-code'))]
-    for folder in folders[1::2]:
+        ('today', 'paper'), ('older', 'paper'), ('authors', 'authors-code'), ('older-authors', 'authors-code'),
+        ('steered', 'steered'), ('older-steered', 'steered'))]
+    for folder, gone in zip(folders[1::2], ('mixed_statistics', 'mixed_statistics', 'mask_scale')):
         args = yaml.safe_load((folder / 'args.yaml').read_text())
-        del args['calmix_mixed_statistics']
+        del args[f'calmix_{gone}']
         (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     runs = [report.read_run(folder) for folder in folders]
     groups = report.group(runs, report.add_settings(runs))
     assert [[run['run'] for run in group] for group in groups.values()] == [
-        ['today'], ['older'], ['authors', 'older-authors']]
+        ['today'], ['older'], ['authors', 'older-authors'], ['steered'], ['older-steered']]
 
 
 def test_a_method_s_arguments_tell_its_own_runs_apart_alone_and_only_if_they_were_given(make_run):
