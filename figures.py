@@ -601,15 +601,20 @@ def error_ece_diagram(panels: list[tuple[str, list[Move]]], path: str | Path) ->
     for (heading, moves), axis in zip(panels, axes.flat):
         axis.set_title(literal(heading, width / columns - 0.6, LABEL, lines=2), fontsize=LABEL)
         several = len({move.method for move in moves}) > 1
-        named = set()
+        points = [point for move in moves for point in (move.base, move.other)]
+        spans = [max(values) - min(values) or 1 for values in zip(*points)]
+        named = []
         for move in moves:
             colour = line_style(variants.index(move.variant))['color']
             axis.annotate('', move.other, move.base, arrowprops=dict(arrowstyle='->', color=colour, alpha=0.6))
             axis.plot(*move.other, marker='o', markersize=5, color=colour, linestyle='none')
             axis.plot(*move.base, marker='o', markersize=6, color=GREY, fillstyle='none', linestyle='none')
-            if several and (move.method, move.base) not in named:
+            # Seeds that lie close together share one name, since two would cover each other.
+            close = (all(abs(a - b) < 0.1 * span for a, b, span in zip(base, move.base, spans))
+                     for method, base in named if method == move.method)
+            if several and not any(close):
                 axis.annotate(literal(move.method, 1.6, 8), move.base, (5, 3), textcoords='offset points', fontsize=8)
-                named.add((move.method, move.base))
+                named.append((move.method, move.base))
         axis.set_xlabel('error %', fontsize=LABEL)
         axis.set_ylabel('ECE %', fontsize=LABEL)
         axis.margins(x=0.08)
