@@ -194,6 +194,28 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f'--no-model-ema: {args.algorithm} needs the averaged network; choose another --algorithm')
 
 
+def tell_idle(args: argparse.Namespace) -> str:
+    """Arguments that were given and that this run does not look at, in a line, or nothing.
+
+    The end of warmup is left out: launchers give it to all runs of a table.
+    """
+    def flag(name):
+        return f'--{name.replace("_", "-")} {getattr(args, name)}'
+
+    with_mixing = [name for name in vars(args) if name.startswith('calmix_')
+                   and name not in ('calmix_warmup_epochs', 'calmix_bank_dtype', 'calmix_bank_shards')
+                   and getattr(args, name) not in (None, 'paper')]
+    usual = published(args.algorithm, args.dataset)
+    of_others = [name for name, methods in LOOKED_AT_BY.items()
+                 if methods is not True and name in usual and args.algorithm not in methods
+                 and getattr(args, name) != usual[name]]
+    idle = [] if args.calibratemix else [f'{flag(name)} (without --calibratemix)' for name in with_mixing]
+    if args.calibratemix and args.calmix_mask_scale is not None and ALGORITHMS[args.algorithm].own_losses:
+        of_others.append('calmix_mask_scale')
+    idle += [f'{flag(name)} (with {args.algorithm})' for name in of_others]
+    return f'Without effect in this run: {", ".join(idle)}' if idle else ''
+
+
 def num_outputs(args: argparse.Namespace, num_classes: int) -> int:
     """Outputs of the network: the classes, an extra one, and further ones of the method's own."""
     return num_classes + has_extra_class(args) + getattr(ALGORITHMS[args.algorithm], 'further_outputs', 0)

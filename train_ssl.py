@@ -108,6 +108,7 @@ from methods import (
     lambda_u,
     logit_margin_penalty,
     num_outputs,
+    tell_idle,
     warmup_updates,
     without_defaults,
 )
@@ -679,10 +680,9 @@ def semi_supervised_step(
     )
     for_mask = calmix.for_mask if calmix is not None and not method.own_losses else lambda logits, step: logits
     method.see_labeled(for_mask(z_all, num_updates), y_all, num_updates)
-    first = accelerator.process_index * len(j)
     seen_all = for_mask(z_weak_all[:, :num_classes + method.virtual_class], num_updates)
     weight_all = method(seen_all, j_all, num_updates)
-    weight = weight_all[first:first + len(j)]
+    weight = weight_all[accelerator.process_index * len(j):][:len(j)]
     logits = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
     out = out._replace(weak_logits=for_mask(out.weak_logits, num_updates))  # those that soft targets are made of
     loss, terms = base_losses(
@@ -1087,8 +1087,8 @@ def describe(
             who = 'the averaged network, the teacher'
         _logger.info(f'Pseudo-labels are those of {who}')
     speed = tell_bfloat16(args.amp, saves_backward(args)) if run.accelerator.device.type == 'cpu' else ''
-    if speed:
-        _logger.info(speed)
+    for line in filter(None, (speed, tell_idle(args))):
+        _logger.info(line)
     tell_choice(args, split)
     _logger.info(describe_averages(run.timm_model, args))
     if args.calibratemix:

@@ -634,6 +634,27 @@ def test_what_a_method_cannot_take_is_refused_in_a_line(flags, told, capsys):
     assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('flags, idle', [
+    (('fixmatch',), ''),
+    (('fixmatch', '--calmix-warmup-epochs', 2, '--save-margins', '--calmix-bank-dtype', 'float16'), ''),
+    (('fixmatch', '--calibratemix', '--calmix-preset', 'steered', '--calmix-mask-scale', 2, '--threshold', 0.8), ''),
+    (('fixmatch', '--calmix-preset', 'steered', '--calmix-topk', 0),
+     '--calmix-preset steered (without --calibratemix), --calmix-topk 0.0 (without --calibratemix)'),
+    (('softmatch', '--threshold', 0.8, '--vat-eps', 6), '--threshold 0.8 (with softmatch)'),  # 6 is the default
+    (('pi_model', '--calibratemix', '--calmix-preset', 'steered'), ''),
+    (('pi_model', '--calibratemix', '--calmix-mask-scale', 2), '--calmix-mask-scale 2.0 (with pi_model)'),
+    (('supervised', '--temperature', 1), '--temperature 1.0 (with supervised)'),
+])
+def test_what_is_given_and_a_run_does_not_look_at_is_told_in_a_line(flags, idle):
+    assert methods.tell_idle(parse(*flags)) == (f'Without effect in this run: {idle}' if idle else '')
+
+
+def test_a_preset_without_calibratemix_is_told_at_the_start_of_a_run(train, caplog):
+    train('run', '--calmix-preset', 'steered', '--epochs', 1, '--train-steps-per-epoch', 1)
+    told, = [line for line in caplog.messages if 'Without effect' in line]
+    assert told == 'Without effect in this run: --calmix-preset steered (without --calibratemix)'
+
+
 def test_remixmatch_refuses_a_head_that_cannot_take_its_turns_and_saves_none_of_them(train):
     with pytest.raises(UsageError, match='the turns of remixmatch need a head that is one linear layer'):
         train('none', '--algorithm', 'remixmatch', '--model', 'levit_128s', '--img-size', 224)
