@@ -6,7 +6,7 @@
 # that the runs leave out (results/README.md). Flags go to both runs:
 #   OUTPUT=output/seed1 bash launch/quickstart.sh --seed 1
 # OUTPUT=DIR puts the runs elsewhere, which other flags need. A finished run is not repeated, a stopped one goes on.
-# It has one scale, and one seed. Time: 58 s on two idle cores of a shared Intel Xeon server.
+# It has one scale, and one seed. Time: 46 s on two idle cores of a shared AMD EPYC server.
 SCALE=own
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 
