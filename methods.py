@@ -194,25 +194,35 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f'--no-model-ema: {args.algorithm} needs the averaged network; choose another --algorithm')
 
 
+def looks_at(key: str, args: dict) -> bool:
+    """Whether a run looks at an argument: CalibrateMix's own counts only with it, a method's only with the method.
+
+    Of CalibrateMix's, --save-margins alone looks at the bank's. Logit adjustment moves its means by the momentum of the
+    methods' statistics.
+    """
+    algorithm, methods = args['algorithm'], LOOKED_AT_BY.get(key)
+    if key == 'calmix_mask_scale' and getattr(ALGORITHMS.get(algorithm), 'own_losses', False):
+        return False
+    if key.startswith('calmix_'):
+        return args['calibratemix'] or (key.startswith('calmix_bank') and args.get('save_margins', False))
+    if methods is None or (key == 'stat_momentum' and args.get('logit_adjustment')):
+        return True
+    return algorithm != 'supervised' if methods is True else algorithm in methods
+
+
 def tell_idle(args: argparse.Namespace) -> str:
-    """Arguments that were given and that this run does not look at, in a line, or nothing.
+    """Arguments of method and mixing that were given and that this run does not look at, in a line, or nothing.
 
     The end of warmup is left out: launchers give it to all runs of a table.
     """
-    def flag(name):
-        return f'--{name.replace("_", "-")} {getattr(args, name)}'
-
-    with_mixing = [name for name in vars(args) if name.startswith('calmix_')
-                   and name not in ('calmix_warmup_epochs', 'calmix_bank_dtype', 'calmix_bank_shards')
-                   and getattr(args, name) not in (None, 'paper')]
-    usual = published(args.algorithm, args.dataset)
-    of_others = [name for name, methods in LOOKED_AT_BY.items()
-                 if methods is not True and name in usual and args.algorithm not in methods
-                 and getattr(args, name) != usual[name]]
-    idle = [] if args.calibratemix else [f'{flag(name)} (without --calibratemix)' for name in with_mixing]
-    if args.calibratemix and args.calmix_mask_scale is not None and ALGORITHMS[args.algorithm].own_losses:
-        of_others.append('calmix_mask_scale')
-    idle += [f'{flag(name)} (with {args.algorithm})' for name in of_others]
+    usual = dict(published(args.algorithm, args.dataset), calmix_preset='paper', calmix_bank_dtype='float32')
+    idle = []
+    for name, value in vars(args).items():
+        own = name in usual or (name.startswith('calmix_') and name != 'calmix_warmup_epochs')
+        if own and value not in (None, usual.get(name)) and not looks_at(name, vars(args)):
+            mixing = name.startswith('calmix_') and not args.calibratemix
+            why = 'without --calibratemix' if mixing else f'with {args.algorithm}'
+            idle.append(f'--{name.replace("_", "-")} {value} ({why})')
     return f'Without effect in this run: {", ".join(idle)}' if idle else ''
 
 

@@ -31,8 +31,9 @@ class Method(nn.Module):
     """What the step asks of a base method; the constructor takes the size of the unlabeled set, K, and the arguments.
 
     `forward(logits, index, num_updates)` moves the running statistics and returns the weights `[U]` float32 in [0, 1]
-    of the unlabeled images of all processes. It gets the logits of their weak views, `[U, K]` float32 and detached,
-    their positions in the unlabeled set, `[U]` int64, and the updates done so far.
+    of the unlabeled images of all processes. It gets the logits of their weak views, `[U, K]` float32 and detached
+    (after warmup times CalibrateMix's `mask_scale`, as `see_labeled` and `target` do, but with `own_losses`), their
+    positions in the unlabeled set, `[U]` int64, and the updates done so far.
 
     Attributes:
         published: Arguments by name that are not given, as the method's published recipe has them for CIFAR-10.

@@ -36,7 +36,7 @@ import torch
 import yaml
 
 from figures import Curve, Move, Panel, error_ece_diagram, reliability_diagram, training_curves
-from methods import ALGORITHMS, LOOKED_AT_BY, older_presets, published, warmup_updates
+from methods import ALGORITHMS, looks_at, older_presets, published, warmup_updates
 from metrics import ReliabilityBins
 from program import ArgumentParser, UsageError
 
@@ -123,24 +123,11 @@ def end_of_warmup(args: dict) -> int | None:
     return warmup_updates(argparse.Namespace(**args)) if args['calibratemix'] else None
 
 
-def counts(key: str, args: dict) -> bool:
-    """Whether this run looks at an argument: CalibrateMix's own counts only with it, a method's only with the method.
-
-    Logit adjustment moves its means by the momentum of the methods' statistics.
-    """
-    methods = LOOKED_AT_BY.get(key)
-    if key.startswith('calmix_'):
-        return args['calibratemix']
-    if methods is None or (key == 'stat_momentum' and args.get('logit_adjustment')):
-        return True
-    return args['algorithm'] != 'supervised' if methods is True else args['algorithm'] in methods
-
-
 def add_settings(runs: list[dict]) -> list[str]:
     """Gives each run its settings, by which runs are grouped; returns their names.
 
     dataset, labels, algorithm and variant, and every other argument that differs among runs of one data set and number
-    of labels. An argument is compared only among the runs that look at it (`counts`), and is None (–) in the others.
+    of labels. An argument is compared only among the runs that look at it (`looks_at`), and is None (–) in the others.
     Where runs differ because each has the value that its method has by default, the method's name says it.
     """
     differ = []
@@ -156,7 +143,7 @@ def add_settings(runs: list[dict]) -> list[str]:
         values, given = {}, {}
         for run in runs:
             # A run of an older version, without the argument, is not set apart by it.
-            if key in run['args'] and counts(key, run['args']):
+            if key in run['args'] and looks_at(key, run['args']):
                 block, value = (run['settings']['dataset'], run['labels']), json.dumps(run['args'][key])
                 default = key in run['defaults'] and run['args'][key] == run['defaults'][key]
                 values.setdefault(block, set()).add(value)
@@ -165,7 +152,7 @@ def add_settings(runs: list[dict]) -> list[str]:
             differ.append(key)
     for run in runs:
         for key in differ:
-            value = run['args'].get(key) if counts(key, run['args']) else None
+            value = run['args'].get(key) if looks_at(key, run['args']) else None
             run['settings'][key] = value if isinstance(value, (int, float, str, type(None))) else json.dumps(value)
     return ['dataset', 'labels', 'algorithm', 'variant', *differ]
 

@@ -684,7 +684,7 @@ def semi_supervised_step(
     weight_all = method(seen_all, j_all, num_updates)
     weight = weight_all[accelerator.process_index * len(j):][:len(j)]
     logits = adjust(adjustment, out.logits, out.strong_logits, z_weak_all, weight_all)
-    out = out._replace(weak_logits=for_mask(out.weak_logits, num_updates))  # those that soft targets are made of
+    out = out._replace(weak_logits=for_mask(out.weak_logits, num_updates))  # soft targets are made of these
     loss, terms = base_losses(
         model, labeled, unlabeled, method, out, *logits, pseudo_label, weight, num_updates, accelerator, args,
     )
