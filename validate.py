@@ -946,7 +946,7 @@ def tell_mixing(name: str, run: dict) -> None:
     """Warns of a temperature from mixtures where the network was trained on mixtures."""
     if mixing_flags(run):
         _logger.warning(f'{name}: it was trained with {", ".join(mixing_flags(run))}. On mixtures it is then as right '
-                        'and as unsure as it was taught to be, and the temperature without labels comes out too low')
+                        'and as unsure as it was taught to be: the temperature without labels is off, mostly too low')
 
 
 def evaluate_checkpoint(
