@@ -383,7 +383,7 @@ def create_parser() -> argparse.ArgumentParser:
                        help='mix only unlabeled images of at least this confidence (presets: 0, all)')
     group.add_argument('--calmix-warmup-epochs', type=float, metavar='N', default=None,
                        help='epochs of the base method alone (paper, ours: 100 of 1024, authors-code: 146.5; by '
-                            'default the same share of --epochs). Without a warmup the ECE is higher')
+                            'default the same share of --epochs). Without one the ECE was higher in short runs')
     group.add_argument('--calmix-apm-in-warmup', action=flag, default=None,
                        help='unlabeled margins count from the first step on (paper, ours: yes, authors-code: no)')
     group.add_argument('--calmix-mixed-statistics', action=flag, default=None,
