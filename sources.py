@@ -878,6 +878,17 @@ def holds_classes(root: Path, folders: Sequence[str]) -> bool:
     return len(folders) > 1 and not named and not described and not {'+', '['} & set(root.name)
 
 
+def absolute_name(name: str) -> str:
+    """A data set's name; that of files or a folder from here with an absolute path."""
+    prefix, slash, rest = name.partition('/')
+    path, colon, config = rest.partition(':')
+    if prefix.lower() == 'hfds' and os.path.isdir(path):
+        return prefix + slash + os.path.abspath(path) + colon + config
+    if name in KNOWN or not (os.path.isdir(name) or name.endswith('.parquet') or filelists.is_file_table(name)):
+        return name
+    return os.path.abspath(name)
+
+
 def settle_sources(args: argparse.Namespace) -> None:
     """Settles the flags that name a run's images, so that its args.yaml names the same ones from any working folder.
 
@@ -889,15 +900,10 @@ def settle_sources(args: argparse.Namespace) -> None:
         name, folder = getattr(args, name_key) or '', getattr(args, dir_key)
         if folder and os.path.isdir(folder):
             setattr(args, dir_key, os.path.abspath(folder))
-        prefix, slash, rest = name.partition('/')
-        path, colon, config = rest.partition(':')
-        if prefix.lower() == 'hfds' and os.path.isdir(path):
-            setattr(args, name_key, prefix + slash + os.path.abspath(path) + colon + config)
-        elif name_key == 'dataset' and folder is None and name not in KNOWN and os.path.isdir(name):
+        if name_key == 'dataset' and folder is None and name not in KNOWN and os.path.isdir(name):
             args.dataset, args.data_dir = '', os.path.abspath(name)
-        elif name and name not in KNOWN and (
-                os.path.isdir(name) or name.endswith('.parquet') or filelists.is_file_table(name)):
-            setattr(args, name_key, os.path.abspath(name))
+        elif name:
+            setattr(args, name_key, absolute_name(name))
     for key in ('class_map', 'unlabeled_dir', 'val_labels'):
         path = getattr(args, key)
         if path and os.path.exists(path):
@@ -945,7 +951,8 @@ SOURCE_FLAGS = dict(
 
 
 def open_source(args: argparse.Namespace, split: str | None) -> Source:
-    """A split of --dataset; `args` has the flags of SOURCE_FLAGS.
+    """A split of --dataset; `args` has the flags of SOURCE_FLAGS, and may have `val_labels_split`, the split to which
+    --val-labels belongs where that is not the one to evaluate.
 
     Raises:
         UsageError: As `create_source`, and if no image of the training split has a label, unless a file gives them.
@@ -963,7 +970,7 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         max_pixels=args.max_pixels,
         train_split=args.train_split,
         unlabeled_dir=args.unlabeled_dir,
-        val_labels=args.val_labels if split == args.val_split else None,
+        val_labels=args.val_labels if split == getattr(args, 'val_labels_split', args.val_split) else None,
     )
     if split == args.train_split and not getattr(args, 'labels_file', None) and (source.targets < 0).all():
         raise UsageError(f'{args.dataset or args.data_dir}: no image of split {split} has a label; give the labeled '

@@ -54,6 +54,7 @@ from backbone import (
 from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import LEVELS, measure_decisions
+from digests import COMPARED_FILES, COMPARED_MOST, digest_pictures, from_text, spread
 from figures import (
     Panel,
     class_diagram,
@@ -94,6 +95,7 @@ from sources import (
     NoEvaluationSplit,
     PartSource,
     Source,
+    absolute_name,
     locate,
     open_run_source,
     open_source,
@@ -249,22 +251,31 @@ def choose_data(args: Namespace, run: dict) -> Namespace:
     """Arguments that name the images: the command line's over the run's over train_ssl.py's defaults.
 
     Another --dataset than the run's leaves the run's splits, columns and class map behind. `own` tells whether it is
-    the data set that the run was trained on.
+    the data set that the run was trained on. `val_labels_split` is the split that --val-labels belongs to.
     """
     given = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key) is not None}
-    if given.get('dataset') and os.path.abspath(given['dataset']) == run.get('data_dir'):
-        given['dataset'] = ''  # a run keeps a folder as its --data-dir
+    for key in ('data_dir', 'class_map', 'val_labels'):  # as a run keeps them, wherever it was started
+        if os.path.exists(given.get(key) or ''):
+            given[key] = os.path.abspath(given[key])
+    if given.get('dataset'):
+        given['dataset'] = absolute_name(given['dataset'])
+        if not run.get('dataset') and given['dataset'] == run.get('data_dir'):
+            given['dataset'] = ''  # a run keeps a folder as its --data-dir
     own = bool(run) and given.get('dataset', run.get('dataset')) == run.get('dataset')
     if own and args.val_split is None:
         given['val_split'] = run.get('test_split') or run.get('val_split')
-    return Namespace(**{**SOURCE_FLAGS, **(run if own else {}), **given, 'own': own})
+    data = Namespace(**{**SOURCE_FLAGS, **(run if own else {}), **given, 'own': own})
+    data.val_labels_split = data.val_split if 'val_labels' in given or not own else run.get('val_split')
+    if data.val_labels_split not in (data.val_split, args.calibration_split):
+        data.val_labels = None
+    return data
 
 
 def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
     """The data arguments of the first checkpoint; raises UsageError if another is to be evaluated on other images."""
     first = chosen[0]
     for name, other in zip(names, chosen):
-        for key in ('dataset', 'data_dir', 'val_split', 'class_map', 'input_key', 'target_key'):
+        for key in ('dataset', 'data_dir', 'val_split', 'class_map', 'input_key', 'target_key', 'val_labels'):
             ours, theirs = getattr(first, key), getattr(other, key)
             if ours != theirs:
                 flag = 'split' if key == 'val_split' else key.replace('_', '-')
@@ -976,8 +987,12 @@ def evaluate_checkpoint(
         dataset = kind(source, views, index, targets, skip_bad=images.data.skip_bad_images)
         return collect(model, dataset, config, accelerator, args)
 
-    if data.own:
-        tell_trained(name, checkpoint.parent / 'labels.json', images.data, images.test)
+    if checkpoint is not None:
+        known = checkpoint.parent / 'labels.json'
+        tell_trained(name, known, data, images.data.val_split, images.test, 'its score is too good')
+        if images.calibration is not None and not data.own:  # of its own, these are left out of the fit
+            tell_trained(name, known, data, args.calibration_split, images.calibration,
+                         'there it is right more often than elsewhere, so expect too low a temperature')
     labeled = mixed = own = None
     labels_file, own_file = find_labels(args, checkpoint, data, name)
     if labels_file is not None or (own_file is not None and images.unlabeled is not None):
@@ -1048,20 +1063,41 @@ def tell_choice(name: str, checkpoint: Path | None, data: Namespace) -> str:
     return chosen_by
 
 
-def tell_trained(name: str, own_file: Path, data: Namespace, test: Source) -> None:
-    """Warns of labeled images of a run among those to evaluate."""
-    if not own_file.exists() or not split_names(data.val_split) & split_names(data.train_split):
+def tell_trained(name: str, own_file: Path, data: Namespace, split: str, source: Source, then: str) -> None:
+    """Warns of labeled images of a run among others: by position in the run's own data set, everywhere by content.
+
+    Args:
+        name: The model's.
+        own_file: The run's labels.json.
+        data: Where the images come from.
+        split: Their split, for messages.
+        source: The images.
+        then: What follows from it.
+
+    Raises:
+        UsageError: If the file cannot be read, or does not fit the training split.
+    """
+    if not own_file.exists():
         return
-    train = open_source(data, data.train_split)
-    place = locate(train, test)
+    found, in_training, least = torch.zeros(len(source), dtype=torch.bool), '', ''
     try:
         content = json.loads(own_file.read_text())
-        labeled = int((place[content['index']] >= 0).sum())
+        known = from_text(content.get('digests', []))
+        if data.own and split_names(split) & split_names(data.train_split):
+            train = open_source(data, data.train_split)
+            place = locate(train, source)
+            in_training = f', and {int((place >= 0).sum())} are in its training split'
+            place = place[content['index']]
+            found[place[place >= 0]] = True
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UsageError(f'{own_file}: does not fit {data.train_split} ({type(error).__name__} {error})') from error
-    if labeled:
-        _logger.warning(f'{name}: {labeled} of the {len(test)} images of {data.val_split} are labeled images of its '
-                        f'training, and {int((place >= 0).sum())} are in its training split: its score is too good')
+    if not found.any():
+        looked_at = spread(len(source), COMPARED_FILES if source.in_files() else COMPARED_MOST)
+        found[looked_at] = torch.isin(digest_pictures(source, looked_at), known[known != 0])
+        least = 'at least ' * (len(looked_at) < len(source) or len(known) < len(content['index']))
+    if found.any():
+        _logger.warning(f'{name}: {least}{int(found.sum())} of the {len(source)} images of {split} are labeled images '
+                        f'of its training{in_training}: {then}')
 
 
 def main(args: Namespace) -> None:

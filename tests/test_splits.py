@@ -546,6 +546,104 @@ def test_a_best_that_the_test_split_chose_is_told(train, evaluate, caplog):
 
 # --- Precision and processes ------------------------------------------------------------------------------------------
 
+@pytest.fixture
+def as_tables(own) -> Path:
+    """The folders train and val once more: a CSV with a column split, and parquet files, which may be a hub's."""
+    names, root = ['1', '2', '10'], own.parent / 'tables'
+    root.mkdir()
+    lines = ['file_name,label,split']
+    for split in ('train', 'val'):
+        files = sorted((own / split).glob('*/*.png'))
+        lines += [f'{file},{file.parent.name},{split}' for file in files]
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+        table = datasets.Dataset.from_dict(dict(
+            image=[dict(bytes=file.read_bytes(), path=file.name) for file in files],
+            label=[names.index(file.parent.name) for file in files],
+        ), features)
+        table.to_parquet(root / f'{split}.parquet')
+    (root / 'list.csv').write_text('\n'.join(lines) + '\n')
+    return root
+
+
+@pytest.mark.parametrize('name', ['{}/list.csv', '{}/*.parquet', 'hfds/{}', '{}'])
+def test_a_runs_own_data_set_is_known_by_a_relative_name_too(name, as_tables, train_own, evaluate, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(validate, 'fit_temperature', lambda logits, target: (1.5, False))  # two updates teach nothing
+    trained = train_own('run', '--dataset', name.format(as_tables), '--num-labels', 6)
+    found = {}
+    for path in (as_tables, Path(os.path.relpath(as_tables, as_tables.parent))):
+        monkeypatch.chdir(as_tables.parent)
+        caplog.clear()
+        arguments = ('--checkpoint', trained / 'last', '--dataset', name.format(path))
+        found[path] = evaluate(*arguments, '--split', 'val', '--calibration-split', 'train', '--save-temperature')
+        assert '18 of 24 calibration images are used: 0 are evaluated, 6 were labeled in training' in caplog.text
+        assert 'labeled images of its training' not in caplog.text  # none among those evaluated
+        caplog.clear()
+        evaluate(*arguments, '--split', 'train')
+        assert '6 of the 24 images of train are labeled images of its training' in caplog.text
+        assert 'its temperature is not shown, as it was fitted on train' in caplog.text
+    absolute, relative = found.values()
+    assert absolute == relative
+
+
+def test_training_pictures_under_another_name_are_known_by_content(own, as_tables, train_own, evaluate, caplog):
+    trained = train_own('run', '--data-dir', own, '--num-labels', 6)
+    arguments = ('--checkpoint', trained / 'last', '--dataset', as_tables / 'list.csv')
+    evaluate(*arguments, '--split', 'train')
+    assert '6 of the 24 images of train are labeled images of its training: its score is too good' in caplog.text
+    caplog.clear()
+    evaluate(*arguments, '--split', 'val', '--calibration-split', 'train')
+    assert ('6 of the 24 images of train are labeled images of its training: there it is right more often than '
+            'elsewhere') in caplog.text
+    assert 'images of val' not in caplog.text
+
+
+@pytest.fixture
+def flat_val(own) -> Path:
+    """Where val has the pictures alone, and a file says what they show; test has folders of classes; flat has none."""
+    shutil.move(own / 'fewer', own / 'test')
+    lines = ['file_name,label']
+    for i, path in enumerate(sorted((own / 'val').glob('*/*.png'))):
+        lines.append(f'{i}.png,{path.parent.name}')
+        path.rename(own / 'val' / f'{i}.png')
+    for folder in (own / 'val').iterdir():
+        if folder.is_dir():
+            folder.rmdir()
+    shutil.copytree(own / 'val', own / 'flat')
+    (own / 'truth.csv').write_text('\n'.join(lines) + '\n')
+    return own
+
+
+def test_labels_of_a_runs_validation_split_are_used_for_no_other(flat_val, train_own, evaluate, monkeypatch, caplog):
+    monkeypatch.chdir(flat_val)
+    trained = train_own('run', '--data-dir', flat_val, '--num-labels', 6, '--val-split', 'val', '--val-labels',
+                        'truth.csv', '--test-split', 'test')
+    assert evaluate('--checkpoint', trained / 'last')['split'] == 'test'
+    theirs = json.loads((trained / 'last' / 'metrics.json').read_text())['error']
+    assert evaluate('--checkpoint', trained / 'last', '--split', 'val')['error'] == pytest.approx(theirs, abs=1e-3)
+    caplog.set_level(logging.INFO)
+    evaluate('--checkpoint', trained / 'last', '--calibration-split', 'val')
+    assert '9 of 9 calibration images are used' in caplog.text
+    with pytest.raises(UsageError, match='flat: images lie directly in it'):
+        evaluate('--checkpoint', trained / 'last', '--split', 'flat')
+    given = evaluate('--checkpoint', trained / 'last', '--split', 'flat', '--val-labels', 'truth.csv')
+    assert given['error'] == pytest.approx(theirs, abs=1e-3)
+
+
+def test_runs_with_other_labels_for_the_same_pictures_are_not_compared(flat_val, train_own, evaluate):
+    truth = (flat_val / 'truth.csv').read_text()
+    (flat_val / 'turned.csv').write_text(truth.replace(',1\n', ',x\n').replace(',2\n', ',1\n').replace(',x\n', ',2\n'))
+    runs = [
+        train_own(name, '--data-dir', flat_val, '--num-labels', 6, '--val-split', 'val', '--val-labels',
+                  flat_val / f'{name}.csv', '--test-split', 'test') / 'last' for name in ('truth', 'turned')
+    ]
+    with pytest.raises(UsageError, match=r'truth has --val-labels .*truth\.csv and turned .*turned\.csv'):
+        evaluate('--checkpoint', *runs, '--split', 'val')
+    run_in_process(validate, '--device', 'cpu', '-j', 0, '--bootstrap', 0, '--results-dir', flat_val / 'results',
+                   '--checkpoint', *runs)  # their test split has labels of its own
+    assert json.loads((flat_val / 'results' / 'turned' / 'metrics.json').read_text())['count'] == 6
+
+
 def test_validation_takes_the_runs_precision(train, evaluate):
     folder = train('run', '--amp')
     own_figures = json.loads((folder / 'last/metrics.json').read_text())
