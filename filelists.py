@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from folders import list_pictures, tell, to_stored
+from folders import composed, list_pictures, tell, to_stored
 from program import UsageError, name_some
 from tables import VAL_SPLITS, find_label_columns, refuse_pointer
 
@@ -34,6 +35,8 @@ FILE_COLUMNS = (
 )
 PICTURES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.dib', '.tif', '.tiff', '.gif', '.ppm', '.pgm',
             '.pbm', '.pnm', '.jp2', '.avif')
+NO_VALUE = ('nan', 'none', 'null', 'na', 'n/a', '<na>')  # how programs write that there is nothing
+SPLIT_NAMES = frozenset(('train', 'training', 'test', 'testing', 'dev', 'unlabeled', 'extra', *VAL_SPLITS))
 
 
 class Rows(NamedTuple):
@@ -47,7 +50,7 @@ class Listed(NamedTuple):
     """Pictures that a file names."""
     splits: dict[str, datasets.Dataset]  # by name, each with the file's own columns; that of files holds images
     paths: list[str]  # absolute
-    labeled: bool  # whether there is one column of labels
+    labels: list[str]  # columns that may each be that of the labels
 
     def files(self) -> frozenset[str]:
         return frozenset(self.paths)
@@ -118,11 +121,7 @@ def _list_files(
     label_at = rows.columns.index(found[0]) if len(found) == 1 else None
     if label_at is not None:
         _clean_labels(rows, label_at, file)
-    empty = [line for cell, line in zip(rows.cells[at], rows.lines) if not cell]
-    if empty:
-        raise UsageError(f'{file}, line {empty[0]}: no file in column {rows.columns[at]}')
-    paths = [_absolute(f'{base}', cell) for cell in rows.cells[at]]
-    paths, missing = _find_files(paths, file)
+    paths, missing = find_files(file_names(rows, at, file), f'{base}', file)
     if missing:
         note = (f'{file}: {len(missing)} of {len(paths)} files are missing, such as line {rows.lines[missing[0]]}: '
                 f'{rows.cells[at][missing[0]]} (paths are relative to {base}; --data-dir names another folder)')
@@ -130,6 +129,9 @@ def _list_files(
             raise UsageError(note if len(missing) == len(paths) else f'{note}; --skip-missing leaves them out')
         tell(note)
     splits = _find_split_names(rows, at, file)
+    for column in range(len(rows.columns)):
+        if column != at:
+            _flatten(rows, column, file)
     keep = _one_row_a_file(rows, paths, splits, label_at, set(missing), file)
     by_split = {}
     for i in keep:
@@ -145,7 +147,36 @@ def _list_files(
         told.append(f'{split} of {len(chosen)} pictures' + (f', {empty} of them without a label' if empty else ''))
     label = 'no known label column' if label_at is None else f'labels in {rows.columns[label_at]}'
     tell(f'{file}: files in column {rows.columns[at]}, {label}; {"; ".join(told)}', logging.INFO)
-    return Listed(tables, paths, label_at is not None)
+    return Listed(tables, paths, found)
+
+
+def file_names(rows: Rows, at: int, file: Path) -> list[str]:
+    """The column of files; raises UsageError with the line of a cell that names none."""
+    for cell, line in zip(rows.cells[at], rows.lines):
+        if not cell:
+            raise UsageError(f'{file}, line {line}: no file in column {rows.columns[at]}')
+        if not isinstance(cell, str) or '\n' in cell or '\r' in cell or '\0' in cell:
+            raise UsageError(f'{file}, line {line}: column {rows.columns[at]} has no name of a file: '
+                             f'{_shorten(cell)}')
+    return rows.cells[at]
+
+
+def _shorten(cell: str | list) -> str:
+    text = repr(cell)
+    return text if len(text) <= 60 else f'{text[:60]}...'
+
+
+def _flatten(rows: Rows, at: int, file: Path) -> None:
+    """Lists in a column become text, as such of boxes beside the labels; raises UsageError for what is no text."""
+    cells = rows.cells[at]
+    if any(isinstance(cell, list) for cell in cells):
+        cells[:] = [json.dumps(cell) if isinstance(cell, list) else cell for cell in cells]
+    try:
+        pa.array(cells, pa.string())
+    except UnicodeEncodeError:
+        broken = next(i for i, cell in enumerate(cells) if cell and cell != cell.encode(errors='replace').decode())
+        raise UsageError(f'{file}, line {rows.lines[broken]}: half a character in column {rows.columns[at]}: '
+                         f'{_shorten(cells[broken])}') from None
 
 
 def _absolute(base: str, name: str) -> str:
@@ -200,6 +231,11 @@ def read_rows(file: Path) -> Rows:
         raise UsageError(f'{file}: cannot be read: {" ".join(str(error).split())}') from error
     if not rows.lines:
         raise UsageError(f'{file}: no rows in it')
+    long = [line for *cells, line in zip(*rows.cells, rows.lines)
+            if any(isinstance(cell, str) and ('\n' in cell or '\r' in cell) for cell in cells)]
+    if long:
+        tell(f'{file}: {len(long)} of {len(rows.lines)} rows have a cell of several lines, such as line {long[0]}; if '
+             'none should, a quotation mark is missing there')
     twice = [column for column, count in Counter(rows.columns).items() if count > 1]
     if twice:
         raise UsageError(f'{file}: two columns are called {twice[0]}')
@@ -215,8 +251,8 @@ def _read_csv(opened, file: Path) -> Rows:
         if other != delimiter:
             tell(f'{file}: columns are taken as separated by {other!r}, as its first line is')
             delimiter = other
-    reader, columns, cells, lines = csv.reader(opened, delimiter=delimiter), None, [], array('q')
-    line, block = 1, []
+    reader = csv.reader(opened, delimiter=delimiter, strict=True, skipinitialspace=True)
+    columns, cells, lines, line, block = None, [], array('q'), 1, []
 
     def take() -> None:
         """Puts rows into their columns; in a million rows the same word is kept once."""
@@ -225,19 +261,23 @@ def _read_csv(opened, file: Path) -> Rows:
             column += map(same.setdefault, new, new) if 2 * len({*new}) < len(new) else new
         block.clear()
 
-    for row in reader:
-        if row and columns is None:
-            columns = [column.strip() for column in row]
-            cells, words = [[] for _ in columns], [{} for _ in columns]
-        elif row:
-            if len(row) != len(columns):
-                raise UsageError(f'{file}, line {line}: {len(row)} cells, and the first line has {len(columns)} (a '
-                                 'comma in a name needs quotes around it)')
-            block.append(row)
-            lines.append(line)
-            if len(block) == 1000:
-                take()
-        line = reader.line_num + 1
+    try:
+        for row in reader:
+            if row and columns is None:
+                columns = [column.strip() for column in row]
+                cells, words = [[] for _ in columns], [{} for _ in columns]
+            elif row:
+                if len(row) != len(columns):
+                    raise UsageError(f'{file}, line {line}: {len(row)} cells, and the first line has {len(columns)} (a '
+                                     'comma in a name needs quotes around it)')
+                block.append(row)
+                lines.append(line)
+                if len(block) == 1000:
+                    take()
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UsageError(f'{file}, line {line}: {error} (a quotation mark opens a cell there that ends nowhere, or not '
+                         'at its end)') from error
     if block:
         take()
     return Rows(columns or [], cells, lines)
@@ -250,7 +290,7 @@ def _read_json_lines(opened, file: Path) -> Rows:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f'{file}, line {number}: no JSON ({error})') from error
         if not isinstance(row, dict):
             raise UsageError(f'{file}, line {number}: expected an object such as {{"file_name": ..., "label": ...}}')
@@ -265,39 +305,73 @@ def _as_text(cell) -> str | list | None:
         return cell
     if isinstance(cell, dict):
         return json.dumps(cell)
+    if isinstance(cell, float) and cell != cell:  # NaN
+        return None
     return None if cell is None else str(cell).strip() or None
 
 
 def _clean_labels(rows: Rows, at: int, file: Path) -> None:
     """Labels as names of classes: pandas writes whole numbers as 3.0 where a cell is empty; Kaggle's ground truth has a
-    box behind each wnid; a list is no label."""
-    whole, cells = True, rows.cells[at]
+    box behind each wnid; a list is no label; among whole numbers -1 and NaN are none.
+    """
+    column, cells = rows.columns[at], rows.cells[at]
     for i, line in enumerate(rows.lines):
         if isinstance(cells[i], list):
             raise UsageError(f'{file}, line {line}: a list of labels; images of several classes (multi-label) cannot '
                              'be trained here, so choose a column of one label an image (--target-key)')
-        if rows.columns[at].lower() == 'predictionstring' and cells[i]:
+        if cells[i] and ('\n' in cells[i] or '\r' in cells[i]):
+            raise UsageError(f'{file}, line {line}: a label of several lines, {_shorten(cells[i])}; is a quotation '
+                             'mark missing?')
+        if column.lower() == 'predictionstring' and cells[i]:
             cells[i] = cells[i].split()[0]
-        whole = whole and (cells[i] is None or re.fullmatch(r'\d+\.0', cells[i]) is not None)
-    if whole and any(cells):
-        tell(f'{file}: labels such as {next(filter(None, cells))} are taken as whole numbers', logging.INFO)
-        cells[:] = [cell and cell[:-2] for cell in cells]
+    count = Counter(cells)
+    count.pop(None, None)
+    name = {word: re.fullmatch(r'(-?\d+)(\.0*)?', word) for word in count}
+    nothing = [word for word in count if word.lower() in NO_VALUE]
+    if not all(name[word] or word in nothing for word in count) or len(nothing) == len(count):
+        odd = nothing + [word for word in count if name[word] and name[word][1] == '-1']
+        if odd:
+            tell(f'{file}: column {column} holds {name_some(odd)} among other words, {sum(count[w] for w in odd)} '
+                 'times; that counts as a class (an empty cell is no label)')
+        return
+    name = {word: match and match[1] for word, match in name.items()}
+    for i, cell in enumerate(cells):
+        if cell is not None and (name[cell] or '').startswith('-') and name[cell] != '-1':
+            raise UsageError(f'{file}, line {rows.lines[i]}: the label is {cell}; expected 0 or more, or -1 for no '
+                             'label')
+    none = [word for word in count if name[word] in (None, '-1')]
+    if none:
+        tell(f'{file}: {sum(count[word] for word in none)} rows whose {column} is {name_some(none)} have no label')
+    written = next((word for word in count if '.' in word), None)
+    if written:
+        tell(f'{file}: labels such as {written} are taken as whole numbers', logging.INFO)
+    if none or written:
+        name = {word: None if word in none else number for word, number in name.items()}
+        cells[:] = [cell and name[cell] for cell in cells]
 
 
-def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
-    """The paths as they are on disk, and the positions of those that are not.
+def find_files(given: Sequence[str], base: str, file: Path) -> tuple[list[str], list[int]]:
+    """Absolute paths of named files as they are on disk, and the positions of those that are not.
 
-    A path that is not there is tried with slashes for backslashes, and then, if it has no ending that pictures have, as
-    a name without its ending.
+    A path that is not there is tried with slashes for backslashes; with its accents in the other form of Unicode, as a
+    Mac writes them; and then, if it has no ending that pictures have, as a name without its ending.
+
+    Args:
+        given: Names in the file.
+        base: What they are relative to.
+        file: The list, for messages.
+
+    Raises:
+        UsageError: If a name without its ending may be several files.
     """
     folders, stems, missing = {}, {}, []
-    paths, slashes, endings = list(paths), 0, 0
+    paths, slashes, forms, endings = [_absolute(base, name) for name in given], 0, 0, 0
 
     def names(folder):
         if folder not in folders:
             try:
                 folders[folder] = {entry.name for entry in os.scandir(folder)}
-            except OSError:
+            except (OSError, ValueError):  # ValueError: of a name that no file can have
                 folders[folder] = set()
         return folders[folder]
 
@@ -310,6 +384,12 @@ def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
             folder, name = os.path.split(os.path.normpath(path.replace('\\', '/')))
             if name in names(folder):
                 paths[i], slashes = os.path.join(folder, name), slashes + 1
+                continue
+        if not given[i].isascii():
+            other = (os.path.split(_absolute(base, unicodedata.normalize(form, given[i]))) for form in ('NFC', 'NFD'))
+            found = next((split for split in other if split[1] in names(split[0])), None)
+            if found:
+                paths[i], forms = os.path.join(*found), forms + 1
                 continue
         if os.path.splitext(name)[1].lower() not in PICTURES:
             if folder not in stems:
@@ -325,6 +405,7 @@ def _find_files(paths: list[str], file: Path) -> tuple[list[str], list[int]]:
                 continue
         missing.append(i)
     for count, what in ((slashes, 'have backslashes, which are taken as slashes'),
+                        (forms, 'have accents in another form of Unicode than the files, and are found all the same'),
                         (endings, 'have no ending and are found by the rest of the name')):
         if count:
             tell(f'{file}: {count} of {len(paths)} file names {what}', logging.INFO)
@@ -337,7 +418,16 @@ def _find_split_names(rows: Rows, at: int, file: Path) -> list[str]:
         unnamed = sum(not cell for cell in rows.cells[column])
         if unnamed:
             tell(f'{file}: {unnamed} rows with an empty split count as train')
+        odd = next((i for i, cell in enumerate(rows.cells[column]) if isinstance(cell, list)), None)
+        if odd is not None:
+            raise UsageError(f'{file}, line {rows.lines[odd]}: column {rows.columns[column]} has no name of a split: '
+                             f'{_shorten(rows.cells[column][odd])}')
         return [cell or 'train' for cell in rows.cells[column]]
+    for key, cells in zip(rows.columns, rows.cells):
+        words = {cell.lower() for cell in cells[:1000] if isinstance(cell, str)}
+        if len(words) > 1 and words <= SPLIT_NAMES:
+            tell(f'{file}: column {key} looks like splits ({", ".join(sorted(words))}) and is not read as such; call '
+                 'it split')
     known = {'train', 'unlabeled', 'extra', *VAL_SPLITS}
     firsts = []
     for cell in rows.cells[at]:
@@ -382,6 +472,12 @@ def _one_row_a_file(
     return list(first.values())
 
 
+def refuse_several(listed: Listed, file: Path) -> None:
+    if len(listed.labels) > 1:
+        raise UsageError(f'{file}: {" and ".join(listed.labels)} may each be the label column; choose one '
+                         '(--target-key)')
+
+
 # --- Pictures below a folder ------------------------------------------------------------------------------------------
 
 def pictures_below(folder: Path) -> list[str]:
@@ -424,7 +520,8 @@ def read_metadata(
     if len(files) > 1:
         raise UsageError(f'{folder}: {" and ".join(file.name for file in files)} side by side; move all but one away')
     listed = list_files(files[0], None, input_key, target_key, skip_missing)
-    if not listed.labeled:
+    refuse_several(listed, files[0])
+    if not listed.labels:
         tell(f'{files[0]}: not read, as no column of labels is known in it (--target-key)')
         return {}
     known = listed.files()
@@ -459,7 +556,8 @@ def ground_truth(
         raise UsageError(f'--val-labels {file}: gives labels to the pictures of a flat folder, and {folder} is none')
     if is_file_table(file):
         listed = list_files(file, folder, input_key, target_key)
-        if not listed.labeled:
+        refuse_several(listed, file)
+        if not listed.labels:
             raise UsageError(f'--val-labels {file}: no column of labels is known in it (--target-key)')
         if len(listed.splits) > 1:
             raise UsageError(f'--val-labels {file}: has the splits {", ".join(listed.splits)}; give it as --dataset')
@@ -548,7 +646,7 @@ def read_names(file: Path, input_key: str | None = None) -> list[str]:
     if others:
         tell(f'--labels-file {file}: names alone are read from it, and labels are the training split\'s; '
              f'{" and ".join(others)} is not read')
-    return [cell for cell in rows.cells[at] if cell]
+    return [cell for cell in rows.cells[at] if isinstance(cell, str)]
 
 
 def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[int]:
@@ -561,7 +659,7 @@ def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[i
         UsageError: If none is found, or a name may be several of the files.
     """
     def base_name(path):
-        return re.sub(r'(?<=\d)_n\d{8}(?=\.\w+$)', '', path.rpartition('/')[2])
+        return composed(re.sub(r'(?<=\d)_n\d{8}(?=\.\w+$)', '', path.rpartition('/')[2]))
 
     by_name = {}
     for i, path in enumerate(paths):
@@ -571,7 +669,8 @@ def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[i
         name = name.replace('\\', '/')
         places = by_name.get(base_name(name), [])
         if len(places) > 1:
-            places = [i for i in places if paths[i] == name or paths[i].endswith('/' + name)] or places
+            ends = composed('/' + name.lstrip('/'))
+            places = [i for i in places if composed(paths[i]).endswith(ends)] or places
         if len(places) > 1:
             raise UsageError(f'{what}: {name} may be {len(places)} files, such as {paths[places[0]]} and '
                              f'{paths[places[1]]}; write it with its folders')

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -76,6 +77,11 @@ def natural_paths(paths: Iterable[str]) -> list[str]:
         return f'{folder_keys[folder]}{_NUMBER.sub(_number_key, name.lower())}\0{path}'
 
     return sorted(paths, key=key)
+
+
+def composed(text: str) -> str:
+    """Text in one form of Unicode (NFC): a name that was written on a Mac may have each accent as a sign of its own."""
+    return text if text.isascii() else unicodedata.normalize('NFC', text)
 
 
 # Arrow's strings are UTF-8, and a file's name may be any bytes. A name that is not UTF-8 is kept as a file: URI, which
@@ -218,7 +224,8 @@ def image_folder(folder: Path, class_map: str = '', flat: bool = False) -> datas
     Args:
         folder: One split.
         class_map: timm's class map file.
-        flat: Pictures may lie directly in the folder: all are then without a label.
+        flat: Pictures may lie directly in the folder: all are then without a label. Those of folders that the class map
+            does not name have none either, and are not left out.
 
     Raises:
         UsageError: If there is no picture, or one outside of the class folders, or the class map does not fit.
@@ -238,28 +245,35 @@ def image_folder(folder: Path, class_map: str = '', flat: bool = False) -> datas
             raise UsageError(f'{readable(folder)}: images lie directly in it, such as {readable(direct)}; expected one '
                              'folder per class (a folder of unlabeled images: --unlabeled-split)')
         if direct is None:
-            number, names, told = number_classes(found, folder, class_map)
+            number, names, told = number_classes(found, folder, class_map, flat)
             label = [number.get(path.partition(os.sep)[0], -1) for path in paths]
-            paths = [path for path, at in zip(paths, label) if at >= 0]
-            label = [at for at in label if at >= 0]
-            notes += [] if flat else told
+            if not flat:
+                paths = [path for path, at in zip(paths, label) if at >= 0]
+                label = [at for at in label if at >= 0]
+                notes += told
         # timm finds a class map in the folder too.
         maps = [class_map if os.path.exists(class_map) else os.path.join(folder, class_map)] if class_map else []
         base = os.path.join(folder, '')
         paths = [base + path for path in paths]
         return _path_array(paths), pa.array(label), names, [*found.folders, *maps], '\n'.join(notes)
 
-    return file_index(('folder 2', folder, class_map, flat, sorted(picture_extensions())), listing)
+    return file_index(('folder 3', folder, class_map, flat, sorted(picture_extensions())), listing)
 
 
-def number_classes(found: Listing, folder: str, class_map: str) -> tuple[dict[str, int], list[str] | None, list[str]]:
+def number_classes(
+        found: Listing,
+        folder: str,
+        class_map: str,
+        flat: bool,
+) -> tuple[dict[str, int], list[str] | None, list[str]]:
     """Numbers of the class folders, class names by number (None if a map leaves numbers without one), what to tell."""
     filled, notes = Counter(path.partition(os.sep)[0] for path in found.pictures), []
     number = {name: i for i, name in enumerate(found.classes)}
     if class_map:
-        number = read_class_map(class_map, folder)
+        there = {composed(name): name for name in found.classes}
+        number = {there.get(composed(name), name): i for name, i in read_class_map(class_map, folder).items()}
         known = [name for name in found.classes if name in number]
-        if not known:
+        if not known and not flat:
             raise UsageError(f'--class-map {class_map}: none of its names ({name_some(number)}) is a class folder in '
                              f'{readable(folder)} ({name_some(found.classes)}); in a .txt file each line is a '
                              'name alone')
@@ -268,11 +282,11 @@ def number_classes(found: Listing, folder: str, class_map: str) -> tuple[dict[st
             notes.append(f'{readable(folder)}: --class-map {class_map} leaves out {len(dropped)} of '
                          f'{len(found.classes)} class folders, with {sum(filled[name] for name in dropped)} pictures: '
                          f'{name_some(dropped)}')
-        if not any(filled[name] for name in known):
+        if not any(filled[name] for name in known) and not flat:
             raise UsageError(f'{readable(folder)}: no picture in the class folders of --class-map {class_map}')
     names = [[] for _ in range(max(number.values()) + 1)]
     for name, i in number.items():
-        names[i].append(readable(name))
+        names[i].append(composed(readable(name)))
     gaps = [str(i) for i, name in enumerate(names) if not name]
     empty = [name for name in number if not filled[name]]
     if empty:

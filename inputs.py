@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from filelists import choose_file_column, read_rows
+from filelists import choose_file_column, file_names, find_files, read_rows
 from folders import list_pictures, tell
 from pictures import MAX_PIXELS
 from program import UsageError, readable
@@ -58,12 +58,9 @@ def read_list(file: Path, root: Path | None = None, column: str | None = None) -
     else:
         rows = read_rows(file)
         at = rows.columns.index(choose_file_column(rows.columns, file, column))
-        names = rows.cells[at]
-        for name, line in zip(names, rows.lines):
-            if not isinstance(name, str) or not name:
-                raise UsageError(f'{file}: line {line} has no file name in column {rows.columns[at]}')
-    paths = [os.path.join(root, name) for name in names]
-    if paths and not any(map(os.path.isfile, paths)):
+        names = file_names(rows, at, file)
+    paths, missing = find_files(names, f'{root}', file)
+    if paths and len(missing) == len(paths):
         raise UsageError(f'{file}: none of its {len(paths)} files exists, such as {paths[0]}; paths are taken as '
                          f'relative to {root} (--data-dir names another folder)')
     return PlainFolder(paths, names)
@@ -104,7 +101,7 @@ def open_pictures(
             tell(f'{path}: {listing.tell()}' if listing.tell() else '')
             if listing.pictures:
                 return limited(PlainFolder([os.path.join(name, found) for found in listing.pictures]), max_pixels)
-        elif name.endswith('.parquet') and glob(name, recursive=True):
+        elif name.lower().endswith('.parquet') and glob(name, recursive=True):
             tables = open_tables(sorted(glob(name, recursive=True)))
             return limited(HFSource(tables, name, input_key, labeled=False), max_pixels)
         elif path.is_file():

@@ -10,6 +10,7 @@ import torch
 
 from digests import from_text, place_pictures
 from filelists import is_name_list, match_names, read_names
+from folders import composed
 from imbalance import check_sizes, draw, draws_unlabeled, labeled_sizes, tell_sizes
 from program import UsageError, name_some
 from seeds import item_seed
@@ -213,7 +214,8 @@ def match_classes(
     Raises:
         UsageError: If a class is not one of the run's.
     """
-    targets, theirs = source.targets, source.class_names
+    targets = source.targets
+    theirs, class_names = (names and [*map(composed, names)] for names in (source.class_names, class_names))
     shared = set(theirs or ()) & set(class_names or ())
     if not theirs or not class_names or (same_numbering and not shared):
         lacks = 'one numbering is known of both' if theirs and class_names else 'class names are not known of both'
@@ -341,7 +343,7 @@ def read_labels(
 def _match_labels(where: str, labels: torch.Tensor, names: list[str], wanted: list[str]) -> torch.Tensor:
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
         raise UsageError(f'{where}: a label is outside of its {len(names)} classes')
-    mapped = renumber(labels, names, wanted)
+    mapped = renumber(labels, [*map(composed, names)], [*map(composed, wanted)])
     unknown = [names[number] for number in labels[mapped < 0].unique().tolist()]
     if unknown:
         raise UsageError(f'{where}: its labels are of classes that the training split does not have: '

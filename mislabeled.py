@@ -19,6 +19,7 @@ import csv
 import json
 import math
 from argparse import Namespace
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -340,6 +341,9 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
 
 
 def main(args: Namespace) -> None:
+    for folder, times in Counter(folder.resolve() for folder in args.runs).items():
+        if times > 1:
+            raise UsageError(f'{folder} is given {times} times; each run counts once')
     runs = [read_margins(folder) for folder in args.runs]
     check_same_labels(args.runs, runs)
     ranking = rank_labels(runs, args.threshold_percentile)

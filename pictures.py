@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, TiffImagePlugin
 
 MAX_PIXELS = 178_956_970  # where Pillow refuses by itself
 Image.MAX_IMAGE_PIXELS = None  # decode_image has the limit, as a flag can then move it, in spawned workers as well
 LOOKED_AT = 32  # pictures of a set by which its bits are told
 FRAMES_LOOKED_AT = 500  # files whose kind may hold several pictures, which are looked at for that
 FRAME_ENDINGS = ('.gif', '.tif', '.tiff', '.webp', '.apng')
-# What Pillow's plugins raise on a file that is broken.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, NotImplementedError, LookupError, TypeError, OverflowError,
-                 struct.error, zlib.error)
+# What Pillow's plugins raise on a file that is broken; AVIF's a RuntimeError, SPIDER's an AttributeError.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError, AttributeError,
+                 OverflowError, struct.error, zlib.error)
+WHITE_IS_ZERO = 0  # of TIFF's PhotometricInterpretation
 
 
 @functools.cache
@@ -73,9 +74,12 @@ def decode_image(
         if least is not None:
             image.draft(None, (least, least))
         image.load()
+        negative = getattr(image, 'tag_v2', {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
         image = ImageOps.exif_transpose(image)
         if _is_deep(image):
             image = _to_eight_bits(image, bits)
+            if negative:  # of 8 bits or less Pillow turns it itself
+                image = ImageOps.invert(image)
         elif image.mode == 'F':
             raise ValueError('floating-point pixels have no known range; store the image with 8 or 16 bits')
         if image.mode in ('P', 'PA', 'LA'):
@@ -107,6 +111,23 @@ def count_frames(data: Callable[[int], bytes | str | np.ndarray], index: Sequenc
         except DECODE_ERRORS:  # told where the picture is asked for, by name
             continue
     return several
+
+
+def count_transparent(data: Callable[[int], bytes | str | np.ndarray], index: Sequence[int]) -> list[int]:
+    """Which of the pictures have parts that can be seen through, whose hidden colours `decode_image` shows."""
+    transparent = []
+    for i in index:
+        try:
+            content = data(i)
+            if isinstance(content, np.ndarray):
+                continue
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                if image.has_transparency_data and image.width * image.height <= MAX_PIXELS:
+                    if image.convert('RGBA').getextrema()[3][0] < 255:
+                        transparent.append(i)
+        except DECODE_ERRORS:  # told where the picture is asked for, by name
+            continue
+    return transparent
 
 
 def spread_indices(length: int, most: int) -> list[int]:

@@ -185,7 +185,7 @@ def open_all(args: Namespace) -> Source:
             args.dataset or '', args.data_dir, args.split, args.input_key, args.dataset_download, args.max_pixels,
         )
     for name in args.pictures:
-        if not os.path.exists(name) and not name.endswith('.parquet'):
+        if not os.path.exists(name) and not name.lower().endswith('.parquet'):
             raise UsageError(f'{name}: no such file or folder (data sets by name are given as --dataset)')
     parts = [
         open_pictures(name, args.data_dir, None, args.input_key, max_pixels=args.max_pixels) for name in args.pictures
@@ -494,6 +494,12 @@ def tell_errors(source: Source, good: np.ndarray) -> dict[int, str]:
     return told
 
 
+def given_names(source: Source) -> list[str]:
+    """What the pictures are called in tables."""
+    names = source.names if isinstance(source, PlainFolder) else map(source.where, range(len(source)))
+    return [*map(printable, names)]
+
+
 def create_table(
         source: Source,
         found: Predictions,
@@ -511,9 +517,7 @@ def create_table(
     def floats(values: np.ndarray) -> list:
         return column(values.tolist())
 
-    is_files = isinstance(source, PlainFolder)
-    given = source.names if is_files else map(source.where, range(len(source)))
-    table = {args.filename_col: [printable(name) for name in given]}
+    table = {args.filename_col: given_names(source)}
     first, is_named = found.classes[:, 0].tolist(), args.label_type != 'none'
     if args.include_index or not is_named:
         table[args.index_col] = column(first)
@@ -612,11 +616,11 @@ def check_columns(source: Source, args: Namespace) -> None:
     if len({*given} | others) < len(given) + len(others):
         raise UsageError('two columns would have the same name: change --filename-col, --label-col, --index-col or '
                          '--output-col')
-    if 'json' in args.results_format and isinstance(source, PlainFolder):
-        name, number = next(iter(Counter(source.names).most_common(1)), ('', 0))
+    if 'json' in args.results_format:
+        name, number = next(iter(Counter(given_names(source)).most_common(1)), ('', 0))
         if number > 1:
-            raise UsageError(f'--results-format json is an object by file name, and {printable(name)} is given '
-                             f'{number} times; json-record and csv keep both')
+            raise UsageError(f'--results-format json is an object by file name, and {name} is given {number} times; '
+                             'json-record and csv keep both')
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
@@ -655,7 +659,8 @@ def split_folders(
         UsageError: If a picture is no file, and is to be linked to.
     """
     folders, sure = folder_names(names), accepted(found, decisions)
-    part = root.absolute().with_name(f'.{root.absolute().name}.{os.getpid()}.part')
+    root = root.resolve()  # a link to a folder stays one
+    part = root.with_name(f'.{root.name}.{os.getpid()}.part')
     used = {}  # by folder the names in it, and what they show
     try:
         part.mkdir()

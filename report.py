@@ -30,6 +30,7 @@ import re
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -163,6 +164,25 @@ def group(runs: list[dict], keys: list[str]) -> dict[tuple, list[dict]]:
     for run in runs:
         groups.setdefault(tuple(run['settings'][key] for key in keys), []).append(run)
     return groups
+
+
+def tell_images(runs: list[dict]) -> list[str]:
+    """A line for each data set whose runs were not all evaluated on the same images and classes, as far as is known."""
+    told = []
+    for (dataset,), found in group(runs, ['dataset']).items():
+        images, classes = {}, {}
+        for run in found:
+            metrics = run['metrics']
+            images.setdefault((metrics.get('count'), metrics.get('split')), []).append(run['run'])
+            classes.setdefault(json.dumps(metrics.get('class_names')), []).append(run['run'])
+        parts = [f'{count} images of {split} ({one_line(names[0])}{" and others" * (len(names) > 1)})'
+                 for (count, split), names in images.items()]
+        if len(images) > 1:
+            told.append(f'{one_line(dataset)}: not all runs were evaluated on the same images: {", ".join(parts)}')
+        elif len(classes) > 1:
+            told.append(f'{one_line(dataset)}: not all runs have the same classes, such as '
+                        f'{" and ".join(one_line(names[0]) for names in list(classes.values())[:2])}')
+    return told
 
 
 def drop_equal(runs: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -392,9 +412,9 @@ def write_report(
         output: Path,
         rows: list[str],
         columns: list[str],
-        missing: str = '',
+        notes: Sequence[str] = (),
 ) -> tuple[str, list[Path]]:
-    """Writes all files; returns the table as Markdown, and their paths. `missing` is a line below the table.
+    """Writes all files; returns the table as Markdown, and their paths. The notes are lines below the table.
 
     Raises:
         UsageError: If rows or columns name no setting, or the folder cannot be made.
@@ -409,8 +429,8 @@ def write_report(
     except OSError as error:
         raise UsageError(f'--output {output}: cannot be made: {error.strerror}') from error
     table = build_table(runs, keys, columns)
-    markdown = as_markdown(*table) + (f'\n\n{missing}' if missing else '')
-    latex = as_latex(*table) + (f'\n% {missing}' if missing else '')
+    markdown = as_markdown(*table) + ''.join(f'\n\n{note}' for note in notes)
+    latex = as_latex(*table) + ''.join(f'\n% {note}' for note in notes)
     (output / 'table.md').write_text(markdown + '\n', encoding='utf-8')
     (output / 'table.tex').write_text(latex + '\n', encoding='utf-8')
     write_csv(output / 'table.csv', [cell_row(keys, values, found, measured(runs)) for values, found in cells.items()])
@@ -464,9 +484,11 @@ def main(args: argparse.Namespace) -> None:
                                        'which is in the table')
         for reason in left_out.values():
             print(f'report.py: left out: {reason}', file=sys.stderr)
-        missing = f'Left out, {len(left_out)} of {len(folders)} runs: ' + ', '.join(
-            one_line(folder.name) for folder in folders if folder in left_out) if left_out else ''
-        table, paths = write_report(runs, args.output, args.rows, args.columns, missing)
+        notes = tell_images(runs)
+        if left_out:
+            names = ', '.join(one_line(folder.name) for folder in folders if folder in left_out)
+            notes.append(f'Left out, {len(left_out)} of {len(folders)} runs: {names}')
+        table, paths = write_report(runs, args.output, args.rows, args.columns, notes)
     except UsageError as error:
         print(f'report.py: error: {error}', file=sys.stderr)
         sys.exit(2)

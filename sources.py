@@ -34,6 +34,7 @@ from pictures import (
     LOOKED_AT,
     MAX_PIXELS,
     count_frames,
+    count_transparent,
     decode_image,
     find_bits,
     spread_indices,
@@ -296,7 +297,8 @@ class HFSource(Source):
         column = self.dataset.with_format('arrow')[:].column(self.input_key)
         if not pa.types.is_struct(column.type):
             return []
-        ends = pc.ascii_lower(pc.utf8_slice_codeunits(pc.struct_field(column, 'path'), -max(map(len, endings)), None))
+        paths = pc.struct_field(column, 'path').cast(pa.string())  # written without any path, of no type
+        ends = pc.ascii_lower(pc.utf8_slice_codeunits(paths, -max(map(len, endings)), None))
         found = [pc.ends_with(ends, ending) for ending in endings]
         return np.logical_or.reduce([mask.fill_null(False).to_numpy() for mask in found]).nonzero()[0]
 
@@ -681,7 +683,7 @@ def find_splits(
         return torch_splits(rest.lower(), str(root), download)
     if filelists.is_file_table(name):
         return filelists.file_table_splits(Path(name), data_dir and root, **columns)
-    if name.endswith('.parquet'):
+    if name.lower().endswith('.parquet'):
         files = [Path(file) for file in sorted(glob(name, recursive=True))]
         if not files:
             raise UsageError(f'--dataset {name}: no such file')
@@ -773,6 +775,9 @@ def create_source(
         ])
         source.max_pixels = max_pixels
         return source
+    trained = [part.partition('[')[0] for part in (train_split or '').split('+')]
+    if split in trained or (split or '').partition('[')[0] in trained:
+        flat = False  # so that the split's positions are those of training, which a class map shifts
     shown = name or data_dir
     target_key = target_key or known_facts(name).get('target_key')
     splits = find_splits(name, data_dir, class_map, download, skip_missing, flat or not labeled, input_key,
@@ -841,8 +846,8 @@ def create_source(
 
 
 def look_at(source: Source) -> int:
-    """Looks at pictures of a source: returns the bits of deep greyscale (see `find_bits`), and tells of these, and of
-    files that hold several pictures."""
+    """Looks at pictures of a source: returns the bits of deep greyscale (see `find_bits`), and tells of these, of
+    files that hold several pictures, and of transparent ones."""
     bits, note = find_bits(source.data, len(source))
     name = getattr(source, 'name', '')
     tell(note and f'{name or source.where(0)}: {note}')
@@ -853,6 +858,11 @@ def look_at(source: Source) -> int:
     if several:
         tell(f'{name and f"{name}: "}{len(several)} of {len(looked_at)} files looked at hold several frames or pages, '
              f'such as {source.where(several[0])}; the first of each is taken')
+    looked_at = spread_indices(len(source), LOOKED_AT)
+    transparent = count_transparent(source.data, looked_at)
+    if transparent:
+        tell(f'{name and f"{name}: "}{len(transparent)} of {len(looked_at)} pictures looked at have transparent parts, '
+             f'such as {source.where(transparent[0])}; there the colour is taken that the file has below (often black)')
     return bits
 
 
@@ -884,9 +894,8 @@ def absolute_name(name: str) -> str:
     path, colon, config = rest.partition(':')
     if prefix.lower() == 'hfds' and os.path.isdir(path):
         return prefix + slash + os.path.abspath(path) + colon + config
-    if name in KNOWN or not (os.path.isdir(name) or name.endswith('.parquet') or filelists.is_file_table(name)):
-        return name
-    return os.path.abspath(name)
+    is_file = name.lower().endswith('.parquet') or filelists.is_file_table(name)
+    return os.path.abspath(name) if name not in KNOWN and (is_file or os.path.isdir(name)) else name
 
 
 def settle_sources(args: argparse.Namespace) -> None:

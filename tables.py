@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from folders import is_hidden, natural_key, tell
+from folders import composed, is_hidden, natural_key, tell
 from program import UsageError, name_some
 
 _logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ VAL_SPLITS = ('validation', 'val', 'valid', 'test')
 IMAGE_COLUMNS = ('image', 'img')  # taken where there are others too
 LABEL_COLUMNS = ('label', 'labels', 'target', 'targets', 'cls', 'class')
 WORDY_LABEL_COLUMNS = ('class_name', 'label_name', 'category', 'predictionstring')  # where none of the above is there
+OWN_TABLES = ('predictions.parquet', 'margins.parquet')  # what the programs here write of pictures
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 
 
@@ -47,11 +48,15 @@ def is_unlabeled(split: str) -> bool:
 def find_tables(root: Path) -> list[Path]:
     """The parquet, or else the arrow files of a folder: those of the first level of three that has any, sorted.
 
-    Hidden files and folders are no part of the data, nor is `metadata.parquet`, which describes pictures beside it.
+    Hidden files and folders are no part of the data, nor is `metadata.parquet`, which describes pictures beside it, nor
+    are OWN_TABLES.
     """
     levels = [dict(parquet=[], arrow=[]) for _ in range(3)]
     for depth, file in _walk_tables(root, 0):
-        levels[depth][file.suffix[1:]].append(file)
+        if file.name in OWN_TABLES:
+            tell(f'{file}: not read, as by its name it is a report and no part of the data', logging.INFO)
+        else:
+            levels[depth][file.suffix[1:].lower()].append(file)
     orders = [(0, 'parquet'), (1, 'parquet'), (0, 'arrow'), (1, 'arrow'), (2, 'parquet')]
     depth, kind = next(((d, k) for d, k in orders if levels[d][k]), (0, 'parquet'))
     left_out = [f'{file}' for level in levels[depth + 1:] for file in level[kind]]
@@ -79,7 +84,7 @@ def _walk_tables(folder: Path, depth: int) -> Iterator[tuple[int, Path]]:
 
 
 def _is_table(entry: os.DirEntry) -> bool:
-    return entry.name.endswith(('.parquet', '.arrow')) and entry.name != 'metadata.parquet' and entry.is_file()
+    return entry.name.lower().endswith(('.parquet', '.arrow')) and entry.name != 'metadata.parquet' and entry.is_file()
 
 
 def table_splits(files: Sequence[Path], root: Path | None = None) -> dict[str, Callable]:
@@ -108,7 +113,11 @@ def table_splits(files: Sequence[Path], root: Path | None = None) -> dict[str, C
 
 def _open_split(split: str, files: Sequence[Path], root: Path | None) -> datasets.Dataset:
     check_shards(split, files, root)
-    return open_tables([str(file) for file in files])
+    table = open_tables([str(file) for file in files])
+    if not any(map(holds_images, table.features.values())):
+        raise UsageError(f'{files[0]}: none of its columns {", ".join(table.features)} holds images; is it no part of '
+                         'the data? Then move it away')
+    return table
 
 
 def check_shards(split: str, files: Sequence[Path], root: Path | None) -> None:
@@ -167,7 +176,7 @@ def open_tables(files: Sequence[str]) -> datasets.Dataset:
     for file in files:
         refuse_pointer(file)
     try:
-        if files[0].endswith('.arrow'):
+        if files[0].lower().endswith('.arrow'):
             return join_tables([datasets.Dataset.from_file(file) for file in files], files)
         footers = [pq.read_metadata(file).schema.to_arrow_schema().metadata for file in files]
         if len({_class_names(metadata) for metadata in footers}) > 1:
@@ -253,13 +262,14 @@ def join_tables(parts: list[datasets.Dataset], files: Sequence[str]) -> datasets
                 continue
             if theirs.names == feature.names:
                 continue
-            odd = sorted(set(theirs.names) ^ set(feature.names))
+            ours, names = ([*map(composed, each.names)] for each in (feature, theirs))
+            odd = sorted({*names} ^ {*ours})
             if odd:
                 raise UsageError(f'{file}: other classes in column {key} than in {files[0]}: only one of the two has '
                                  f'{name_some(odd)}')
             tell(f'{file}: its classes in column {key} stand in another order than those of {files[0]}, and '
                  'are mapped by name')
-            number = pa.array([feature.names.index(name) for name in theirs.names], pa.int64())
+            number = pa.array([ours.index(name) for name in names], pa.int64())
             labels = part.select_columns([key]).with_format('arrow')[:].column(key).combine_chunks()
             part = part.remove_columns(key).add_column(key, number.take(labels), feature=feature)
         parts[i] = part.select_columns(first.column_names)
@@ -357,7 +367,8 @@ def read_targets(
         raise UsageError(f'{name}: column {key} holds lists of labels; images of several classes (multi-label) cannot '
                          'be trained here, so choose a column of one label an image (--target-key)')
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        words = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ''), None, column)
+        words = pc.utf8_normalize(pc.utf8_trim_whitespace(column), 'NFC')
+        words = pc.if_else(pc.equal(words, ''), None, words)
         found = sorted((word for word in pc.unique(words).to_pylist() if word is not None), key=natural_key)
         names = (training_names() if training_names else None) or found
         names = [*names, *(word for word in found if word not in set(names))]
@@ -374,7 +385,7 @@ def read_targets(
         kind = getattr(feature, 'dtype', type(feature).__name__)
         raise UsageError(f'{name}: labels in column {key} must be whole numbers or words, not {kind}')
     target = target.astype(np.int64)
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    names = [*map(composed, feature.names)] if isinstance(feature, datasets.ClassLabel) else None
     if len(target) and (target.min() < -1 or (names and target.max() >= len(names))):
         odd = int(target.min() if target.min() < -1 else target.max())
         within = f'0 to {len(names) - 1}' if names else '0 or more'

@@ -31,7 +31,7 @@ from folders import is_hidden, list_pictures, natural_key
 from pictures import bits_in_use, decode_image, picture_extensions
 from program import UsageError, readable
 from seeds import seeded
-from sources import ArraySource, ImageError, create_source, plain_folder
+from sources import ArraySource, ImageError, create_source, locate, plain_folder
 from views import build_views
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -345,6 +345,18 @@ def test_a_class_map_may_join_classes_and_a_gap_in_it_is_told(tmp_path, caplog):
     assert 'no class has the number 1 (an empty line' in caplog.text
 
 
+def test_a_class_map_leaves_out_no_unlabeled_picture_and_the_training_split_keeps_its_places(tmp_path):
+    make(tmp_path, *(f'{split}/{name}/{i}.png' for split in ('train', 'pool', 'other') for name in 'abc'
+                     for i in range(2) if split != 'other' or name == 'a'))
+    (tmp_path / 'map.txt').write_text('c\nb\n')
+    options = dict(class_map=str(tmp_path / 'map.txt'), flat=True, train_split='train')
+    assert opened(tmp_path, 'pool', **options).targets.tolist() == [-1, -1, 1, 1, 0, 0]
+    assert opened(tmp_path, 'other', **options).targets.tolist() == [-1, -1]
+    train, joined = opened(tmp_path, **options), opened(tmp_path, 'train+pool', **options)
+    assert len(train) == 4 and joined.targets.tolist() == [1, 1, 0, 0, -1, -1, 1, 1, 0, 0]
+    assert [joined.where(int(i)) for i in locate(train, joined)] == [train.where(i) for i in range(4)]
+
+
 # --- Unlabeled pictures -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('split', ['pool', 'images/flat', 'absolute', 'train+pool', 'un+labeled'])
@@ -454,7 +466,8 @@ def test_a_run_knows_its_folder_by_either_flag(tmp_path, monkeypatch):
     run = dict(vars(args))
     for flags, own in (([], True), (['--dataset', 'set'], True), (['--dataset', 'other'], False)):
         chosen = validate.choose_data(validate._parse_args(['--checkpoint', 'x', *flags]), run)
-        assert chosen.own == own and (chosen.dataset or chosen.data_dir) == (run['data_dir'] if own else 'other')
+        where = run['data_dir'] if own else str(tmp_path / 'other')
+        assert chosen.own == own and (chosen.dataset or chosen.data_dir) == where
 
 
 def test_an_ood_folder_is_listed_as_a_split_is(tmp_path, caplog):
@@ -497,6 +510,28 @@ def test_32_bit_whole_numbers_are_scaled_too_and_negative_ones_refused():
     with pytest.raises(ValueError, match='below 0'):
         decode_image(grey([-5, 9], 'TIFF', np.int32))
     assert [bits_in_use(v) for v in (0, 255, 256, 1023, 1024, 65535, 65536)] == [8, 8, 10, 10, 12, 16, 18]
+
+
+def test_a_tiff_of_16_bits_whose_zero_is_white_is_turned_as_pillow_turns_one_of_8():
+    for dtype, scale in ((np.uint8, 1), (np.uint16, 257)):
+        buffer = io.BytesIO()
+        Image.fromarray(np.array([[0, 64 * scale, 255 * scale]], dtype)).save(buffer, 'TIFF', tiffinfo={262: 1})
+        entry = struct.pack('<HHII', 262, 3, 1, 1)  # tag, short, one of them, its value
+        assert buffer.getvalue().count(entry) == 1
+        content = buffer.getvalue().replace(entry, struct.pack('<HHII', 262, 3, 1, 0))
+        assert np.asarray(decode_image(content))[0, :, 0].tolist() == [255, 191, 0]
+
+
+def test_transparent_pictures_are_counted(tmp_path, caplog):
+    for i, alpha in enumerate((255, 0)):
+        (tmp_path / 'train' / 'a').mkdir(parents=True, exist_ok=True)
+        Image.new('RGBA', (6, 5), (*RED, alpha)).save(tmp_path / 'train' / 'a' / f'{i}.png')
+    save(tmp_path / 'train' / 'a' / '2.png')
+    opened(tmp_path)
+    assert caplog.messages == [
+        f'{tmp_path} train: 1 of 3 pictures looked at have transparent parts, such as {tmp_path}/train/a/1.png; there '
+        'the colour is taken that the file has below (often black)'
+    ]
 
 
 def test_dark_pictures_of_a_set_are_scaled_as_its_bright_ones_and_it_is_told_once(tmp_path, caplog):

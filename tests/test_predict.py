@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -392,6 +393,25 @@ def test_rows_of_a_table_are_copied_and_not_linked(model, photos, run, tmp_path)
     assert {path.name for path in (tmp_path / 'sorted').glob('*/*')} == {'0.png', '1.png'}
 
 
+def test_a_link_to_an_empty_folder_is_where_the_pictures_go(model, photos, run, tmp_path):
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'real')
+    rows = run(photos / 'b', '--checkpoint', model, '--split-folders', tmp_path / 'link')
+    assert (tmp_path / 'link').is_symlink()
+    assert len(list((tmp_path / 'real').glob('*/*'))) == sum(not row['error'] for row in rows)
+
+
+def test_json_by_file_name_loses_no_row_of_several_sources(model, photos, run, tmp_path):
+    cells = [{'bytes': (photos / 'b' / '0.png').read_bytes(), 'path': None}]
+    table = datasets.Dataset.from_dict({'image': cells}).cast_column('image', datasets.Image())
+    table.to_parquet(tmp_path / 'p.parquet')
+    given = (tmp_path / 'p.parquet', photos / 'b', '--results-format', 'json', '--checkpoint', model)
+    with pytest.raises(UsageError, match=r'row 0 of .*p.parquet is given 2 times; json-record and csv keep both'):
+        run(tmp_path / 'p.parquet', *given)
+    with pytest.raises(UsageError, match=r'0.png is given 2 times'):
+        run(*given, photos / 'b' / '0.png')
+
+
 def test_a_file_system_without_links_is_told_before_the_predictions(model, photos, run, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(1, 'Operation not permitted')
@@ -482,5 +502,19 @@ def test_a_split_of_any_data_set_is_taken(model, run):
 
 def test_a_list_with_an_empty_cell_names_the_row(tmp_path):
     (tmp_path / 'x.csv').write_text('path,label\na.png,1\n,2\n')
-    with pytest.raises(UsageError, match='line 3 has no file name in column path'):
+    with pytest.raises(UsageError, match='line 3: no file in column path'):
         open_pictures(str(tmp_path / 'x.csv'))
+
+
+@pytest.mark.parametrize('form', ['txt', 'csv'])
+def test_a_list_finds_its_pictures_as_training_does(tmp_path, form):
+    names = ['a/é.png', 'a/0.jpg', 'a/1.png', 'a/2.png']
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (4, 4)).save(tmp_path / name)
+    given = [unicodedata.normalize('NFD', names[0]), 'a/0', 'a\\1.png', './a/2.png', 'a/gone.png']
+    (tmp_path / f'x.{form}').write_text('\n'.join(['path'] * (form == 'csv') + given))
+    source = open_pictures(str(tmp_path / f'x.{form}'))
+    assert source.names == given
+    assert source.paths == [str(tmp_path / name) for name in [*names, 'a/gone.png']]
+    assert source.image(1).size == (4, 4)

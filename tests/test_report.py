@@ -156,6 +156,26 @@ def test_bold_is_the_best_beyond_the_spread(cells, bold):
     assert report.best(cells) == bold
 
 
+@pytest.mark.parametrize('change, told', [
+    (dict(count=12), 'evaluated on the same images: 500 images of test (r0 and others), 12 images of test (r2)'),
+    (dict(split='val'), 'evaluated on the same images: 500 images of test (r0 and others), 500 images of val (r2)'),
+    (dict(class_names=['b', 'a']), 'have the same classes, such as r0 and r2'),
+    ({}, ''),
+])
+def test_runs_that_were_evaluated_on_other_images_are_told_below_the_table(make_run, change, told, tmp_path, capsys):
+    folders = [make_run(f'r{seed}', seed=seed) for seed in range(3)]
+    for folder, changed in zip(folders, ({}, {}, change)):
+        path = folder / 'last' / 'metrics.json'
+        about = dict(count=500, split='test', class_names=['a', 'b'])
+        path.write_text(json.dumps({**json.loads(path.read_text()), **about, **changed}))
+    report.main(report._parse_args([*map(str, folders), '--output', str(tmp_path / 'out')]))
+    printed = capsys.readouterr().out
+    for text in (printed, *((tmp_path / 'out' / name).read_text() for name in ('table.md', 'table.tex'))):
+        below = [line for line in text.splitlines() if 'not all runs' in line]
+        assert len(below) == bool(told) and all(line.removeprefix('% ').startswith('digits: not') for line in below)
+        assert all(line.endswith(told) for line in below)
+
+
 def test_bold_and_missing_cells_in_all_forms_of_the_table(make_run, tmp_path):
     folders = [make_run(f'a{seed}', '--num-labels', '20', seed=seed, error=10 + seed) for seed in range(2)]
     folders += [make_run(f'b{seed}', '--num-labels', '20', '--calibratemix', seed=seed, error=5 + seed)

@@ -109,6 +109,18 @@ def test_classes_are_matched_by_name_and_what_differs_is_told(caplog):
     assert match_classes(source, ['c', 'a', 'b'], 3, 'here').tolist() == [0, 1, 2, -1, 2] and not caplog.text
 
 
+def test_labels_that_are_ids_make_no_head_of_that_size(tmp_path, train_own):
+    image = [dict(bytes=path.read_bytes(), path=None)
+             for path in sorted(write_set(tmp_path / 'f', dict(train={'a': 4, 'b': 4})).glob('*/*/*.png'))]
+    given = ('r', '--dataset', tmp_path / 'p.parquet', '--val-split', 'train[50%:]', '--train-split', 'train[:50%]')
+    for largest in (2 ** 40, 90):
+        pq.write_table(pa.table(dict(image=image, label=[largest, 17] * 4)), tmp_path / 'p.parquet')
+        with pytest.raises(UsageError, match=rf'labels up to {largest}, more classes than its 4 training images: are '
+                                             f'they ids.*--num-classes {largest + 1} keeps'):
+            train_own(*given)
+    assert json.loads((train_own(*given, '--num-classes', 91) / 'labels.json').read_text())['num_classes'] == 91
+
+
 def test_sets_without_names_compare_by_number_and_say_so(caplog):
     caplog.set_level(logging.INFO)
     for names, ours in ((None, ['a', 'b', 'c']), (['a', 'b', 'c'], None), (None, None)):
@@ -320,7 +332,7 @@ def test_a_class_without_an_image_is_named(own, train_own, caplog):
 
 
 def test_labels_that_begin_at_one_are_told(caplog):
-    train, evaluation = toy([1, 2, 3], None), toy([1, 2], None)
+    train, evaluation = toy([1, 2, 3, 1], None), toy([1, 2], None)
     args = train_ssl._parse_args([])
     assert splits.agree_on_classes(args, splits.Sources(train, train, evaluation)) == 4
     assert 'no image of 1 of the 4 classes that the data set has: 0' in caplog.text

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -20,7 +21,8 @@ from PIL import Image
 
 import train_ssl
 from filelists import list_files, match_names, read_names
-from labels import find_named
+from inputs import open_pictures
+from labels import find_named, match_classes
 from program import UsageError
 from sources import ImageError, create_source, known_facts, open_source, unlabeled_split
 
@@ -117,6 +119,22 @@ def test_shards_that_the_user_names_are_a_choice_and_what_they_lack_is_told(tmp_
         write_table(tmp_path / 'plain' / f'train-{i}.parquet', label=labels_of())
     create_source(str(tmp_path / 'plain'), None, 'train')
     assert 'numbered 0 to 3, without 2' in caplog.text
+
+
+def test_reports_that_were_written_into_the_data_are_no_data_and_a_stray_table_is_named(tmp_path, caplog):
+    write_pictures(tmp_path, *(f'{split}/{name}/0.png' for split in ('train', 'val') for name in 'ab'))
+    (tmp_path / 'output' / 'validate').mkdir(parents=True)
+    table = pa.table(dict(index=[0], confidence=[.5]))
+    pq.write_table(table, tmp_path / 'output' / 'validate' / 'predictions.parquet')
+    pq.write_table(table, tmp_path / 'predictions.parquet')
+    assert create_source('', str(tmp_path), 'train').class_names == ['a', 'b']
+    assert 'predictions.parquet: not read, as by its name it is a report and no part of the data' in caplog.text
+    pq.write_table(table, tmp_path / 'odd.PARQUET')
+    refused('odd.PARQUET: none of its columns index, confidence holds images; is it no part of the data', '',
+            str(tmp_path), 'train')
+    write_table(tmp_path / 't' / 'NEW.PARQUET', label=labels_of())
+    assert create_source(str(tmp_path / 't' / 'NEW.PARQUET'), None, 'train').class_names == ['a', 'b']
+    assert len(open_pictures(str(tmp_path / 't' / 'NEW.PARQUET'))) == 2
 
 
 def test_hidden_files_and_folders_beside_tables_are_no_data(tmp_path, caplog):
@@ -334,6 +352,11 @@ def test_a_table_of_files_gives_pictures_labels_and_splits(photos, form, caplog)
     ('path,label\np/a0.png,x\np/b0.png\n', 'line 3: 1 cells, and the first line has 2'),
     ('path,label\np/a0.png,x\n,y\n', 'line 3: no file in column path'),
     ('path,label\n', 'no rows in it'),
+    ('path,label\np/a0.png,x\np/b0.png,"cat\np/a1.png,dog\n', 'line 3: unexpected end of data .a quotation mark opens'),
+    ('path,label\np/a0.png,"cat\np/b0.png,"dog"\np/a1.png,dog\n', 'line 2: .* expected after .* or not at its end'),
+    ('path,label\np/a0.png,"cat\np/b0.png,dog"\n', "line 2: a label of several lines, 'cat.np/b0.png,dog'; is a quota"),
+    ('path,label\n"p/a0.png\np/b0.png",x\n', 'line 2: column path has no name of a file'),
+    ('path,label\np/a0.png,1\np/b0.png,-2.0\n', 'line 3: the label is -2.0; expected 0 or more, or -1 for no label'),
     ('path,label,label\np/a0.png,x,y\n', 'two columns are called label'),
     (b'path,label\np/a0.png,\xe9t\xe9\n', 'not in UTF-8'),
 ])
@@ -346,10 +369,95 @@ def test_a_table_that_does_not_fit_is_refused_by_line(photos, text, message):
     ('{"path": "p/a0.png", "label": ["x", "y"]}', 'line 1: a list of labels; .*multi-label'),
     ('{"path": "p/a0.png"}\n[1]', 'line 2: expected an object'),
     ('{"path": "p/a0.png"}\n\n{', 'line 3: no JSON'),
+    ('{"path": "p/a0.png", "label": "x", "box": %s}' % ('[' * 100_000), 'line 1: no JSON'),
+    ('{"path": ["p/a0.png"], "label": "x"}', r"line 1: column path has no name of a file: \['p/a0.png'\]"),
+    ('{"path": "p/a\\u00000.png", "label": "x"}', 'line 1: column path has no name of a file'),
+    ('{"path": "p/a0.png", "label": "x", "split": ["train"]}', 'line 1: column split has no name of a split'),
+    ('{"path": "p/a0.png", "label": "x"}\n{"path": "p/b0.png", "label": "\\ud800"}', 'line 2: half a character in col'),
 ])
 def test_json_lines_that_do_not_fit_are_refused_by_line(photos, text, message):
     (photos / 'l.jsonl').write_text(text)
     refused(message, str(photos / 'l.jsonl'), None, 'train')
+
+
+def test_lists_and_captions_beside_the_label_of_a_row_are_no_hindrance(photos, caplog):
+    rows = [dict(file_name=f'p/{name}.png', label=name[0], bbox=[1, 2.5], more=dict(a=[1]), caption='two\nlines')
+            for name in ('a0', 'b0', 'a1')]
+    (photos / 'l.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    source = create_source(str(photos / 'l.jsonl'), None, 'train')
+    assert source.class_names == ['a', 'b'] and source.targets.tolist() == [0, 1, 0]
+    assert '3 of 3 rows have a cell of several lines, such as line 1; if none should, a quotation' in caplog.text
+    caplog.clear()
+    (photos / 'l.csv').write_text('file_name, label, note\np/a0.png, "a, b", "said ""hi"""\np/b0.png, c, 12" long\n')
+    source = create_source(str(photos / 'l.csv'), None, 'train')
+    assert source.class_names == ['a, b', 'c'] and 'several lines' not in caplog.text
+
+
+@pytest.mark.parametrize('label, names, targets, told', [
+    ([0, 1, -1, 1], ['0', '1'], [0, 1, -1, 1], '1 rows whose label is -1 have no label'),
+    ([2., float('nan'), 10., 2.], ['2', '10'], [0, -1, 1, 0], 'labels such as 2.0 are taken as whole numbers'),
+    ([1, 1., None, 3], ['1', '3'], [0, 0, -1, 1], 'labels such as 1.0 are taken as whole numbers'),
+    (['7', 'nan', '7', 'N/A'], ['7'], [0, -1, 0, -1], '2 rows whose label is nan, N/A have no label'),
+    (['cat', 'None', '-1', 'cat'], ['-1', 'cat', 'None'], [1, 2, 0, 1],
+     'column label holds None, -1 among other words, 2 times; that counts as a class'),
+    (['007', '7', '007', '7'], ['007', '7'], [0, 1, 0, 1], ''),
+])
+@pytest.mark.parametrize('form', ['csv', 'jsonl', 'parquet'])
+def test_numbers_and_words_that_mean_no_label_are_the_same_in_every_table_of_files(photos, form, label, names, targets,
+                                                                                  told, caplog):
+    paths = ['p/a0.png', 'p/b0.png', 'p/a1.png', 'p/u1.png']
+    file = photos / f'metadata.{form}'
+    if form == 'csv':
+        rows = ['file_name,label', *(f'{path},{"" if cell is None else cell}' for path, cell in zip(paths, label))]
+        file.write_text('\n'.join(rows))
+    elif form == 'jsonl':
+        file.write_text('\n'.join(json.dumps(dict(file_name=path, label=cell)) for path, cell in zip(paths, label)))
+    else:
+        pq.write_table(pa.table(dict(file_name=paths, label=label)), file)
+        names = [*names] if isinstance(names, list) else names
+        if all(isinstance(cell, (int, float, type(None))) for cell in label) and 1. in label:
+            told = 'labels such as 1.0' if any(isinstance(cell, float) for cell in label) else told
+    source = create_source(str(photos), None, 'train')
+    assert sorted(source.class_names) == sorted(names)
+    assert [source.class_names[k] if k >= 0 else '' for k in source.targets] == [names[k] if k >= 0 else '' for k in
+                                                                                 targets]
+    assert told in caplog.text
+
+
+def test_a_column_of_splits_that_is_called_otherwise_is_told(photos, caplog):
+    (photos / 'l.csv').write_text('file_name,label,subset\np/a0.png,a,train\np/b0.png,b,Test\n')
+    assert len(create_source(str(photos / 'l.csv'), None, 'train')) == 2
+    assert 'column subset looks like splits (test, train) and is not read as such; call it split' in caplog.text
+
+
+def test_metadata_with_two_label_columns_is_a_question(photos):
+    (photos / 'metadata.csv').write_text('file_name,label,target\np/a0.png,a,b\n')
+    refused('label and target may each be the label column; choose one', str(photos), None, 'train')
+
+
+def test_names_are_the_same_in_either_form_of_unicode(tmp_path, caplog):
+    one, other = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
+    assert one != other
+    write_pictures(tmp_path, f'f/train/{other}/0.png', 'f/train/z/1.png', f'f/val/{one}/0.png', 'f/val/z/{other}.png')
+    splits = [create_source(str(tmp_path / 'f'), None, split) for split in ('train', 'val')]
+    assert splits[0].class_names == splits[1].class_names == [one, 'z']
+    (tmp_path / 'map.txt').write_text(f'z\n{one}\n')
+    source = create_source(str(tmp_path / 'f'), None, 'train', class_map=str(tmp_path / 'map.txt'))
+    assert source.class_names == ['z', one] and source.targets.tolist() == [1, 0]
+    (tmp_path / 'l.csv').write_text(f'file_name,label\nf/train/{one}/0.png,{one}\nf/train/z/1.png,{other}\n')
+    source = create_source(str(tmp_path / 'l.csv'), None, 'train')
+    assert source.class_names == [one] and source.targets.tolist() == [0, 0]
+    assert '1 of 2 file names have accents in another form of Unicode than the files' in caplog.text
+    write_table(tmp_path / 't' / 'train.parquet', label=[f' {one}', other])
+    assert create_source(str(tmp_path / 't'), None, 'train').class_names == [one]
+    write_table(tmp_path / 'c' / 'train-0-of-2.parquet', label=([0, 1], [one, 'z']))
+    write_table(tmp_path / 'c' / 'train-1-of-2.parquet', label=([0, 1], ['z', other]))
+    source = create_source(str(tmp_path / 'c'), None, 'train')
+    assert source.class_names == [one, 'z'] and source.targets.tolist() == [0, 1, 1, 0]
+    assert match_names([f'{other}/0.png'], [f'/d/{one}/0.png', '/d/z/0.png'], 'f') == [0]
+    assert match_names([f'{one}.png'], [f'/d/{other}.png', '/d/z.png'], 'f') == [0]
+    mapped = match_classes(splits[0], ['z', other], 2, 'here')  # as of an older run's checkpoint
+    assert mapped.tolist() == [1, 0]
 
 
 def test_what_a_table_leaves_out_or_takes_otherwise_is_told(photos, caplog):
