@@ -251,7 +251,8 @@ def choose_data(args: Namespace, run: dict) -> Namespace:
     """Arguments that name the images: the command line's over the run's over train_ssl.py's defaults.
 
     Another --dataset than the run's leaves the run's splits, columns and class map behind. `own` tells whether it is
-    the data set that the run was trained on. `val_labels_split` is the split that --val-labels belongs to.
+    the data set that the run was trained on, and `names` what it is called here and was called then.
+    `val_labels_split` is the split that --val-labels belongs to.
     """
     given = {key: getattr(args, key) for key in DATA_KEYS if getattr(args, key) is not None}
     for key in ('data_dir', 'class_map', 'val_labels'):  # as a run keeps them, wherever it was started
@@ -265,6 +266,7 @@ def choose_data(args: Namespace, run: dict) -> Namespace:
     if own and args.val_split is None:
         given['val_split'] = run.get('test_split') or run.get('val_split')
     data = Namespace(**{**SOURCE_FLAGS, **(run if own else {}), **given, 'own': own})
+    data.names = {which.get('dataset') or which.get('data_dir') for which in (vars(data), run if own else {})}
     data.val_labels_split = data.val_split if 'val_labels' in given or not own else run.get('val_split')
     if data.val_labels_split not in (data.val_split, args.calibration_split):
         data.val_labels = None
@@ -506,8 +508,7 @@ def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
         raise UsageError(str(error)) from error
     if saved is None:
         return None
-    same = saved.get('dataset') == (data.dataset or data.data_dir)
-    if same and split_names(saved['split']) & split_names(data.val_split):
+    if saved.get('dataset') in data.names and split_names(saved['split']) & split_names(data.val_split):
         _logger.warning(f'{checkpoint / "config.json"}: its temperature is not shown, as it was fitted on '
                         f'{saved["split"]}, which may hold images of {data.val_split}')
         return None

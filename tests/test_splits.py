@@ -598,6 +598,17 @@ def test_a_runs_own_data_set_is_known_by_a_relative_name_too(name, as_tables, tr
     assert absolute == relative
 
 
+def test_a_temperature_is_not_shown_on_the_split_that_it_was_fitted_on_where_the_data_moved(own, train_own, evaluate,
+                                                                                        monkeypatch, caplog):
+    monkeypatch.setattr(validate, 'fit_temperature', lambda logits, target: (1.5, False))
+    trained = train_own('run', '--data-dir', own, '--num-labels', 6)
+    evaluate('--checkpoint', trained / 'last', '--calibration-split', 'train', '--save-temperature')
+    own.rename(own.with_name('moved'))
+    caplog.clear()
+    evaluate('--checkpoint', trained / 'last', '--data-dir', own.with_name('moved'), '--split', 'train')
+    assert 'its temperature is not shown, as it was fitted on train' in caplog.text
+
+
 def test_training_pictures_under_another_name_are_known_by_content(own, as_tables, train_own, evaluate, caplog):
     trained = train_own('run', '--data-dir', own, '--num-labels', 6)
     arguments = ('--checkpoint', trained / 'last', '--dataset', as_tables / 'list.csv')
