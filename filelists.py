@@ -336,6 +336,9 @@ def _clean_labels(rows: Rows, at: int, file: Path) -> None:
         if odd:
             tell(f'{file}: column {column} holds {name_some(odd)} among other words, {sum(count[w] for w in odd)} '
                  'times; that counts as a class (an empty cell is no label)')
+        broken = next((word for word in count if not name[word] and re.fullmatch(r'-?\d*\.\d+', word)), None)
+        if broken:
+            tell(f'{file}: column {column} holds numbers with fractions, such as {broken}; each counts as a class')
         return
     name = {word: match and match[1] for word, match in name.items()}
     for i, cell in enumerate(cells):

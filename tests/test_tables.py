@@ -401,6 +401,7 @@ def test_lists_and_captions_beside_the_label_of_a_row_are_no_hindrance(photos, c
     (['cat', 'None', '-1', 'cat'], ['-1', 'cat', 'None'], [1, 2, 0, 1],
      'column label holds None, -1 among other words, 2 times; that counts as a class'),
     (['007', '7', '007', '7'], ['007', '7'], [0, 1, 0, 1], ''),
+    ([.5, 1., .5, 2.], ['0.5', '1.0', '2.0'], [0, 1, 0, 2], 'numbers with fractions, such as 0.5; each counts'),
 ])
 @pytest.mark.parametrize('form', ['csv', 'jsonl', 'parquet'])
 def test_numbers_and_words_that_mean_no_label_are_the_same_in_every_table_of_files(photos, form, label, names, targets,
@@ -414,9 +415,6 @@ def test_numbers_and_words_that_mean_no_label_are_the_same_in_every_table_of_fil
         file.write_text('\n'.join(json.dumps(dict(file_name=path, label=cell)) for path, cell in zip(paths, label)))
     else:
         pq.write_table(pa.table(dict(file_name=paths, label=label)), file)
-        names = [*names] if isinstance(names, list) else names
-        if all(isinstance(cell, (int, float, type(None))) for cell in label) and 1. in label:
-            told = 'labels such as 1.0' if any(isinstance(cell, float) for cell in label) else told
     source = create_source(str(photos), None, 'train')
     assert sorted(source.class_names) == sorted(names)
     assert [source.class_names[k] if k >= 0 else '' for k in source.targets] == [names[k] if k >= 0 else '' for k in
