@@ -85,7 +85,7 @@ class ViewDataset(torch.utils.data.Dataset):
                 image = self._image(int(self.index[i]))
             except ImageError as error:
                 if not self.skip_bad:
-                    return error
+                    return ImageError(f'{error} (--skip-bad-images leaves such images out)')
                 skipped = int(self.index[i]) if skipped < 0 else skipped
                 i = (i + 1) % len(self)
                 continue

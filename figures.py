@@ -9,6 +9,7 @@ Nothing here uses pyplot, so that no display and no global state is touched.
 import math
 import re
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -593,35 +594,29 @@ def error_ece_diagram(panels: list[tuple[str, list[Move]]], path: str | Path) ->
     """
     width = CURVES_WIDTH if len(panels) > 1 else 7.5
     variants = list(dict.fromkeys(move.variant for _, moves in panels for move in moves))
+    methods = dict.fromkeys(move.method for _, moves in panels for move in moves)
+    shapes = dict(zip(methods, cycle('osD^vP*X<>pdhH8')))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = new_figure(width, 5.2 * rows + 0.2 * len(variants), rows, columns)
+    figure, axes = new_figure(width, 5.2 * rows + 0.2 * len(variants) + 0.1 * len(methods), rows, columns)
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     for (heading, moves), axis in zip(panels, axes.flat):
         axis.set_title(literal(heading, width / columns - 0.6, LABEL, lines=2), fontsize=LABEL)
-        several = len({move.method for move in moves}) > 1
-        points = [point for move in moves for point in (move.base, move.other)]
-        spans = [max(values) - min(values) or 1 for values in zip(*points)]
-        named = []
         for move in moves:
-            colour = line_style(variants.index(move.variant))['color']
+            colour, marker = line_style(variants.index(move.variant))['color'], shapes[move.method]
             axis.annotate('', move.other, move.base, arrowprops=dict(arrowstyle='->', color=colour, alpha=0.6))
-            axis.plot(*move.other, marker='o', markersize=5, color=colour, linestyle='none')
-            axis.plot(*move.base, marker='o', markersize=6, color=GREY, fillstyle='none', linestyle='none')
-            # Seeds that lie close together share one name, since two would cover each other.
-            close = (all(abs(a - b) < 0.1 * span for a, b, span in zip(base, move.base, spans))
-                     for method, base in named if method == move.method)
-            if several and not any(close):
-                axis.annotate(literal(move.method, 1.6, 8), move.base, (5, 3), textcoords='offset points', fontsize=8)
-                named.append((move.method, move.base))
-        axis.set_xlabel('error %', fontsize=LABEL)
+            axis.plot(*move.other, marker=marker, markersize=5, color=colour, linestyle='none')
+            axis.plot(*move.base, marker=marker, markersize=6, color=GREY, fillstyle='none', linestyle='none')
+        axis.set_xlabel('error %, a mark for each run', fontsize=LABEL)
         axis.set_ylabel('ECE %', fontsize=LABEL)
         axis.margins(x=0.08)
         axis.set_ylim(0, 1.08 * max(point[1] for move in moves for point in (move.base, move.other)) or 1)
-    marks = [Line2D([], [], marker='o', markersize=6, color=GREY, fillstyle='none', linestyle='none')] + [
-        Line2D([], [], marker='o', markersize=5, **dict(line_style(i), linestyle='none')) for i in range(len(variants))]
-    names = ['base method alone', *(literal(variant, width - 1.2, SMALL) for variant in variants)]
+    marks = [Line2D([], [], marker=marker, markersize=6, color=GREY, fillstyle='none', linestyle='none')
+             for marker in shapes.values()]
+    marks += [Line2D([], [], **dict(line_style(i), linestyle='-')) for i in range(len(variants))]
+    names = [f'{literal(method, width - 2, SMALL)} alone' for method in shapes]
+    names += [f'to {literal(variant, width - 1.2, SMALL)}' for variant in variants]
     widest = max(sum(map(_width, _shown(name))) for name in names) * SMALL / 72 + 0.8  # and its mark
     ncols = min(3, len(names), max(1, int((width - 0.4) / widest)))
     figure.legend(marks, names, loc='outside lower center', ncols=ncols, frameon=False, fontsize=SMALL)
@@ -642,7 +637,7 @@ class Cell(NamedTuple):
         image: Shown as it is, so shrink it before: a sheet holds all of them at once.
         label: Name of the class that it was given.
         true_label: Name of the right class where that is known to be another one, else None.
-        note: Stands below.
+        note: Stands below, in one line or two.
     """
     image: Image.Image
     label: str
@@ -679,7 +674,8 @@ def contact_sheet(parts: list[tuple[str, list[Cell]]], path: str | Path) -> None
             # Bold letters are wider than the plain ones that are measured.
             width = 0.85 * CELL[0] if wrong else 0.95 * CELL[0]
             axis.set_title('\n'.join(literal(name, width, 8, lines=2) for name in names), fontsize=8, **style)
-            axis.set_xlabel(cell.note, fontsize=8, color=GREY)
+            note = '\n'.join(literal(line, 0.95 * CELL[0], 8) for line in cell.note.split('\n'))
+            axis.set_xlabel(note, fontsize=8, color=GREY)
             axis.spines[:].set(color=ORANGE if wrong else '0.8', linewidth=3 if wrong else 0.8)
     save(figure, path)
 

@@ -123,7 +123,8 @@ class Listing:
             if reason == 'no pictures':
                 names = [_ending(os.path.basename(name)) or 'without an ending' for name in names]
             kinds = list(dict(Counter(os.path.basename(name) for name in sorted(names)).most_common()))
-            parts.append(f'{len(names)} {reason} ({name_some(kinds)})')
+            hint = '; Pillow cannot read HEIC: convert it to JPEG' if {'.heic', '.heif'} & {*kinds} else ''
+            parts.append(f'{len(names)} {reason} ({name_some(kinds)}{hint})')
         return f'left out: {"; ".join(parts)}' if parts else ''
 
 

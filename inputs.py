@@ -99,6 +99,8 @@ def open_pictures(
         if path.is_dir() and not find_tables(path):
             listing = list_pictures(str(path.absolute()))
             tell(f'{path}: {listing.tell()}' if listing.tell() else '')
+            if not listing.pictures and not any(path.glob('*.json')):  # JSON: of a data set that `datasets` saved
+                raise UsageError(f'{path}: no picture in it{listing.tell() and f" ({listing.tell()})"}')
             if listing.pictures:
                 return limited(PlainFolder([os.path.join(name, found) for found in listing.pictures]), max_pixels)
         elif name.lower().endswith('.parquet') and glob(name, recursive=True):

@@ -159,7 +159,7 @@ def select_labeled(
     for label, (there, number) in enumerate(zip(has, wanted)):
         if there < number:
             name = class_names[label] if label < len(class_names or ()) else label
-            hint = ''
+            hint = '' if there else '. A class without a picture: remove its folder, or leave it out by --class-map'
             if label_fraction is None and 0 < has.min() < has.max():
                 share = min(wanted.sum() / has.sum(), 1)
                 hint = f'. The classes are unequal: --label-fraction {share:.2g} would take this share of each'
@@ -233,8 +233,11 @@ def match_classes(
     lacking = [name for name in class_names if name not in shared]
     if lost.any() and others == 'refuse':
         rest = f'; of its classes {what} lacks {name_some(lacking)}' if lacking else ''
+        capitals = {name.casefold(): name for name in class_names}
+        alike = [f'{name} and {capitals[name.casefold()]}' for name in unknown if name.casefold() in capitals]
+        hint = f'names that differ in capitals only: {name_some(alike)}' if alike else CLASSES_HINT
         raise UsageError(f'{what}: {int(lost.sum())} of {len(targets)} images are of classes that {run} does not have: '
-                         f'{name_some(unknown)}{rest} ({CLASSES_HINT})')
+                         f'{name_some(unknown)}{rest} ({hint})')
     told = []
     if lost.any():
         told.append(f'{int(lost.sum())} of {len(targets)} images are of classes that {run} does not have '

@@ -387,6 +387,10 @@ class EvalMeter:
         self._require_samples()
         return _bins_from_sums(self.bins_15 if n_bins == 15 else self.bins_10, bin_edges(n_bins))
 
+    def bin_lists(self) -> dict[str, list]:
+        """The 15 bins by the names of `ReliabilityBins`, as a file holds them."""
+        return {key: value.tolist() for key, value in self.bins()._asdict().items()}
+
     def classes(self) -> 'ClassReport':
         """Figures by class of all samples so far."""
         self._require_samples()

@@ -18,6 +18,7 @@ were flipped on purpose (train_ssl.py --label-noise), prints how many of them ar
 import csv
 import json
 import math
+import os
 from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from checkpoint import read_args
 from digests import from_text, place_pictures
 from figures import Cell, contact_sheet
 from metrics import auroc, average_precision
-from program import ArgumentParser, UsageError, name_some, replace_file, run_program
+from program import ArgumentParser, UsageError, name_some, replace_file, run_program, show
 from sources import SOURCE_FLAGS, Source, open_run_source, open_source
 
 COLUMNS = ('rank', 'index', 'label', 'class', 'true_label', 'true_class', 'aum', 'flagged', 'flipped', 'image', 'file')
@@ -235,7 +236,8 @@ def find_doubts(ranking: Ranking) -> list[str]:
     doubts = []
     flagged = ranking.flagged.sum() / ranking.judged.sum()
     if flagged > MOST_FLAGGED:
-        doubts.append(f'it flags {100 * flagged:.0f} % of the labels, and the rule takes most of them to be right')
+        doubts.append(f'it flags {100 * flagged:.0f} % of the labels, and is made for sets of which most are right; go '
+                      'by the ranking')
     ranked = ~np.isnan(ranking.aum)
     learned = (ranking.aum[ranked] > 0).mean()
     if learned < LEAST_LEARNED:
@@ -315,14 +317,14 @@ def draw_contact_sheet(path: Path, ranking: Ranking, source: Source, num_images:
     """
     def cell(row):
         wrong = ranking.flipped is not None and ranking.flipped[row]
-        note = ' flagged' if ranking.flagged is not None and ranking.flagged[row] else ''
+        note = ', flagged' if ranking.flagged is not None and ranking.flagged[row] else ''
         image = source.image(int(ranking.index[row]))
         image.thumbnail((192, 192))  # never enlarges
         return Cell(
             image,
             class_name(source, ranking.label[row]),
             class_name(source, ranking.true_label[row]) if wrong else None,
-            f'{ranking.aum[row]:.2f}{note}',
+            f'{row + 1}: {ranking.aum[row]:.2f}{note}\n{os.path.basename(source.where(int(ranking.index[row])))}',
         )
 
     ranked = int((~np.isnan(ranking.aum)).sum())
@@ -358,7 +360,7 @@ def main(args: Namespace) -> None:
         raise UsageError(f'{first.where} has {len(source)} images here, but {args.runs[0]} an image of index '
                          f'{first.index.max()}: the data set has changed')
     if not len(first.digests):
-        print(f'{args.runs[0] / "margins.parquet"}: it does not tell its pictures, and they are taken by position')
+        show(f'{args.runs[0] / "margins.parquet"}: it does not tell its pictures, and they are taken by position')
     else:
         what = f'{args.runs[0] / "margins.parquet"}'
         index = place_pictures(what, source, torch.tensor(first.index), first.rows, first.digests)
@@ -372,8 +374,8 @@ def main(args: Namespace) -> None:
     table, sheet = args.results_dir / 'mislabeled.csv', args.results_dir / 'contact_sheet.png'
     replace_file(table, lambda part: write_ranking(part, ranking, source))
     replace_file(sheet, lambda part: draw_contact_sheet(part, ranking, source, args.num_images))
-    print(tell(ranking, len(runs), runs[0].where, args.threshold_percentile))
-    print(f'{table}\n{sheet}')
+    show(tell(ranking, len(runs), runs[0].where, args.threshold_percentile))
+    show(f'{table}\n{sheet}')
 
 
 if __name__ == '__main__':

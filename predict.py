@@ -59,7 +59,16 @@ from data import DataConfig, ViewDataset, create_loader, evaluation_batches, lim
 from decisions import SET_SCORES, class_scores, kept_level, scaled_probs, set_sizes, threshold_from_confidence
 from figures import Cell, contact_sheet
 from inputs import PlainFolder, limited, open_pictures
-from program import ArgumentParser, RunError, UsageError, once_a_machine, replace_file, run_program, setup_accelerator
+from program import (
+    ArgumentParser,
+    RunError,
+    UsageError,
+    once_a_machine,
+    replace_file,
+    run_program,
+    setup_accelerator,
+    show,
+)
 from scaling import read_temperature
 from sources import MAX_PIXELS, ImageError, JoinedSource, Source
 
@@ -282,8 +291,9 @@ def read_decisions(args: Namespace, checkpoint: Path | None, config: DataConfig)
             if level is not None:
                 kept = saved['thresholds'][level]
                 if kept is None:
-                    raise UsageError(f'--target-accuracy {args.target_accuracy:g}: no confidence reached {level} on '
-                                     f'the {saved.get("images")} images of {saved["split"]}; give a lower one')
+                    raise UsageError(f'--target-accuracy {args.target_accuracy:g}: the {saved.get("images")} images of '
+                                     f'{saved["split"]} are too few, or too few of them right, to promise {level}; '
+                                     'give a lower one')
                 found.threshold = float(kept['threshold'])
                 _logger.info(f'Accepted from confidence {found.threshold:.4f} on: that were '
                              f'{100 * kept["coverage"]:.0f} % of the {saved.get("images")} images of {saved["split"]}, '
@@ -301,6 +311,9 @@ def read_decisions(args: Namespace, checkpoint: Path | None, config: DataConfig)
                 if found.quantile is None:
                     _logger.warning(f'{saved.get("images")} calibration images are too few for --coverage {level}: '
                                     'every set holds all classes')
+            if saved.get('missing_classes') and (found.sets or found.threshold is not None):
+                _logger.warning(f'The calibration images lacked {saved["missing_classes"]} of the classes: on pictures '
+                                'of these, neither thresholds nor prediction sets hold')
         except UsageError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -432,6 +445,8 @@ def predict(
         RunError: If logits are not finite, or the device's memory is too small.
     """
     topk = min(args.topk, model.num_classes)
+    if topk < args.topk:
+        _logger.info(f'--topk {args.topk}: there are {topk} classes')
     columns = [np.zeros(0, np.int64), np.zeros(0, bool), np.zeros((0, topk), np.int64), np.zeros((0, topk), np.float32)]
     parts = [(*columns, *(np.zeros(0, np.float32),) * 3)]
     sets = {}
@@ -623,6 +638,16 @@ def check_columns(source: Source, args: Namespace) -> None:
                              'json-record and csv keep both')
 
 
+def check_links(source: Source, args: Namespace) -> None:
+    """Raises UsageError if --split-folders is to link to pictures that are no files."""
+    if not args.split_folders or args.copy or isinstance(source, PlainFolder):
+        return
+    parts = zip(source.starts, source.parts) if isinstance(source, JoinedSource) else [(0, source)]
+    for start, part in parts:
+        if len(part) and not isinstance(next(iter(part.data_of([0]))), str):
+            raise UsageError(f'--split-folders: {source.where(start)} is no file to link to: add --copy')
+
+
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 def folder_names(names: list[str]) -> list[str]:
@@ -731,7 +756,13 @@ def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str],
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 
-def show(table: dict[str, list], found: Predictions, names: list[str], decisions: Decisions, args: Namespace) -> None:
+def tell_results(
+        table: dict[str, list],
+        found: Predictions,
+        names: list[str],
+        decisions: Decisions,
+        args: Namespace,
+) -> None:
     """Prints the first rows and how many pictures went where."""
     def short(value, limit):
         text = f'{value:.3f}' if isinstance(value, float) else ' '.join(str(value).split())
@@ -746,16 +777,16 @@ def show(table: dict[str, list], found: Predictions, names: list[str], decisions
         rows.append([short(table[args.filename_col][i], 60), *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
     for row in rows:
-        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        show('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     if len(found.good) > SHOWN:
-        print(f'... and {len(found.good) - SHOWN} more')
+        show(f'... and {len(found.good) - SHOWN} more')
     sure = accepted(found, decisions)
     counts = Counter(found.classes[sure, 0].tolist()).most_common()
     told = [f'{number} {short(names[k], 48)}' for k, number in counts[:10]]
     told += [f'{sum(n for _, n in counts[10:])} of {len(counts) - 10} other classes'] * (len(counts) > 10)
     told += [f'{int((found.good & ~sure).sum())} {UNSURE}'] * (decisions.threshold is not None)
     told += [f'{int((~found.good).sum())} that cannot be opened'] * (not found.good.all())
-    print(f'{len(found.good)} pictures: {", ".join(told)}' if len(found.good) else 'no pictures')
+    show(f'{len(found.good)} pictures: {", ".join(told)}' if len(found.good) else 'no pictures')
 
 
 def write_results(
@@ -788,8 +819,8 @@ def write_results(
         replace_file(sheet, lambda part: draw_sheet(part, source, found, names, decisions))
         written.append(sheet)
     if args.results_file != '-' and not args.no_console_results:
-        show(table, found, names, decisions, args)
-        print('\n'.join(map(str, written)))
+        tell_results(table, found, names, decisions, args)
+        show('\n'.join(map(str, written)))
     if len(source) and not number:
         raise RunError(f'none of {len(source)} pictures can be opened')
 
@@ -812,6 +843,7 @@ def main(args: Namespace) -> None:
     if model.num_classes < 2:
         raise UsageError(f'{args.checkpoint or args.model} has {model.num_classes} class: there is nothing to predict')
     check_columns(source, args)
+    check_links(source, args)
     names = choose_names(model, checkpoint, run, args.label_type)
     decisions = read_decisions(args, checkpoint, config)
     if accelerator.is_main_process:

@@ -75,6 +75,15 @@ def explain(error: Exception, resume: str = '') -> RunError | None:
     return None
 
 
+def show(text: str) -> None:
+    """Prints a text; nothing, from where on nobody reads it, as behind `| head`: files may still have to be written."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, 'w') as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
 def exit_with(error: UsageError | RunError | Stopped) -> None:
     """Tells the error in one line and ends the process: status 2 for a usage error, 1 for a fault, 75 when stopped."""
     code = 2 if isinstance(error, UsageError) else 1

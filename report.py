@@ -4,7 +4,8 @@
     python report.py output/table3_baselines/cpu --output output/table3_baselines/cpu
 
 Reads each run's args.yaml, labels.json, summary.csv and last/metrics.json: the weights at the end of training, since
-best/ was chosen on the very images that are reported. A run that has not reached its last update, nor the end of its
+best/ was chosen on the very images that are reported. Figures are those of --test-split, where a run had one, else of
+its evaluation split; curves are always of the latter. A run that has not reached its last update, nor the end of its
 --patience, is left out and named, also below the table.
 
 Runs that differ by nothing but their seed (or label seed, fold or file) are one cell of the table: mean and standard
@@ -26,6 +27,7 @@ Writes to --output:
 import argparse
 import csv
 import json
+import os
 import re
 import statistics
 import sys
@@ -39,7 +41,7 @@ import yaml
 from figures import Curve, Move, Panel, error_ece_diagram, reliability_diagram, training_curves
 from methods import ALGORITHMS, looks_at, older_presets, published, warmup_updates
 from metrics import ReliabilityBins
-from program import ArgumentParser, UsageError
+from program import ArgumentParser, UsageError, show
 
 COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
 SHOWN = {'error': 'error %', 'ece': 'ECE %', 'nll': 'NLL'}  # in the table; less is better in all of them
@@ -98,6 +100,8 @@ def read_run(folder: Path) -> dict:
         with open(folder / 'summary.csv', newline='') as file:
             curve = [{key: float(row[key]) for key in ('num_updates', 'eval_error', 'eval_ece')}
                      for row in csv.DictReader(file)]
+        if 'bins' in metrics.get('test', {}):
+            metrics.update(metrics['test'], split=metrics['test']['source'])
         done, updates = metrics['num_updates'], args['epochs'] * args['train_steps_per_epoch']
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UsageError(f'{folder}: no run with an evaluation ({path}: {" ".join(str(error).split())})') from error
@@ -132,11 +136,13 @@ def add_settings(runs: list[dict]) -> list[str]:
     Where runs differ because each has the value that its method has by default, the method's name says it.
     """
     differ = []
-    folders = {run['args']['data_dir'] or '' for run in runs if not run['args']['dataset']}
-    alike = Counter(Path(folder).name for folder in folders)
+    # A folder or file goes by its name, if no other one has the same.
+    places = {name for name in (run['args']['dataset'] or run['args']['data_dir'] or '' for run in runs)
+              if os.path.isabs(name)}
+    alike = Counter(Path(name).name for name in places)
     for run in runs:
-        args, folder = run['args'], run['args']['data_dir'] or ''
-        dataset = args['dataset'] or (Path(folder).name if alike[Path(folder).name] == 1 else folder)
+        args, dataset = run['args'], run['args']['dataset'] or run['args']['data_dir'] or ''
+        dataset = Path(dataset).name if alike[Path(dataset).name] == 1 and dataset in places else dataset
         run['settings'] = dict(dataset=dataset, labels=run['labels'], algorithm=args['algorithm'],
                                variant=variant(args))
         run['defaults'] = published(args['algorithm'], args['dataset'] or '') if args['algorithm'] in ALGORITHMS else {}
@@ -495,7 +501,7 @@ def main(args: argparse.Namespace) -> None:
     except OSError as error:
         print(f'report.py: error: {error.filename or args.output} cannot be written: {error.strerror}', file=sys.stderr)
         sys.exit(1)
-    print(f'{table}\n\n' + '\n'.join(map(str, paths)))
+    show(f'{table}\n\n' + '\n'.join(map(str, paths)))
 
 
 if __name__ == '__main__':

@@ -709,7 +709,9 @@ def named_folder(name: str, data_dir: str | None, split: str, splits: dict[str, 
     if split in splits or not (root / split).is_dir():
         return None
     same = (other for other in splits if (root / other).is_dir() and (root / other).samefile(root / split))
-    return next(same, split), root / split
+    plain = Path(os.path.normpath(root / split))  # of FOLDER/../FOLDER the short form, unless a link makes it another
+    found = plain if plain.is_dir() and plain.samefile(root / split) else root / split
+    return next(same, split), found
 
 
 def _starts_with(folders: tuple[str, ...], path: str) -> bool:
@@ -766,10 +768,11 @@ def create_source(
         raise UsageError('no images are given: --data-dir FOLDER for your own (<split>/<class>/<image>), or --dataset '
                          'NAME, such as digits, which is bundled')
     if split and '+' in split and named_folder(name, data_dir, split, {}) is None:
+        trained = train_split or split
         source = JoinedSource([
             create_source(
                 name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled, flat,
-                max_pixels, train_split or split, unlabeled_dir, val_labels,
+                max_pixels, f'{trained}+{split}' if part == UNLABELED_DIR else trained, unlabeled_dir, val_labels,
             )
             for part in split.split('+')
         ])
@@ -787,8 +790,9 @@ def create_source(
             known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files().__contains__
         else:  # below a folder of the training split or one for evaluation
             root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
-            used = splits.keys() & {*(part.partition('[')[0] for part in parts), *VAL_SPLITS}
-            known = partial(_starts_with, tuple(f'{root / part}/' for part in used))
+            used = {*(part.partition('[')[0] for part in parts), *VAL_SPLITS} - {UNLABELED_DIR}
+            used = [os.path.join(root, part, '') for part in used if part in splits or os.path.isdir(root / part)]
+            known = partial(_starts_with, tuple(used))
         splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), known, input_key or 'image')
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
@@ -926,6 +930,10 @@ def settle_sources(args: argparse.Namespace) -> None:
         tell(f'{root}: no folder in it is named as a split, so its {len(splits)} folders are taken for classes: '
              f'{name_some(splits)}', logging.INFO)
         return
+    unused = [split for split in splits if split in VAL_SPLITS and split != args.test_split]
+    if args.val_fraction is not None and unused and not find_tables(root):
+        tell(f'{root}: --val-fraction leaves {" and ".join(unused)} there unused; --test-split {unused[-1]} reports it '
+             'at the end', logging.INFO)
     if not any(split == 'labeled' or is_unlabeled(split) for split in splits) or find_tables(root):
         return
     if args.train_split == 'train' and 'train' not in splits and 'labeled' in splits:

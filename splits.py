@@ -131,6 +131,7 @@ def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
                          f'{largest} keeps them as numbers')
     if num_classes < max(largest, 2):
         raise UsageError(f'--num-classes {num_classes}: the data set has labels up to {largest - 1}')
+    tell_alike(train.class_names)
     name = evaluation_name(args, evaluation)
     evaluated = [(f'--val-split {name}' if args.val_split else f'split {name}', evaluation)]
     if sources.test is not None:
@@ -151,6 +152,16 @@ def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
         present = train.targets[train.targets >= 0].unique()
         tell_missing(what, source, f'--train-split {args.train_split}', present, train.class_names)
     return num_classes
+
+
+def tell_alike(names: list[str] | None) -> None:
+    """Warns of classes whose names differ in capitals only."""
+    by_key = {}
+    for name in names or ():
+        by_key.setdefault(name.casefold(), []).append(name)
+    alike = [' and '.join(same) for same in by_key.values() if len(same) > 1]
+    if alike:
+        _logger.warning(f'classes whose names differ in capitals only are different ones: {name_some(alike)}')
 
 
 def tell_missing(what: str, source: Source, other: str, classes: torch.Tensor, names: list[str] | None) -> None:
@@ -211,6 +222,7 @@ def place_labeled(
     if draws_unlabeled(args):
         index = draw_unlabeled(args, sources.unlabeled.targets, index, num_classes, label_seed(args),
                                sources.train.class_names)
+    tell_unused(args, sources, labels, everywhere)
     if args.exclude_labeled:
         position = None
     elif len(index) < len(sources.unlabeled):
@@ -220,6 +232,20 @@ def place_labeled(
     if not len(index):
         raise UsageError('no unlabeled image is left: every image is labeled, and --exclude-labeled leaves those out')
     return index, position
+
+
+def tell_unused(args: argparse.Namespace, sources: Sources, labels: Labels, everywhere: torch.Tensor) -> None:
+    """Warns of images of the training split that a run never sees: not drawn as labeled ones, nor in its unlabeled
+    split, where their places are `everywhere`, `[N]` int64.
+    """
+    unused = everywhere < 0
+    unused[labels.index] = False
+    if sources.held_out is not None:
+        unused[sources.held_out] = False
+    if unused.any():
+        both = f'{args.train_split}+{unlabeled_split(args)}'
+        _logger.warning(f'{int(unused.sum())} of the {len(unused)} images of {args.train_split} are neither labeled '
+                        f'nor unlabeled ones; --unlabeled-split {both} takes them as the latter')
 
 
 # --- Content ----------------------------------------------------------------------------------------------------------
@@ -292,6 +318,7 @@ def identify(
     rows = spread(len(labels.index), MOST_DIGESTS)
     index = labels.index[rows]
     digests = digest_pictures(sources.train, index)
+    tell_copies(sources.train, index, labels.label[rows], digests)
     sample = torch.zeros(0, dtype=torch.int64)
     if unlabeled_index is not None:
         sample = digest_pictures(sources.unlabeled, unlabeled_index[spread(len(unlabeled_index), SAMPLE)])
@@ -304,6 +331,19 @@ def identify(
         sample,
         lambda row: f'{int(index[row])} ({sources.train.where(int(index[row]))})',
     )
+
+
+def tell_copies(train: Source, index: torch.Tensor, label: torch.Tensor, digests: torch.Tensor) -> None:
+    """Warns of pictures that are labeled more than once, by positions, labels and digests `[d]` int64."""
+    order = digests.argsort(stable=True)
+    same = (digests[order][1:] == digests[order][:-1]) & (digests[order][1:] != 0)
+    pairs = [(int(order[i]), int(order[i + 1])) for i in same.nonzero().flatten()]
+    twice = [pair for pair in pairs if label[pair[0]] == label[pair[1]]]
+    for found, told in (([pair for pair in pairs if pair not in twice], 'of another class'), (twice, 'of their class')):
+        if found:
+            one, other = (train.where(int(index[row])) for row in found[0])
+            _logger.warning(f'{len(found)} labeled pictures are the same as another one {told}, such as {other} (as '
+                            f'{one}); each counts')
 
 
 # --- Overlap ----------------------------------------------------------------------------------------------------------

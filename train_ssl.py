@@ -1004,7 +1004,8 @@ def record_evaluation(
     further = {}
     for name, source in (('extra_val', args.extra_val), ('test', args.test_split)):
         if name in meters:
-            found = further[name] = dict(source=source, **measure(meters[name], run.labeled_by_class))
+            found = further[name] = dict(source=source, **measure(meters[name], run.labeled_by_class),
+                                         bins=meters[name].bin_lists())
             _logger.info(f'epoch {epoch} evaluation of {found["count"]:.0f} images of {source}: error '
                          f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}{tell_tail(found)}')
     if not run.accelerator.is_main_process:
@@ -1016,7 +1017,6 @@ def record_evaluation(
         row['calmix_weight'] = float(run.calmix.weight)
     write_summary(folder / 'summary.csv', row)
     run.accelerator.log(row, step=run.num_updates)
-    bins = {key: value.tolist() for key, value in meters['evaluation'].bins()._asdict().items()}
     content = dict(
         epoch=epoch,
         num_updates=run.num_updates,
@@ -1026,7 +1026,7 @@ def record_evaluation(
         best_chosen_by=f'{args.eval_metric} on {split}',
         class_names=run.identity.class_names,
         **metrics,
-        bins=bins,
+        bins=meters['evaluation'].bin_lists(),
         classes=by_class(meters['evaluation'], run.labeled_by_class),
         **further,
     )

@@ -86,6 +86,7 @@ from program import (
     replace_file,
     run_program,
     setup_accelerator,
+    show,
 )
 from scaling import MIN_TEMPERATURE, add_temperature, draw_partners, fit_temperature, fit_vector, read_temperature
 from seeds import item_seed
@@ -159,7 +160,8 @@ def create_validate_parser() -> argparse.ArgumentParser:
     group.add_argument('--calibration-split', metavar='NAME', default=None,
                        help='fit on this split of the same data set, with its labels (held-out: as of --split); all '
                             'but torchvision\'s sets take slices, as train[:10%%], also of the split evaluated: '
-                            '--split "test[20%%:]" --calibration-split "test[:20%%]". The labeled images of the '
+                            '--split "test[20%%:]" --calibration-split "test[:20%%]", if it is not sorted by '
+                            'class as image folders are. The labeled images of the '
                             'compared runs are left out. Images that a run saw unlabeled are not: their labels are '
                             'ones that it did not have')
     group.add_argument('--calibration-from-labeled', metavar='FILE', nargs='?', const='', default=None,
@@ -281,6 +283,8 @@ def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
             ours, theirs = getattr(first, key), getattr(other, key)
             if ours != theirs:
                 flag = 'split' if key == 'val_split' else key.replace('_', '-')
+                if key == 'dataset':  # a folder is no --dataset but a --data-dir
+                    ours, theirs = (data.dataset or data.data_dir for data in (first, other))
                 raise UsageError(f'{names[0]} has --{flag} {ours} and {name} {theirs}: checkpoints are compared on the '
                                  'same images, so give the flag')
     if not first.dataset and not first.data_dir:
@@ -493,6 +497,10 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
         if not rows.any():
             raise UsageError(f'{args.calibration_split or "--calibration-from-labeled"}: none of {len(rows)} images is '
                              f'left to fit on ({told}); give another split or slices that do not overlap')
+        if found.logits.shape[1] > 1 and len(found.target[rows].unique()) == 1:
+            raise UsageError(f'{args.calibration_split or "--calibration-from-labeled"}: all {int(rows.sum())} images '
+                             'to fit on are of one class; a slice of image folders takes one class after the other, so '
+                             'give a split of its own')
         result.calibration = found.keep(rows)
         _logger.info(f'{result.name}: {int(rows.sum())} of {len(rows)} calibration images are used: {told}, '
                      f'{int((found.target < 0).sum())} have no label')
@@ -603,8 +611,10 @@ def format_table(results: list[Result]) -> str:
     empty = [i for i, cells in enumerate(zip(*rows[1:])) if rows[0][i] in ('best by', 'rarest third error')
              and not any(cells)]
     rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
-    note = '\n* at its bound: the likelihood of the calibration images has no maximum'
-    return align(rows) + (note if any_at_bound else '')
+    notes = ['* at its bound: the likelihood of the calibration images has no maximum'] * any_at_bound
+    if range_of:
+        notes.append('the interval of ECE leaves out what chance adds to it, and so lies below it or at it')
+    return '\n'.join([align(rows), *notes])
 
 
 def format_selective_table(results: list[Result]) -> str:
@@ -768,17 +778,19 @@ def find_decisions(result: Result, args: Namespace) -> dict[str, dict]:
         return {}
     fit_on, temperature = result.calibration, result.parameters['temperature']['temperature']
     missing = fit_on.logits.shape[1] - len(fit_on.target.unique())
-    if missing:  # as in a slice of a set that is sorted by class
+    if missing:
         _logger.warning(f'{result.name}: the thresholds and prediction sets that are stored hold for pictures like the '
-                        f'calibration images, which lack {missing} of the classes')
+                        f'calibration images, which lack {missing} of the {fit_on.logits.shape[1]} classes')
     found = measure_decisions(
         fit_on.logits, fit_on.target, temperature, args.target_accuracy or LEVELS, args.coverage or LEVELS,
         args.bootstrap, args.seed,
     )
+    found['missing_classes'] = missing
     for level, kept in found['thresholds'].items():
         told = f'{result.name}: accuracy {level} is expected of pictures '
         if kept is None:
-            told = f'{result.name}: accuracy {level} is reached by no confidence on {len(fit_on.target)} images'
+            told = (f'{result.name}: no threshold is stored for accuracy {level}: whatever is kept of the '
+                    f'{len(fit_on.target)} images and one more that is wrong, fewer are right')
         else:
             told += f'of confidence {kept["threshold"]:.4f} or more, {100 * kept["coverage"]:.0f} % of all'
         _logger.info(told)
@@ -808,11 +820,11 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
     if args.calibration == 'pseudo':
         number = '/'.join(str(n) for n in OrderedDict.fromkeys(len(r.mixed.index) for r in results))
         heading += f'; scaling "pseudo" fitted on {number} mixtures of unlabeled images of {unlabeled_split(data)}'
-    print(f'{heading}\n{format_table(results)}\n\n{format_selective_table(results)}')
+    show(f'{heading}\n{format_table(results)}\n\n{format_selective_table(results)}')
     if args.ood_dataset:
-        print(f'\n{format_ood_table(results, ood)}')
+        show(f'\n{format_ood_table(results, ood)}')
     if len(results) > 1:
-        print('\n' + '\n'.join(what_is_left(results, args)))
+        show('\n' + '\n'.join(what_is_left(results, args)))
 
     folder = Path(args.results_dir)
     try:
@@ -833,20 +845,21 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
             write_comparison(folder, results)
     except OSError as error:
         raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
-    print(f'\nResults in {folder}')
+    show(f'\nResults in {folder}')
     if args.save_temperature:
         store_temperatures(results, about['dataset'], data, args)
 
 
 def store_temperatures(results: list[Result], dataset: str, data: Namespace, args: Namespace) -> None:
-    """Puts each temperature into the config.json of its checkpoint; raises RunError for one at its bound.
+    """Puts each temperature into the config.json of its checkpoint; then raises RunError if one is at its bound.
 
     Of one that was fitted with labels and one without, the former.
     """
     kind = 'temperature' if fits(args) else 'pseudo'
+    at_bound = [f'{result.checkpoint}' for result in results if result.parameters[kind]['at_bound']]
     for result in results:
         if result.parameters[kind]['at_bound']:
-            raise RunError(f'--save-temperature: none stored in {result.checkpoint}, as it is at its bound')
+            continue
         content = add_temperature(
             result.checkpoint,
             temperature=result.parameters[kind]['temperature'],
@@ -858,6 +871,9 @@ def store_temperatures(results: list[Result], dataset: str, data: Namespace, arg
             **find_decisions(result, args),
         )
         replace_file(result.checkpoint / 'config.json', lambda part: part.write_text(content))  # noqa: B023
+    if at_bound:
+        raise RunError(f'--save-temperature: no temperature is stored in {" and ".join(at_bound)}, where it is at its '
+                       'bound' + ('; the other checkpoints have theirs' if len(at_bound) < len(results) else ''))
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -914,8 +930,8 @@ def mix_unlabeled(
     """
     found = evaluate(source, None, torch.full((len(source),), -1))
     rows = ~torch.isin(found.digest, leave_out)
-    told = (f'{int(rows.sum())} of {len(rows)} unlabeled images are mixed; the others are evaluated, or were labeled '
-            'in training')
+    told = f'{int(rows.sum())} of {len(rows)} unlabeled images are mixed'
+    told += '' if rows.all() else '; the others are evaluated, or were labeled in training'
     if rows.sum() < 2:
         raise UsageError(f'--calibration pseudo: {told}; give another --unlabeled-split')
     _logger.info(f'{name}: {told}')

@@ -151,7 +151,7 @@ def test_rows_are_the_predictions_of_validate_and_what_it_stored_decides(validat
 
 def test_an_accuracy_that_was_not_reached_or_not_stored_is_refused_and_a_higher_one_stands_in(validated, run, caplog):
     folder, data, _ = validated
-    with pytest.raises(UsageError, match='no confidence reached 0.99 on the 90 images of train'):
+    with pytest.raises(UsageError, match='the 90 images of train are too few, or too few .* to promise 0.99'):
         run(data / 'val', '--checkpoint', folder, '--target-accuracy', '0.9')
     with pytest.raises(UsageError, match='keeps 0.8, 0.85, 0.99; validate.py --target-accuracy 0.995'):
         run(data / 'val', '--checkpoint', folder, '--target-accuracy', '0.995')
@@ -380,13 +380,15 @@ def test_pictures_are_sorted_into_folders_and_none_is_lost(copy, model, photos, 
         run(photos / 'b', '--checkpoint', model, '--split-folders', out)
 
 
-def test_rows_of_a_table_are_copied_and_not_linked(model, photos, run, tmp_path):
+def test_rows_of_a_table_are_copied_and_not_linked(model, photos, run, tmp_path, monkeypatch):
     cells = [{'bytes': (photos / 'b' / f'{i}.png').read_bytes(), 'path': None} for i in (0, 2)]
     table = datasets.Dataset.from_dict({'image': cells}).cast_column('image', datasets.Image())
     table.to_parquet(tmp_path / 'p.parquet')
     given = (tmp_path / 'p.parquet', '--checkpoint', model, '--split-folders', tmp_path / 'sorted')
-    with pytest.raises(UsageError, match='is no file to link to: add --copy'):
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match='is no file to link to: add --copy'):
+        patch.setattr(predict, 'predict', None)  # before anything is predicted
         run(*given)
+    assert not (tmp_path / 'sorted').exists()
     assert not list(tmp_path.glob('.sorted*'))
     rows = run(*given, '--copy')
     assert rows[1]['filename'] == f'row 1 of {tmp_path / "p.parquet"}'
@@ -518,3 +520,11 @@ def test_a_list_finds_its_pictures_as_training_does(tmp_path, form):
     assert source.names == given
     assert source.paths == [str(tmp_path / name) for name in [*names, 'a/gone.png']]
     assert source.image(1).size == (4, 4)
+
+
+def test_a_folder_without_a_picture_says_so_and_names_what_a_phone_writes(tmp_path):
+    with pytest.raises(UsageError, match=f'^{tmp_path}: no picture in it$'):
+        open_pictures(str(tmp_path))
+    (tmp_path / 'IMG_1.HEIC').write_bytes(b'x')
+    with pytest.raises(UsageError, match=r'no picture in it .*\(.heic; Pillow cannot read HEIC: convert it to JPEG\)'):
+        open_pictures(str(tmp_path))

@@ -176,6 +176,16 @@ def test_runs_that_were_evaluated_on_other_images_are_told_below_the_table(make_
         assert all(line.endswith(told) for line in below)
 
 
+def test_figures_are_those_of_the_test_split_where_a_run_had_one(train, tmp_path):
+    run = train('r', '--val-fraction', '0.3', '--test-split', 'test')
+    metrics = json.loads((run / 'last' / 'metrics.json').read_text())
+    found = report.read_run(run)['metrics']
+    assert found['count'] == 500 != metrics['count'] and found['split'] == 'test'
+    assert found['error'] == metrics['test']['error'] and sum(found['bins']['count']) == 500
+    table, _ = write(run, output=tmp_path / 'out')
+    assert markdown_cells(table)[0]['error %'] == f'{metrics["test"]["error"]:.2f}'
+
+
 def test_bold_and_missing_cells_in_all_forms_of_the_table(make_run, tmp_path):
     folders = [make_run(f'a{seed}', '--num-labels', '20', seed=seed, error=10 + seed) for seed in range(2)]
     folders += [make_run(f'b{seed}', '--num-labels', '20', '--calibratemix', seed=seed, error=5 + seed)

@@ -2,6 +2,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 from argparse import Namespace
@@ -29,7 +30,17 @@ import validate
 from digests import Contents, digest_pictures, from_text, place_pictures, shared_pictures, to_text
 from labels import Labels, match_classes, read_labels
 from program import UsageError
-from sources import ArraySource, HFSource, JoinedSource, PartSource, create_source, is_published, locate
+from sources import (
+    ArraySource,
+    HFSource,
+    JoinedSource,
+    PartSource,
+    create_source,
+    is_published,
+    locate,
+    open_source,
+    unlabeled_split,
+)
 from splits import hold_out
 
 OWN = ('--img-size', '8', '--model', 'wide_resnet10_1', '-b', '4', '--mu', '2', '--epochs', '1',
@@ -107,6 +118,39 @@ def test_classes_are_matched_by_name_and_what_differs_is_told(caplog):
     assert match_classes(source, ['a', 'c', 'd'], 3, 'here', others='are left out').tolist() == [1, 0, -1, -1, -1]
     caplog.clear()
     assert match_classes(source, ['c', 'a', 'b'], 3, 'here').tolist() == [0, 1, 2, -1, 2] and not caplog.text
+
+
+def test_classes_that_differ_in_capitals_only_are_told(own, train_own, tmp_path, caplog):
+    shutil.copytree(own / 'val' / '10', own / 'val' / 'Ten')
+    shutil.rmtree(own / 'val' / '10')
+    shutil.move(own / 'train' / '10', own / 'train' / 'ten')
+    with pytest.raises(UsageError, match=r'does not have: Ten; .*ten \(names that differ in capitals only: Ten and ten'):
+        train_own('r', '--data-dir', own)
+    shutil.rmtree(own / 'val' / 'Ten')
+    shutil.copytree(own / 'train' / 'ten', own / 'train' / 'Ten')
+    train_own('r', '--data-dir', own)
+    assert re.search('classes whose names differ in capitals only are different ones: (Ten and ten|ten and Ten)', caplog.text)
+    assert '8 labeled pictures are the same as another one of another class, such as' in caplog.text
+
+
+def test_pictures_of_the_training_split_that_a_run_never_sees_are_counted(own, train_own, caplog):
+    shutil.move(own / 'more', own / 'unlabeled')
+    shutil.move(own / 'train', own / 'labeled')
+    train_own('r', '--data-dir', own, '--num-labels', 6)
+    assert ('18 of the 24 images of labeled are neither labeled nor unlabeled ones; --unlabeled-split '
+            'labeled+unlabeled takes them as the latter') in caplog.text
+    caplog.clear()
+    train_own('s', '--data-dir', own, '--num-labels', 6, '--unlabeled-split', 'labeled+unlabeled')
+    assert 'neither labeled nor' not in caplog.text
+
+
+def test_pictures_below_unlabeled_dir_that_the_unlabeled_split_has_count_once(own):
+    shutil.move(own / 'more', own / 'unlabeled')
+    flags = ['--data-dir', own, '--unlabeled-split', 'unlabeled', '--unlabeled-dir', own]
+    args = train_ssl._parse_args([*map(str, flags)])
+    found = open_source(args, unlabeled_split(args)).file_paths()
+    assert len(found) == len(set(found)) == 9 + 6 + 9  # unlabeled, and what is in no split: fewer and others
+    assert not any('/train/' in path or '/val/' in path for path in found)
 
 
 def test_labels_that_are_ids_make_no_head_of_that_size(tmp_path, train_own):

@@ -2,7 +2,10 @@
 import csv
 import json
 import runpy
+import shlex
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -429,7 +432,7 @@ def test_a_temperature_at_its_bound_is_marked_and_not_saved(run_copy, evaluate, 
     easy = [i for i in range(100) if logits[i].argmax() == source.targets[i]]
     file = tmp_path / 'easy.json'
     file.write_text(json.dumps(dict(index=easy, target=source.targets[easy].tolist())))
-    with pytest.raises(RunError, match='none stored'):
+    with pytest.raises(RunError, match='no temperature is stored in .*copy/best, where it is at its bound$'):
         evaluate('--checkpoint', run_copy / 'best', '--calibration-from-labeled', file, '--save-temperature')
     assert 'calibration' not in json.loads((run_copy / 'best' / 'config.json').read_text())
     assert '0.010*' in capsys.readouterr().out
@@ -646,6 +649,39 @@ def test_where_no_split_is_one_for_evaluation_what_the_run_held_out_is_evaluated
 def test_other_classes_than_the_models_are_refused(run_folder, broken_folder, evaluate):
     with pytest.raises(UsageError, match='images are of classes that the model does not have'):
         evaluate('--checkpoint', run_folder / 'best', '--dataset', broken_folder)
+
+
+def test_a_calibration_set_of_one_class_is_refused_and_classes_that_lack_are_stored(run_copy, evaluate, tmp_path, caplog):
+    by_class = create_source('digits', None, 'train').targets.argsort(stable=True)
+    index = {'one': by_class[:30], 'nine': by_class[create_source('digits', None, 'train').targets[by_class] < 9]}
+    for name, rows in index.items():
+        write_labels(tmp_path / f'{name}.json', rows, create_source('digits', None, 'train').targets[rows])
+    arguments = ('--checkpoint', run_copy / 'best', '--save-temperature', '--calibration-from-labeled')
+    with pytest.raises(UsageError, match='all 30 images to fit on are of one class; a slice of image folders takes'):
+        evaluate(*arguments, tmp_path / 'one.json')
+    assert 'calibration' not in json.loads((run_copy / 'best' / 'config.json').read_text())
+    evaluate(*arguments, tmp_path / 'nine.json')
+    assert json.loads((run_copy / 'best' / 'config.json').read_text())['calibration']['temperature'] > 0
+
+
+def test_of_several_checkpoints_those_within_bounds_are_stored_before_the_other_is_told(run_copy, run_folder, evaluate,
+                                                                                       tmp_path, monkeypatch):
+    other = Path(shutil.copytree(run_folder, tmp_path / 'other'))
+    fits = iter([(1.5, True), (1.25, False)])
+    monkeypatch.setattr(validate, 'fit_temperature', lambda logits, target: next(fits))
+    with pytest.raises(RunError, match='is stored in .*copy/last, where it is at its bound; the other checkpoints have'):
+        evaluate('--checkpoint', run_copy / 'last', other / 'last', '--calibration-split', 'train', '--save-temperature')
+    assert 'calibration' not in json.loads((run_copy / 'last' / 'config.json').read_text())
+    assert json.loads((other / 'last' / 'config.json').read_text())['calibration']['temperature'] == 1.25
+
+
+def test_a_reader_that_leaves_early_costs_no_file(run_folder, tmp_path):
+    arguments = ('--checkpoint', run_folder / 'last', '--device', 'cpu', '-j', '0', '--bootstrap', '0', '--results-dir',
+                 tmp_path / 'r')
+    command = ' '.join(shlex.quote(str(part)) for part in (sys.executable, ROOT / 'validate.py', *arguments))
+    done = subprocess.run(['bash', '-c', f'{command} | true; exit ${{PIPESTATUS[0]}}'], capture_output=True, text=True)
+    assert done.returncode == 0 and 'rror' not in done.stderr, done.stderr
+    assert (tmp_path / 'r' / 'metrics.json').is_file() and (tmp_path / 'r' / 'reliability.png').is_file()
 
 
 def test_a_calibration_split_of_other_classes_is_refused(run_folder, tmp_path, evaluate):
