@@ -35,6 +35,7 @@ from data import DataConfig, Feed
 from methods import num_outputs
 from program import RunError, UsageError
 from scaling import DOMINANT
+from schedule import needs_warmup, newest_share
 from sources import ImageError, Source, known_facts
 from views import bound_memory
 
@@ -50,16 +51,6 @@ MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtime
 
 # --- Averages that fit the length of the run --------------------------------------------------------------------------
 
-def newest_share(updates: int) -> float:
-    """What the newest batch counts in a running average, as the default for a run of so many updates.
-
-    An average whose newest value counts s looks back over 1/s updates. That has to be a small part of the run, or what
-    is evaluated at its end is a network of long ago: here a hundredth. Published runs have 0.001 (1,000 of 2^20
-    updates), which stands from 100,000 updates on. Nothing counts more than 0.1, or single batches would show.
-    """
-    return min(max(100 / updates, 0.001), 0.1)
-
-
 def fit_to_length(args: argparse.Namespace) -> None:
     """Sets --stat-momentum and --model-ema-warmup where they are not given; for --bn-momentum see `build_model`.
 
@@ -70,7 +61,7 @@ def fit_to_length(args: argparse.Namespace) -> None:
     if args.stat_momentum is None:
         args.stat_momentum = 1 - newest_share(updates)
     if args.model_ema_warmup is None:
-        args.model_ema_warmup = round(updates * (1 - args.model_ema_decay), 6) < 100
+        args.model_ema_warmup = needs_warmup(updates, args.model_ema_decay)
 
 
 def fit_batch_norm(model: nn.Module, args: argparse.Namespace) -> None:

@@ -237,15 +237,20 @@ def pack(value, tensors: dict[str, torch.Tensor], name: str = ''):
     if isinstance(value, dict):  # as pairs: JSON keys would turn an optimizer's integers into strings
         return {'dict': [[key, pack(item, tensors, f'{name}.{key}')] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [pack(item, tensors, f'{name}.{i}') for i, item in enumerate(value)]
-    return value
+        items = [pack(item, tensors, f'{name}.{i}') for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {'tuple': items}
+    return {'dtype': str(value).removeprefix('torch.')} if isinstance(value, torch.dtype) else value
 
 
 def unpack(value, tensors: dict[str, torch.Tensor]):
-    """Inverse of `pack`; tuples come back as lists."""
+    """Inverse of `pack`; tuples of older checkpoints come back as lists."""
     if isinstance(value, dict):
         if 'tensor' in value:
             return tensors[value['tensor']]
+        if 'dtype' in value:
+            return getattr(torch, value['dtype'])
+        if 'tuple' in value:
+            return tuple(unpack(item, tensors) for item in value['tuple'])
         return {key: unpack(item, tensors) for key, item in value['dict']}
     return [unpack(item, tensors) for item in value] if isinstance(value, list) else value
 
@@ -477,16 +482,26 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
 
 # --- The best and the last evaluation ---------------------------------------------------------------------------------
 
-def judge(run: Run, metrics: dict[str, float], args: argparse.Namespace) -> bool:
-    """Whether an evaluation is the best so far by --eval-metric; counts those in a row that are not."""
+def _compare(run: Run, metrics: dict[str, float], args: argparse.Namespace) -> tuple[bool, int]:
+    """Whether an evaluation is the best so far by --eval-metric, and how many in a row are then not better."""
     value = metrics[args.eval_metric]
     sign = -1 if args.eval_metric in LOWER_IS_BETTER else 1
     best = run.best_metric is None or sign * value > sign * run.best_metric
-    run.best_metric = value if best else run.best_metric
     # What CalibrateMix does to the metric shows only after its warmup.
     waits = args.calibratemix and run.num_updates <= run.calmix.warmup_steps
-    run.not_better = 0 if best or waits else run.not_better + 1
+    return best, 0 if best or waits else run.not_better + 1
+
+
+def judge(run: Run, metrics: dict[str, float], args: argparse.Namespace) -> bool:
+    """Whether an evaluation is the best so far by --eval-metric; counts those in a row that are not."""
+    best, run.not_better = _compare(run, metrics, args)
+    run.best_metric = metrics[args.eval_metric] if best else run.best_metric
     return best
+
+
+def ends_patience(run: Run, metrics: dict[str, float], args: argparse.Namespace) -> bool:
+    """Whether the run will end by this evaluation, which `judge` has not seen yet."""
+    return args.patience is not None and _compare(run, metrics, args)[1] >= args.patience
 
 
 def out_of_patience(run: Run, args: argparse.Namespace) -> bool:

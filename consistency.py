@@ -7,6 +7,7 @@ from torch import nn
 
 from passes import Outputs, divergence, find_adversary, mean_square, mix, rotate, still_statistics
 from pseudo_labels import TINY, Method, move_mean, sharpen, widen
+from schedule import running_momentum
 
 
 class Consistency(Method):
@@ -64,8 +65,10 @@ class VAT(Consistency):
         self.eps = args.vat_eps
 
     def losses(self, model: nn.Module, labeled: dict, unlabeled: dict, out: Outputs) -> tuple:
-        images, said = unlabeled['weak'], out.weak_logits[:, :self.num_classes]
+        images = unlabeled['weak']
         with still_statistics(model):
+            with torch.no_grad():  # in a batch of the same images as below: labeled ones change what batch norm does
+                said = model(images)[1][:, :self.num_classes].float()
             moved = images + find_adversary(model, images, said, self.eps)
             said_there = model(moved)[1][:, :self.num_classes].float()
         log_probs = out.strong_logits[:, :self.num_classes].log_softmax(1)
@@ -120,7 +123,7 @@ class ReMixMatch(Consistency):
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_unlabeled, num_classes, args)
-        self.momentum = args.stat_momentum
+        self.momentum = running_momentum(args)
         self.register_buffer('class_count', torch.ones(num_classes, dtype=torch.int64))
         self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from metrics import ClassReport, EvalMeter
 from program import UsageError
+from schedule import running_momentum
 from seeds import item_seed
 
 _logger = logging.getLogger('train')
@@ -351,7 +352,7 @@ def build_adjustment(args: argparse.Namespace, trained: torch.Tensor, num_classe
     if not args.logit_adjustment:
         return None
     counts = torch.bincount(trained, minlength=num_classes)[:num_classes]
-    adjustment = LogitAdjustment(args.logit_adjustment, counts, args.stat_momentum)
+    adjustment = LogitAdjustment(args.logit_adjustment, counts, running_momentum(args))
     told = '' if args.algorithm == 'supervised' else f'; running ones of pseudo-labels, momentum {args.stat_momentum:g}'
     _logger.info(f'--logit-adjustment {args.logit_adjustment:g} by class frequencies: of labels '
                  f'{adjustment.labeled.min():.3g} to {adjustment.labeled.max():.3g}{told}'

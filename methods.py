@@ -23,6 +23,7 @@ from pseudo_labels import (
     PseudoLabel,
     SoftMatch,
 )
+from schedule import needs_warmup, newest_share
 
 ALGORITHMS = {
     'supervised': None,
@@ -77,7 +78,8 @@ def fit_to_method(args: argparse.Namespace) -> None:
 
 
 def without_defaults(entries: dict, given: Iterable[str]) -> dict:
-    """A run's arguments by name, without those that it took from `published` and that another method may not have.
+    """A run's arguments by name, without those that it took from `published` and that another method may not have, and
+    without averages as they fit its length, if the length is another now.
 
     And with those that it took from the presets of an older version, as it would else be another run.
 
@@ -87,10 +89,24 @@ def without_defaults(entries: dict, given: Iterable[str]) -> dict:
     """
     if 'calmix_preset' not in given:
         entries = {**entries, **older_presets(entries)}
+    if {'epochs', 'train_steps_per_epoch', 'model_ema_decay'} & set(given):
+        fitted = fitted_averages(entries)
+        entries = {name: value for name, value in entries.items() if name not in fitted or value != fitted[name]}
     if not {'algorithm', 'dataset'} & set(given) or entries.get('algorithm', 'fixmatch') not in ALGORITHMS:
         return entries
     own = published(entries.get('algorithm', 'fixmatch'), entries.get('dataset') or '')
     return {name: value for name, value in entries.items() if name not in own or value != own[name]}
+
+
+def fitted_averages(entries: dict) -> dict:
+    """What `backbone.fit_to_length` and `fit_batch_norm` set for a run of this length, by name; empty if that is not
+    known."""
+    try:
+        updates, decay = entries['epochs'] * entries['train_steps_per_epoch'], entries['model_ema_decay']
+    except KeyError:
+        return {}
+    share = newest_share(updates)
+    return dict(stat_momentum=1 - share, bn_momentum=share, model_ema_warmup=needs_warmup(updates, decay))
 
 
 def older_presets(entries: dict) -> dict:
@@ -194,6 +210,21 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error(f'--no-model-ema: {args.algorithm} needs the averaged network; choose another --algorithm')
 
 
+def mixing(args: dict) -> dict:
+    """CalibrateMix's options by name, those of the preset where none is given."""
+    preset = PRESETS.get(args['calmix_preset'], {})
+    return {name: preset[name] if args.get(f'calmix_{name}') is None else args[f'calmix_{name}'] for name in preset}
+
+
+# Options of CalibrateMix that a run looks at only where others have some values.
+MIXING_LOOKED_AT_BY = {
+    'calmix_topk': lambda options: options['pairing'] != 'random',
+    'calmix_similarity': lambda options: options['pairing'] != 'random' and options['topk'] > 0,
+    'calmix_space': lambda options: options['pairing'] != 'random' and options['topk'] > 0,
+    'calmix_split': lambda options: options['pairing'] != 'random',
+}
+
+
 def looks_at(key: str, args: dict) -> bool:
     """Whether a run looks at an argument: CalibrateMix's own counts only with it, a method's only with the method.
 
@@ -202,6 +233,8 @@ def looks_at(key: str, args: dict) -> bool:
     """
     algorithm, methods = args['algorithm'], LOOKED_AT_BY.get(key)
     if key == 'calmix_mask_scale' and getattr(ALGORITHMS.get(algorithm), 'own_losses', False):
+        return False
+    if key in MIXING_LOOKED_AT_BY and args['calibratemix'] and not MIXING_LOOKED_AT_BY[key](mixing(args)):
         return False
     if key.startswith('calmix_'):
         return args['calibratemix'] or (key.startswith('calmix_bank') and args.get('save_margins', False))
@@ -220,8 +253,10 @@ def tell_idle(args: argparse.Namespace) -> str:
     for name, value in vars(args).items():
         own = name in usual or (name.startswith('calmix_') and name != 'calmix_warmup_epochs')
         if own and value not in (None, usual.get(name)) and not looks_at(name, vars(args)):
-            mixing = name.startswith('calmix_') and not args.calibratemix
-            why = 'without --calibratemix' if mixing else f'with {args.algorithm}'
+            alone = name.startswith('calmix_') and not args.calibratemix
+            why = 'without --calibratemix' if alone else f'with {args.algorithm}'
+            if name in MIXING_LOOKED_AT_BY and args.calibratemix:
+                why = f'as pairs are drawn at random or without ranking, --calmix-preset {args.calmix_preset}'
             idle.append(f'--{name.replace("_", "-")} {value} ({why})')
     return f'Without effect in this run: {", ".join(idle)}' if idle else ''
 

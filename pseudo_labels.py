@@ -21,6 +21,7 @@ from torch import nn
 
 from calibratemix import MarginBank
 from passes import Outputs
+from schedule import running_momentum
 from seeds import item_seed
 
 FULL_SCHEDULE = 1024 * 1024  # updates of the published recipe, in which the warmups of presets and methods are counted
@@ -184,7 +185,7 @@ class SoftMatch(Method):
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_classes)
-        self.momentum, self.align = args.stat_momentum, args.softmatch_align
+        self.momentum, self.align = running_momentum(args), args.softmatch_align
         self.aligned_stats = args.softmatch_usb_stats
         self.register_buffer('mean', torch.tensor(1 / num_classes))
         self.register_buffer('var', torch.tensor(1.))
@@ -214,7 +215,7 @@ class FreeMatch(Method):
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_classes)
-        self.momentum, self.factor = args.stat_momentum, args.freematch_fairness
+        self.momentum, self.factor = running_momentum(args), args.freematch_fairness
         self.max_threshold = args.freematch_max_threshold
         self.register_buffer('tau', torch.tensor(1 / num_classes))
         self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
@@ -272,6 +273,7 @@ class MarginMatch(Method):
         self.first = round(80_000 / FULL_SCHEDULE * updates)
         self.every = max(1, round(50_000 / FULL_SCHEDULE * updates))
         self.last = round(0.9 * updates)
+        self.drawn_at = -1
         self.num_wrong = max(1, min(num_unlabeled // 100, num_unlabeled // (num_classes + 1)))
         self.apm = MarginBank(num_unlabeled, num_classes + 1, smoothing=0.997)
         self.wrong_apm = MarginBank(self.num_wrong, smoothing=0.997)
@@ -286,7 +288,10 @@ class MarginMatch(Method):
 
     def redraw(self, num_updates: int) -> None:
         """Draws the wrong images where that is due, without memory of the last ones."""
-        if num_updates == self.last:
+        if num_updates == self.drawn_at:
+            return  # at another batch of the same update
+        self.drawn_at = num_updates
+        if num_updates >= self.last:
             self.slot.fill_(-1)
         elif self.first <= num_updates < self.last and (num_updates - self.first) % self.every == 0:
             generator = torch.Generator().manual_seed(item_seed(self.seed, 'marginmatch', num_updates))
@@ -337,7 +342,7 @@ class AdaMatch(Method):
 
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_classes)
-        self.threshold, self.momentum = args.threshold, args.stat_momentum
+        self.threshold, self.momentum = args.threshold, running_momentum(args)
         self.register_buffer('labeled_mean', torch.full((num_classes,), 1 / num_classes))
         self.register_buffer('class_mean', torch.full((num_classes,), 1 / num_classes))
         self.register_buffer('least', torch.tensor(1.))  # confidence from which an image counts in this step

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from timm.optim import list_optimizers
-from timm.utils import ParseKwargs, dispatch_clip_grad, setup_default_logging
+from timm.utils import ParseKwargs, setup_default_logging
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -61,6 +61,7 @@ from checkpoint import (
     EVAL_COLUMNS,
     TRAIN_COLUMNS,
     Run,
+    ends_patience,
     finished_metrics,
     judge,
     open_run_folder,
@@ -129,7 +130,7 @@ from program import (
     takes_bar,
     tell_bfloat16,
 )
-from schedule import build_optimizer, build_scheduler, step_scheduler
+from schedule import add_optimizer_arguments, build_optimizer, build_scheduler, clip_gradients, step_scheduler
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import MAX_PIXELS, known_facts, unlabeled_split
@@ -277,27 +278,7 @@ def create_parser() -> argparse.ArgumentParser:
                             'tensors where possible, on the GPU if there is one (default: auto)')
     add_pin_memory_argument(group)
 
-    group = parser.add_argument_group('Optimizer and schedule')
-    group.add_argument('--opt', metavar='NAME', default='sgd', help='timm optimizer (default: sgd, which is Nesterov)')
-    group.add_argument('--opt-eps', type=float, metavar='X', default=None, help='epsilon (default: the optimizer\'s)')
-    group.add_argument('--opt-betas', type=float, nargs='+', metavar='X', default=None, help='likewise')
-    group.add_argument('--opt-kwargs', nargs='*', action=ParseKwargs, default={}, metavar='K=V',
-                       help='further arguments of the optimizer, such as fused=True for torch\'s fused form (default: '
-                            'none; torch then takes its multi-tensor form on a GPU)')
-    group.add_argument('--momentum', type=float, metavar='X', default=0.9, help='default: 0.9')
-    group.add_argument('--weight-decay', type=float, metavar='X', default=5e-4,
-                       help='not on norms and biases (default: 5e-4; the paper has 1e-3 for CIFAR-100)')
-    group.add_argument('--clip-grad', type=float, metavar='X', default=None, help='gradient clipping (default: none)')
-    group.add_argument('--clip-mode', default='norm', choices=['norm', 'value', 'agc'], help='default: norm')
-    group.add_argument('--lr', type=float, metavar='X', default=0.03, help='learning rate (default: 0.03)')
-    group.add_argument('--sched', default='cosine-7-16',
-                       choices=['cosine-7-16', 'cosine', 'tanh', 'step', 'poly', 'constant'],
-                       help='cosine-7-16: lr * cos(7 pi s / (16 S)), the paper\'s (default); else timm\'s')
-    group.add_argument('--sched-on-updates', action=flag, default=True,
-                       help='step the schedule with every update, else with every epoch (default: yes)')
-    group.add_argument('--min-lr', type=float, metavar='X', default=0., help='for timm\'s schedules (default: 0)')
-    group.add_argument('--warmup-lr', type=float, metavar='X', default=1e-5, help='start of a warmup (default: 1e-5)')
-    group.add_argument('--warmup-epochs', type=int, metavar='N', default=0, help='of the learning rate (default: 0)')
+    group = add_optimizer_arguments(parser)
     group.add_argument('--epochs', type=int, metavar='N', default=1024, help='default: 1024')
     group.add_argument('--train-steps-per-epoch', type=int, metavar='N', default=1024,
                        help='updates an epoch, an epoch being no pass over the data (default: 1024)')
@@ -458,7 +439,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience',
     ), 1))
     parser.at_least(args, **dict.fromkeys((
-        'workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed',
+        'workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed', 'decay_rate',
         'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha',
     ), 0))
     for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
@@ -468,6 +449,11 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         if args.input_size[1] != args.input_size[2] or args.img_size not in (None, args.input_size[1]):
             parser.error(f'--input-size {args.input_size}: expected one square size, as --img-size if both are given')
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
+    if args.warmup_epochs and args.warmup_epochs >= args.epochs:
+        parser.error(f'--warmup-epochs {args.warmup_epochs}: expected less than --epochs {args.epochs}')
+    if args.sched == 'step' and args.decay_epochs >= args.epochs:
+        parser.error(f'--decay-epochs {args.decay_epochs:g}: --sched step would never lower the learning rate in '
+                     f'{args.epochs} epochs')
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
@@ -543,6 +529,8 @@ def build_calmix(
         if shards and accelerator.num_processes > 1:
             part = (accelerator.process_index, accelerator.num_processes)
             apm = BankShard(num_unlabeled, num_classes, part, smoothing=0.997, dtype=bank_dtype)
+        rate = args.calmix_weight_rate
+        rate = PRESETS[args.calmix_preset]['weight_rate'] if rate is None else rate
         return CalibrateMix(
             len(datasets.labeled),
             num_unlabeled,
@@ -555,7 +543,7 @@ def build_calmix(
             space=args.calmix_space,
             loss=args.calmix_loss,
             weight=args.calmix_weight,
-            weight_rate=args.calmix_weight_rate,
+            weight_rate=rate / args.grad_accum_steps,  # w moves with every batch, of which an update has several
             mask_scale=args.calmix_mask_scale,
             split=args.calmix_split,
             pairing=args.calmix_pairing,
@@ -859,7 +847,7 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
         run.monitor.add(terms, run.num_updates)
     if args.clip_grad is not None:
         accelerator.unscale_gradients(run.optimizer)
-        dispatch_clip_grad(run.timm_model.parameters(), value=args.clip_grad, mode=args.clip_mode)
+        clip_gradients(run.timm_model, args)
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.optimizer.step_was_skipped:
@@ -1195,6 +1183,10 @@ def train_and_evaluate(
     def save():
         save_checkpoint(run, folder, args)
 
+    def evaluate(name):
+        feed, size = eval_feeds[name], eval_batch_size(args)
+        return validate(run.eval_model, feed, accelerator, run.num_classes, size, stop)
+
     total = args.epochs * args.train_steps_per_epoch
     lag, width = '', run.num_classes + has_extra_class(args)
     visible = accelerator.is_main_process and takes_bar(sys.stderr)
@@ -1204,10 +1196,10 @@ def train_and_evaluate(
                 train_one_epoch(run, epoch, labeled_batches, unlabeled_batches, save, stop, bar, args)
                 train_metrics = run.monitor.read()
                 if (epoch + 1) % args.val_interval == 0 or epoch == args.epochs - 1:
-                    meters = {
-                        name: validate(run.eval_model, feed, accelerator, run.num_classes, eval_batch_size(args), stop)
-                        for name, feed in eval_feeds.items() if name != 'test' or epoch == args.epochs - 1
-                    }
+                    meters = {name: evaluate(name) for name in eval_feeds if name != 'test'}
+                    seen = measure(meters['evaluation'], run.labeled_by_class)
+                    if 'test' in eval_feeds and (epoch == args.epochs - 1 or ends_patience(run, seen, args)):
+                        meters['test'] = evaluate('test')
                     skipped_images = tell_skipped(run, [*train_feeds, *eval_feeds.values()], args)
                     train_metrics.update(skipped_updates=run.skipped_updates, skipped_images=skipped_images)
                     metrics = record_evaluation(run, folder, epoch, train_metrics, meters, split, data_config, args)

@@ -17,6 +17,7 @@ from torch import nn
 import backbone
 import checkpoint
 import data
+import schedule
 import sources
 import train_ssl
 from program import UsageError
@@ -164,7 +165,7 @@ def momenta(model: nn.Module) -> set[float]:
 
 def test_running_averages_look_back_over_a_hundredth_of_the_run_and_published_runs_are_as_they_were():
     for updates, share in ((1, 0.1), (300, 0.1), (1000, 0.1), (2500, 0.04), (10_000, 0.01), (100_000, 0.001)):
-        assert backbone.newest_share(updates) == pytest.approx(share)
+        assert schedule.newest_share(updates) == pytest.approx(share)
     paper = asked('--model', 'wide_resnet10_1')
     assert paper.epochs * paper.train_steps_per_epoch == 2 ** 20
     assert (paper.model_ema_warmup, paper.stat_momentum) == (False, 0.999)

@@ -20,6 +20,7 @@ import passes
 import train_ssl
 from calibratemix import CalibrateMix
 from program import UsageError
+from pseudo_labels import move_mean
 
 B, U, K, STEPS = 5, 12, 4, 50
 WEIGHING = ('uda', 'adamatch', 'dash')  # they weigh pseudo-labels; the others compute losses of their own
@@ -544,6 +545,50 @@ def test_vat_s_perturbation_has_the_length_asked_for_moves_no_statistics_and_car
     assert not passes.find_adversary(model, images, model(images)[1].detach(), 6.).any()  # no direction is worse
 
 
+def test_vat_without_a_perturbation_has_no_loss_whatever_batch_norm_makes_of_the_labeled_images():
+    torch.manual_seed(0)
+    method, args = build('vat', '--vat-eps', 0, '--lambda-u-warmup', 0, images=12)
+    labeled = dict(image=3 + 2 * torch.randn(6, 3, 8, 8), target=torch.arange(6) % K, index=torch.arange(6))
+    unlabeled = dict(weak=torch.randn(12, 3, 8, 8), target=torch.full((12,), -1), index=torch.arange(12))
+    model = Toy().train()
+    terms = train_ssl.semi_supervised_step(model, labeled, unlabeled, method, None, 0, Accelerator(cpu=True), args)
+    assert abs(float(terms['loss_unlabeled'])) < 1e-6
+    assert model(labeled['image'])[1].var(0).sum() > 1e-3  # it does tell images apart
+
+
+def test_running_means_and_the_steered_weight_move_as_fast_an_update_however_many_batches_it_has(monkeypatch):
+    """Of the same rows in one batch or in four, a mean moves alike up to the order within an update."""
+    rows = torch.rand(16, K, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for steps in (1, 4):
+        args = parse('softmatch', '--stat-momentum', 0.9, '--grad-accum-steps', steps)
+        method, mean = methods.ALGORITHMS['softmatch'](40, K, args), torch.zeros(K)
+        assert method.momentum ** steps == pytest.approx(0.9)
+        for part in rows.chunk(steps):
+            move_mean(mean, part.mean(0, keepdim=True).expand_as(part), method.momentum)
+        moved.append(mean)
+    assert torch.allclose(*moved, atol=0.02) and (moved[0] > 0.03).all()
+    for steps in (1, 4):
+        args = parse('fixmatch', '--calibratemix', '--calmix-preset', 'steered', '--grad-accum-steps', steps)
+        sets = SimpleNamespace(labeled=range(4), unlabeled=range(40), labeled_to_unlabeled=None)
+        calmix = train_ssl.build_calmix(args, sets, K, SimpleNamespace(num_processes=1, process_index=0))
+        assert calmix.weight_rate * steps == pytest.approx(0.1)
+
+
+def test_marginmatch_has_no_wrong_images_in_its_last_tenth_also_where_a_resume_moved_that(monkeypatch):
+    method, _ = build('marginmatch', '--epochs', 1, '--train-steps-per-epoch', 100, images=400)
+    logits, index = torch.randn(8, K + 1), torch.arange(8)
+    method(logits, index, 50)
+    method.redraw(method.first)
+    assert (method.slot >= 0).any()
+    before = method.slot.clone()
+    method.wrong_apm.count.fill_(1)
+    method.redraw(method.first)  # at the next batch of the same update
+    assert torch.equal(method.slot, before) and (method.wrong_apm.count == 1).all()
+    method.redraw(method.last + 3)
+    assert (method.slot < 0).all()
+
+
 def test_defixmatch_is_unbiased_over_all_splits_of_a_small_set():
     """The mean over all splits of six images into two labeled and four unlabeled is the labeled loss of all six."""
     method, args = build('defixmatch', '--threshold', 0.5)
@@ -644,6 +689,11 @@ def test_what_a_method_cannot_take_is_refused_in_a_line(flags, told, capsys):
     (('pi_model', '--calibratemix', '--calmix-preset', 'steered'), ''),
     (('pi_model', '--calibratemix', '--calmix-mask-scale', 2), '--calmix-mask-scale 2.0 (with pi_model)'),
     (('supervised', '--temperature', 1), '--temperature 1.0 (with supervised)'),
+    (('fixmatch', '--calibratemix', '--calmix-preset', 'ours', '--calmix-similarity', 'dot', '--calmix-split', 'bank'),
+     '--calmix-similarity dot (as pairs are drawn at random or without ranking, --calmix-preset ours)'),
+    (('fixmatch', '--calibratemix', '--calmix-preset', 'ours', '--calmix-similarity', 'dot', '--calmix-topk', 0.1), ''),
+    (('fixmatch', '--calibratemix', '--calmix-pairing', 'random', '--calmix-topk', 0.1),
+     '--calmix-topk 0.1 (as pairs are drawn at random or without ranking, --calmix-preset paper)'),
 ])
 def test_what_is_given_and_a_run_does_not_look_at_is_told_in_a_line(flags, idle):
     assert methods.tell_idle(parse(*flags)) == (f'Without effect in this run: {idle}' if idle else '')

@@ -221,6 +221,14 @@ STILL = ('--model', 'test_vit', '--img-size', '32', '--lr', '0', '--epochs', '6'
          '--val-split', 'test[:60]')
 
 
+def test_a_run_that_ends_by_patience_reports_its_test_split_too(train):
+    folder = train('run', *STILL[:-2], '--patience', 2, '--val-fraction', 0.2, '--test-split', 'test[:40]')
+    metrics = json.loads((folder / 'last/metrics.json').read_text())
+    assert metrics['out_of_patience'] and metrics['epoch'] == 2
+    assert metrics['test']['count'] == 40 and metrics['test']['source'] == 'test[:40]'
+    assert 'test' not in json.loads((folder / 'best/metrics.json').read_text())
+
+
 def test_a_run_ends_after_so_many_evaluations_without_progress_and_is_then_finished(train, tmp_path, caplog):
     with caplog.at_level(logging.INFO, 'train'):
         folder = train('run', *STILL, '--patience', 2, '--checkpoint-hist', 9)

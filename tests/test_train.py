@@ -1052,6 +1052,69 @@ def test_the_command_line_wins_over_the_config_file_and_the_file_over_defaults(t
     assert args.model_kwargs == {'act_layer': 'relu'}
 
 
+def test_averages_that_were_fitted_to_a_runs_length_are_fitted_anew_to_another_one(tmp_path):
+    path, keys = tmp_path / 'args.yaml', ('stat_momentum', 'bn_momentum', 'model_ema_warmup')
+    short = train_ssl._parse_args(['--algorithm', 'softmatch', '--epochs', '2', '--train-steps-per-epoch', '4'])
+    short.bn_momentum = 0.1  # as fit_batch_norm sets it when the network is built
+    path.write_text(yaml.safe_dump(vars(short)))
+
+    def replayed(*given):
+        args = train_ssl._parse_args(['--config', str(path), *given])
+        return tuple(getattr(args, key) for key in keys)
+
+    assert replayed() == (0.9, 0.1, True)
+    assert replayed('--epochs', '1024', '--train-steps-per-epoch', '1024') == (0.999, None, False)
+    path.write_text(yaml.safe_dump(dict(vars(short), stat_momentum=0.5, bn_momentum=0.02)))
+    assert replayed('--epochs', '1024', '--train-steps-per-epoch', '1024')[:2] == (0.5, 0.02)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--warmup-epochs', '5', '--epochs', '5'), '--warmup-epochs 5: expected less than --epochs 5'),
+    (('--sched', 'step', '--epochs', '20'), '--decay-epochs 90: --sched step would never lower the learning rate'),
+])
+def test_a_schedule_that_cannot_act_is_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_ssl._parse_args(flags)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_steps_of_the_learning_rate_are_where_and_as_large_as_timm_s_flags_say():
+    args = train_ssl._parse_args(['--sched', 'step', '--epochs', '10', '--train-steps-per-epoch', '3', '--decay-epochs',
+                                  '4', '--decay-rate', '0.5', '--lr', '0.8'])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.8)
+    scheduler, found = schedule.build_scheduler(args, optimizer), []
+    for update in range(30):
+        schedule.step_scheduler(scheduler, update, args)
+        found.append(optimizer.param_groups[0]['lr'])
+    assert found == pytest.approx([0.8] * 12 + [0.4] * 12 + [0.2] * 6)
+
+
+def test_adaptive_clipping_leaves_the_classifier_as_timm_s_train_script_does():
+    torch.manual_seed(0)
+    model = timm.create_model('wide_resnet10_1', num_classes=4)
+    for mode, same in (('agc', {'fc.weight', 'fc.bias'}), ('norm', set())):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        schedule.clip_gradients(model, step_args(clip_grad=0.01, clip_mode=mode))
+        kept = {name for name, parameter in model.named_parameters() if (parameter.grad == 1).all()}
+        assert kept == same
+
+
+def test_optimizers_whose_state_holds_tuples_resume_and_such_of_second_order_are_refused(train):
+    few = ('--train-steps-per-epoch', 3, '--lr', 0.001)
+    with pytest.raises(UsageError, match='--opt adahessian: needs second derivatives'):
+        train('a', *few, '--opt', 'adahessian')
+    train('k', *few, '--opt', 'kron', '--epochs', 1)
+    whole, resumed = train('w', *few, '--opt', 'kron'), train('k', *few, '--opt', 'kron', '--resume', 'auto')
+    assert json.loads((resumed / 'last' / 'metrics.json').read_text())['num_updates'] == 6
+    assert json.loads((whole / 'last' / 'metrics.json').read_text())['num_updates'] == 6
+    train('f', *few, '--opt', 'adafactorbv', '--epochs', 1)
+    train('f', *few, '--opt', 'adafactorbv', '--resume', 'auto')
+    state = dict(a=(torch.ones(1), [1, (2,)]), kind=torch.bfloat16)
+    found = {}
+    assert checkpoint.unpack(json.loads(json.dumps(checkpoint.pack(state, found))), found) == state
+
+
 def test_the_arguments_of_a_run_of_older_presets_run_it_again_and_a_file_written_by_hand_means_todays(tmp_path):
     path = tmp_path / 'args.yaml'
 
