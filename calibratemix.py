@@ -147,8 +147,9 @@ class MarginBank(nn.Module):
             label: `[B]` int64, the labels or the current pseudo-labels.
             repeated: Whether one may. None: it is looked up; on CUDA, which would have to be waited for, taken as so.
 
-        Raises IndexError (index outside of [0, N); on CUDA a device-side assertion), TypeError (index or label not an
-        int64 tensor), ValueError (shapes that do not fit together).
+        Raises IndexError (index outside of [0, N)) and, where a label is looked up, torch's own RuntimeError (outside of
+        [0, K)), both a device-side assertion on CUDA; TypeError (index or label not an int64 tensor), ValueError (shapes
+        that do not fit together).
         """
         self._check(index)
         _expect_int64(label=label)

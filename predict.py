@@ -686,7 +686,7 @@ def split_folders(
     folders, sure = folder_names(names), accepted(found, decisions)
     root = root.resolve()  # a link to a folder stays one
     part = root.with_name(f'.{root.name}.{os.getpid()}.part')
-    used = {}  # by folder the names in it, and what they show
+    used, renamed = {}, 0  # by folder the names in it, and what they show
     try:
         part.mkdir()
         for i in np.flatnonzero(found.good).tolist():
@@ -709,6 +709,7 @@ def split_folders(
             if name.casefold() in here:
                 continue
             here[name.casefold()] = shown
+            renamed += number > 2
             if not isinstance(data, str):
                 if isinstance(data, bytes):
                     (part / folder / name).write_bytes(data)
@@ -719,6 +720,9 @@ def split_folders(
             else:
                 os.symlink(data, part / folder / name)
         os.replace(part, root)  # which is empty
+        if renamed:
+            _logger.info(f'--split-folders: {renamed} files have a number at the end of their name, as others in their '
+                         'folder are called the same')
     except OSError as error:
         raise RunError(f'--split-folders {root}: {error.filename or root}: {error.strerror or error}') from error
     finally:
@@ -735,11 +739,16 @@ def draw_sheet(path: Path, source: Source, found: Predictions, names: list[str],
     if len(classes) > SHEET_CLASSES:
         _logger.info(f'--contact-sheet: the {SHEET_CLASSES} classes with the most pictures of {len(classes)} are drawn')
 
+    places = [printable(source.where(i)) for i in range(len(source))]
+    alike = Counter(map(os.path.basename, places))
+
     def cell(row):
-        image = source.image(int(row))
+        place, image = places[row], source.image(int(row))
+        name = os.path.basename(place)
+        name = name if alike[name] == 1 else os.path.join(os.path.basename(os.path.dirname(place)), name)
         image.thumbnail((192, 192))  # never enlarges
         note = f'{confidence[row]:.3f}' + ('' if sure[row] else f' {UNSURE}')
-        return Cell(image, os.path.basename(printable(source.where(int(row)))), None, note)
+        return Cell(image, name, None, note)
 
     parts = []
     for k in classes[:SHEET_CLASSES]:
