@@ -47,6 +47,7 @@ class Method(nn.Module):
         trains_on_views: False where the views are only looked at, and the method passes what it trains on.
         weak_apart: Whether --weak-forward no-grad can be had.
         own_losses: The method computes the labeled and the unlabeled loss itself.
+        mask_scale: By which the logits of this step are scaled.
     """
     published = dict(
         mu=7, lambda_u=1., lambda_u_warmup=0., threshold=0.95, temperature=0.5, vat_eps=6., mixmatch_alpha=0.5,
@@ -61,6 +62,7 @@ class Method(nn.Module):
     trains_on_views = True
     weak_apart = True
     own_losses = False
+    mask_scale = 1.
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -307,8 +309,9 @@ class MarginMatch(Method):
         label = logits[:, :self.num_classes].argmax(1)
         # A row of NaN is no visit, and below no confident prediction: shapes stay fixed, and nothing waits.
         right_rows, wrong_rows = (logits.masked_fill(rows[:, None], torch.nan) for rows in (wrong, ~wrong))
-        self.apm.update(index, right_rows, label)
-        self.wrong_apm.update(slot.clamp(min=0), wrong_rows, torch.full_like(label, self.num_classes))
+        # Margins as they are, since those before CalibrateMix's start, which were not scaled, are in the same mean.
+        self.apm.update(index, right_rows / self.mask_scale, label)
+        self.wrong_apm.update(slot.clamp(min=0), wrong_rows / self.mask_scale, torch.full_like(label, self.num_classes))
         seen = torch.where(self.wrong_apm.count > 0, self.wrong_apm.value, torch.nan)
         threshold = seen.nanquantile(0.95)
         weight = self.flexmatch(right_rows[:, :self.num_classes], index, num_updates)

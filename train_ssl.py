@@ -667,6 +667,8 @@ def semi_supervised_step(
         (i, y, out.logits.detach(), j, out.weak_logits, pseudo_label),
     )
     for_mask = calmix.for_mask if calmix is not None and not method.own_losses else lambda logits, step: logits
+    if calmix is not None and not method.own_losses and num_updates >= calmix.warmup_steps:
+        method.mask_scale = calmix.mask_scale
     method.see_labeled(for_mask(z_all, num_updates), y_all, num_updates)
     seen_all = for_mask(z_weak_all[:, :num_classes + method.virtual_class], num_updates)
     weight_all = method(seen_all, j_all, num_updates)

@@ -589,6 +589,21 @@ def test_marginmatch_has_no_wrong_images_in_its_last_tenth_also_where_a_resume_m
     assert (method.slot < 0).all()
 
 
+def test_marginmatch_keeps_margins_of_one_scale_and_judges_alike_before_and_after_the_logits_are_scaled():
+    args = parse('marginmatch', '--epochs', 1, '--train-steps-per-epoch', 100, '--threshold', 0.1)
+    plain, scaled = (methods.MarginMatch(400, K, args) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    known = 3 * torch.randn(400, K + 1, generator=generator)
+    for update in range(60):
+        index = torch.randperm(400, generator=generator)[:200]
+        logits = known[index] + 0.1 * torch.randn(200, K + 1, generator=generator)
+        scaled.mask_scale = 1.5 if update >= 30 else 1.
+        weight = plain(logits, index, update), scaled(logits * scaled.mask_scale, index, update)
+        assert torch.equal(*((value > 0) & ~plain.is_wrong(index) for value in weight))
+    assert torch.allclose(plain.apm.value, scaled.apm.value, atol=1e-5) and 0 < (weight[0] > 0).float().mean() < 1
+    assert torch.allclose(plain.wrong_apm.value, scaled.wrong_apm.value, atol=1e-5)
+
+
 def test_defixmatch_is_unbiased_over_all_splits_of_a_small_set():
     """The mean over all splits of six images into two labeled and four unlabeled is the labeled loss of all six."""
     method, args = build('defixmatch', '--threshold', 0.5)
