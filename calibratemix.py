@@ -147,7 +147,7 @@ class MarginBank(nn.Module):
             label: `[B]` int64, the labels or the current pseudo-labels.
             repeated: Whether one may. None: it is looked up; on CUDA, which would have to be waited for, taken as so.
 
-        Raises IndexError (index outside of [0, N)) or torch's RuntimeError (such a label outside of [0, K)), both
+        Raises IndexError (index outside of [0, N)) or torch's RuntimeError (label outside of [0, K)), both
         device-side assertions on CUDA; TypeError (index or label no int64 tensor), ValueError (shapes do not fit).
         """
         self._check(index)
