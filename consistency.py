@@ -53,8 +53,8 @@ class MeanTeacher(PiModel):
 class VAT(Consistency):
     """Divergence of what the network says of an image and of its adversarial neighbour (arXiv 1704.03976, eq. 5 to 8).
 
-    A small factor of the entropy of the unlabeled images is added, as in the published recipe. What is compared comes of
-    passes over the unlabeled images alone, or batch norm would tell the two apart where nothing has moved.
+    A small factor of the entropy of the unlabeled images is added, as in the published recipe. What is compared comes
+    of passes over the unlabeled images alone, or batch norm would tell the two apart where nothing has moved.
     """
     published = dict(mu=1, lambda_u_warmup=0.4)
     views = {'weak': 'weak'}

@@ -613,7 +613,7 @@ def format_table(results: list[Result]) -> str:
     rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
     notes = ['* at its bound: the likelihood of the calibration images has no maximum'] * any_at_bound
     if range_of:
-        notes.append('the interval of ECE leaves out what chance adds to it, and so lies below it or at it')
+        notes.append('the interval of ECE takes off what chance adds to it, so it reaches further down than up')
     return '\n'.join([align(rows), *notes])
 
 
