@@ -94,40 +94,42 @@ def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
     return Image.fromarray((pixels >> (max(bits, bits_in_use(int(pixels.max()))) - 8)).astype(np.uint8))
 
 
+def _find(
+        data: Callable[[int], bytes | str | np.ndarray],
+        index: Sequence[int],
+        holds: Callable[[Image.Image], bool],
+) -> list[int]:
+    """Which of the pictures, opened and not decoded, are such; arrays never are."""
+    found = []
+    for i in index:
+        try:
+            content = data(i)
+            if isinstance(content, np.ndarray):
+                continue
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+                if holds(image):
+                    found.append(i)
+        except DECODE_ERRORS:  # told where the picture is asked for, by name
+            continue
+    return found
+
+
 def count_frames(data: Callable[[int], bytes | str | np.ndarray], index: Sequence[int]) -> list[int]:
     """Which of the pictures are several (pages of a TIFF, frames of a GIF), of which `decode_image` takes the first.
 
     What a camera stores behind a JPEG, its preview, does not count.
     """
-    several = []
-    for i in index:
-        try:
-            content = data(i)
-            if isinstance(content, np.ndarray):
-                continue
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                if image.format != 'MPO' and getattr(image, 'is_animated', False):
-                    several.append(i)
-        except DECODE_ERRORS:  # told where the picture is asked for, by name
-            continue
-    return several
+    return _find(data, index, lambda image: image.format != 'MPO' and getattr(image, 'is_animated', False))
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return (image.has_transparency_data and image.width * image.height <= MAX_PIXELS
+            and image.convert('RGBA').getextrema()[3][0] < 255)
 
 
 def count_transparent(data: Callable[[int], bytes | str | np.ndarray], index: Sequence[int]) -> list[int]:
     """Which of the pictures have parts that can be seen through, whose hidden colours `decode_image` shows."""
-    transparent = []
-    for i in index:
-        try:
-            content = data(i)
-            if isinstance(content, np.ndarray):
-                continue
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-                if image.has_transparency_data and image.width * image.height <= MAX_PIXELS:
-                    if image.convert('RGBA').getextrema()[3][0] < 255:
-                        transparent.append(i)
-        except DECODE_ERRORS:  # told where the picture is asked for, by name
-            continue
-    return transparent
+    return _find(data, index, _is_transparent)
 
 
 def spread_indices(length: int, most: int) -> list[int]:
