@@ -62,6 +62,15 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._Argume
     return group
 
 
+def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 where the schedule does not fit the length of the run."""
+    if args.warmup_epochs and args.warmup_epochs >= args.epochs:
+        parser.error(f'--warmup-epochs {args.warmup_epochs}: expected less than --epochs {args.epochs}')
+    if args.sched == 'step' and not 0 < args.decay_epochs < args.epochs:
+        parser.error(f'--decay-epochs {args.decay_epochs:g}: --sched step would not lower the learning rate in '
+                     f'{args.epochs} epochs')
+
+
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     asked = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
     try:

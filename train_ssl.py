@@ -130,7 +130,14 @@ from program import (
     takes_bar,
     tell_bfloat16,
 )
-from schedule import add_optimizer_arguments, build_optimizer, build_scheduler, clip_gradients, step_scheduler
+from schedule import (
+    add_optimizer_arguments,
+    build_optimizer,
+    build_scheduler,
+    check_schedule,
+    clip_gradients,
+    step_scheduler,
+)
 from seeds import item_seed
 from shards import BankShard, find_easy, joined_weight
 from sources import MAX_PIXELS, known_facts, unlabeled_split
@@ -449,11 +456,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         if args.input_size[1] != args.input_size[2] or args.img_size not in (None, args.input_size[1]):
             parser.error(f'--input-size {args.input_size}: expected one square size, as --img-size if both are given')
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
-    if args.warmup_epochs and args.warmup_epochs >= args.epochs:
-        parser.error(f'--warmup-epochs {args.warmup_epochs}: expected less than --epochs {args.epochs}')
-    if args.sched == 'step' and args.decay_epochs >= args.epochs:
-        parser.error(f'--decay-epochs {args.decay_epochs:g}: --sched step would never lower the learning rate in '
-                     f'{args.epochs} epochs')
+    check_schedule(parser, args)
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:

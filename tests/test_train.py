@@ -1070,7 +1070,7 @@ def test_averages_that_were_fitted_to_a_runs_length_are_fitted_anew_to_another_o
 
 @pytest.mark.parametrize('flags, message', [
     (('--warmup-epochs', '5', '--epochs', '5'), '--warmup-epochs 5: expected less than --epochs 5'),
-    (('--sched', 'step', '--epochs', '20'), '--decay-epochs 90: --sched step would never lower the learning rate'),
+    (('--sched', 'step', '--epochs', '20'), '--decay-epochs 90: --sched step would not lower the learning rate'),
 ])
 def test_a_schedule_that_cannot_act_is_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as ended:
