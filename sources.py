@@ -791,8 +791,8 @@ def create_source(
         else:  # below a folder of the training split or one for evaluation
             root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
             used = {*(part.partition('[')[0] for part in parts), *VAL_SPLITS} - {UNLABELED_DIR}
-            used = [os.path.join(root, part, '') for part in used if part in splits or os.path.isdir(root / part)]
-            known = partial(_starts_with, tuple(used))
+            used = [root / part for part in used if part in splits or (root / part).is_dir()]
+            known = partial(_starts_with, tuple(f'{os.path.normpath(folder)}/' for folder in used))
         splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), known, input_key or 'image')
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:

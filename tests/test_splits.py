@@ -144,6 +144,14 @@ def test_pictures_of_the_training_split_that_a_run_never_sees_are_counted(own, t
     assert 'neither labeled nor' not in caplog.text
 
 
+def test_pictures_below_unlabeled_dir_that_a_flat_training_folder_has_count_once(own):
+    flags = ['--data-dir', own / 'train', '--val-fraction', 0.25, '--unlabeled-dir', own]
+    args = train_ssl._parse_args([*map(str, flags)])
+    unlabeled = splits.open_sources(args).unlabeled.file_paths()
+    assert len(unlabeled) == len(set(unlabeled)) == 24 + 9 + 6 + 9 + 9
+    assert not any('..' in path for path in unlabeled)
+
+
 def test_pictures_below_unlabeled_dir_that_the_unlabeled_split_has_count_once(own):
     shutil.move(own / 'more', own / 'unlabeled')
     flags = ['--data-dir', own, '--unlabeled-split', 'unlabeled', '--unlabeled-dir', own]
