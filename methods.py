@@ -206,6 +206,9 @@ def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if args.logit_adjustment and method.own_losses:
         parser.error(f'--logit-adjustment: {args.algorithm} has no plain pseudo-labeled loss to adjust; leave it out, '
                      'or choose another --algorithm')
+    if args.calibratemix and args.batch_size == args.mu == 1 and args.calmix_split in (None, 'batch'):
+        parser.error('--calibratemix: with -b 1 --mu 1 a batch never has an easy and a hard image to mix; give a '
+                     'larger --mu')
     if method.takes_average and not args.model_ema:
         parser.error(f'--no-model-ema: {args.algorithm} needs the averaged network; choose another --algorithm')
 

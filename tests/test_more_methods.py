@@ -686,6 +686,7 @@ def test_every_method_runs_with_pil_views_in_bfloat16_with_accumulation_and_cali
     (('remixmatch', '--weak-forward', 'no-grad'), '--weak-forward no-grad: with remixmatch there is no pass'),
     (('pi_model', '--logit-adjustment', 1), '--logit-adjustment: pi_model has no plain pseudo-labeled loss'),
     (('vat', '--vat-eps', -1), '--vat-eps -1.0: expected 0 or more'),
+    (('fixmatch', '--calibratemix', '-b', 1, '--mu', 1), 'with -b 1 --mu 1 a batch never has an easy and a hard image'),
     (('uda', '--temperature', 0), '--temperature 0.0: expected a number above 0'),
 ])
 def test_what_a_method_cannot_take_is_refused_in_a_line(flags, told, capsys):
