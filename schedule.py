@@ -33,6 +33,7 @@ def running_momentum(args: argparse.Namespace) -> float:
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The arguments of optimizer and schedule; returns their group, to which those of the length are added."""
     flag = argparse.BooleanOptionalAction
     group = parser.add_argument_group('Optimizer and schedule')
     group.add_argument('--opt', metavar='NAME', default='sgd', help='timm optimizer (default: sgd, which is Nesterov)')

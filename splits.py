@@ -337,10 +337,10 @@ def tell_copies(train: Source, index: torch.Tensor, label: torch.Tensor, digests
     """Warns of pictures that are labeled more than once, by positions, labels and digests `[d]` int64."""
     order = digests.argsort(stable=True)
     same = (digests[order][1:] == digests[order][:-1]) & (digests[order][1:] != 0)
-    pairs = [(int(order[i]), int(order[i + 1])) for i in same.nonzero().flatten()]
-    twice = [pair for pair in pairs if label[pair[0]] == label[pair[1]]]
-    for found, told in (([pair for pair in pairs if pair not in twice], 'of another class'), (twice, 'of their class')):
-        if found:
+    pairs = torch.stack([order[:-1], order[1:]], 1)[same]
+    alike = label[pairs[:, 0]] == label[pairs[:, 1]]
+    for found, told in ((pairs[~alike], 'of another class'), (pairs[alike], 'of their class')):
+        if len(found):
             one, other = (train.where(int(index[row])) for row in found[0])
             _logger.warning(f'{len(found)} labeled pictures are the same as another one {told}, such as {other} (as '
                             f'{one}); each counts')

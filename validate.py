@@ -789,8 +789,8 @@ def find_decisions(result: Result, args: Namespace) -> dict[str, dict]:
     for level, kept in found['thresholds'].items():
         told = f'{result.name}: accuracy {level} is expected of pictures '
         if kept is None:
-            told = (f'{result.name}: no threshold is stored for accuracy {level}: whatever is kept of the '
-                    f'{len(fit_on.target)} images and one more that is wrong, fewer are right')
+            told = (f'{result.name}: no threshold is stored for accuracy {level}: {len(fit_on.target)} images are too '
+                    'few, or too few of them right, to promise it')
         else:
             told += f'of confidence {kept["threshold"]:.4f} or more, {100 * kept["coverage"]:.0f} % of all'
         _logger.info(told)
