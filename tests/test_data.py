@@ -16,6 +16,7 @@ import pytest
 import torch
 from images import noise, noise_source, plain
 from PIL import Image
+from PIL import features as pillow
 from torch.utils.data import get_worker_info
 from torchvision import datasets as tv_datasets
 from torchvision import transforms
@@ -25,6 +26,7 @@ import folders
 import seeds
 import sources
 from data import EndlessBatches, ViewDataset, create_loader, evaluation_batches
+from inputs import PlainFolder
 from labels import read_fold, read_labels, select_labeled, write_labels
 from program import UsageError
 from sources import KNOWN, HFSource, ImageError, create_source, decode_image
@@ -424,6 +426,23 @@ def test_skipping_a_truncated_image_moves_no_other_index(twenty, workers):
     source = create_source(str(twenty), None, 'train')
     view = build_views(16, (0.5,) * 3)['eval']
     assert all(torch.equal(picture, view(source.image(i))) for i, picture in zip(index.tolist(), image))
+
+
+@pytest.mark.skipif(not pillow.check('avif'), reason='this Pillow reads no AVIF')
+def test_a_broken_avif_stops_with_its_file_as_any_other(tmp_path):
+    """Its decoder raises errors of another kind."""
+    content = bytearray(encoded(Image.fromarray(noise(1, 32)[0]), 'AVIF'))
+    raised = set()
+    for i in range(20, len(content), 7):
+        broken = bytearray(content)
+        broken[i] ^= 0xff
+        (tmp_path / 'x.avif').write_bytes(broken)
+        try:
+            PlainFolder([str(tmp_path / 'x.avif')]).image(0)
+        except ImageError as error:
+            assert f'image 0 ({tmp_path}/x.avif) cannot be decoded' in str(error)
+            raised.add(type(error.__cause__))
+    assert RuntimeError in raised
 
 
 def test_each_of_several_broken_images_in_a_row_is_reported(twenty):
