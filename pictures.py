@@ -99,7 +99,7 @@ def _find(
         index: Sequence[int],
         holds: Callable[[Image.Image], bool],
 ) -> list[int]:
-    """Which of the pictures, opened and not decoded, are such; arrays never are."""
+    """Which of the pictures are such, as an opened one tells; arrays never are, nor is what cannot be opened."""
     found = []
     for i in index:
         try:
