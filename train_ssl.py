@@ -866,11 +866,14 @@ def train_one_update(run: Run, labeled_batches, unlabeled_batches, args: argpars
     return True
 
 
-def progress_words(means: dict[str, float], digits: int = 4) -> str:
-    """What a step's terms were, for a line or the bar; the share of right pseudo-labels only where labels are known."""
-    parts = ' '.join(f'{name} {means[f"loss_{name}"]:.{digits}f}' for name in ('labeled', 'unlabeled', 'mixup'))
-    right = means['pseudo_label_accuracy']
-    return (f'loss {means["loss"]:.{digits}f} ({parts})  mask {means["mask_rate"]:.3f}'
+def progress_words(means: dict[str, float], args: argparse.Namespace, digits: int = 4) -> str:
+    """What a step's terms were, for a line or the bar: those that the run has, and right pseudo-labels if it knows."""
+    total, right = f'loss {means["loss"]:.{digits}f}', means['pseudo_label_accuracy']
+    if args.algorithm == 'supervised':
+        return total
+    names = ('labeled', 'unlabeled', *['mixup'] * args.calibratemix)
+    parts = ' '.join(f'{name} {means[f"loss_{name}"]:.{digits}f}' for name in names)
+    return (f'{total} ({parts})  mask {means["mask_rate"]:.3f}'
             + ('' if math.isnan(right) else f'  pseudo-labels right {right:.3f}'))
 
 
@@ -921,17 +924,17 @@ def train_one_epoch(
             means = run.monitor.read(since_last=True)
             rate = (run.num_updates - first) / (time.perf_counter() - started)
             left = round((total - run.num_updates) / rate)
-            skipped = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
+            tail = f'  skipped updates {run.skipped_updates}' if run.skipped_updates else ''
             if args.calibratemix and run.calmix.weight_rate > 0:
-                skipped = f'  mixup weight {float(run.calmix.weight):.3f}{skipped}'
+                tail = f'  mixup weight {float(run.calmix.weight):.3f}{tail}'
             if bar.disable:
                 _logger.info(
-                    f'epoch {epoch} update {run.num_updates}/{total}  {progress_words(means)}  '
+                    f'epoch {epoch} update {run.num_updates}/{total}  {progress_words(means, args)}  '
                     f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
-                    f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{skipped}'
+                    f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{tail}'
                 )
             else:
-                bar.set_postfix_str(f'{progress_words(means, 3)}  {rate * images:.0f} img/s{skipped}', refresh=False)
+                bar.set_postfix_str(f'{progress_words(means, args, 3)}  {rate * images:.0f} img/s{tail}', refresh=False)
         if args.recovery_interval and run.num_updates % args.recovery_interval == 0 and run.num_updates < end:
             save()
 

@@ -1,4 +1,5 @@
 """What a user is told: mistakes in one line, and lines at the start of a run and in it."""
+import argparse
 import fcntl
 import math
 import os
@@ -125,10 +126,16 @@ def test_what_a_run_saved_is_kept_whatever_of_it_is_left(tmp_path, name):
 MEANS = dict(loss=2.5, loss_labeled=1., loss_unlabeled=0.75, loss_mixup=0.75, mask_rate=0.5, pseudo_label_accuracy=0.25)
 
 
-def test_lines_and_bar_tell_the_parts_of_the_loss_and_right_pseudo_labels_only_where_known():
+def test_lines_and_bar_tell_the_parts_of_the_loss_that_a_run_has_and_right_pseudo_labels_only_where_known():
+    def words(algorithm, calibratemix, **other):
+        args = argparse.Namespace(algorithm=algorithm, calibratemix=calibratemix)
+        return train_ssl.progress_words(MEANS | other, args, 3)
+
     told = 'loss 2.500 (labeled 1.000 unlabeled 0.750 mixup 0.750)  mask 0.500'
-    assert train_ssl.progress_words(MEANS, 3) == f'{told}  pseudo-labels right 0.250'
-    assert train_ssl.progress_words(dict(MEANS, pseudo_label_accuracy=math.nan), 3) == told
+    assert words('fixmatch', True) == f'{told}  pseudo-labels right 0.250'
+    assert words('fixmatch', True, pseudo_label_accuracy=math.nan) == told
+    assert words('vat', False, pseudo_label_accuracy=math.nan) == told.replace(' mixup 0.750', '')
+    assert words('supervised', False, pseudo_label_accuracy=math.nan) == 'loss 2.500'
 
 
 @pytest.mark.parametrize('columns, rows, bar', [(0, 24, False), (80, 0, False), (80, 24, True)])
