@@ -421,6 +421,9 @@ def tell_schedule(run: Run, state: dict, args: argparse.Namespace) -> None:
         factors = lambda_u(done, old), lambda_u(done, args)
         if factors[0] != factors[1]:
             moves.append(f'the factor of the unlabeled loss from {factors[0]:.4g} to {factors[1]:.4g}')
+        before = run.method.schedule(old)
+        moves += [f'{name} from {before[name]} to {value}' for name, value in run.method.schedule(args).items()
+                  if value != before[name]]
     if moves and done < args.epochs * args.train_steps_per_epoch:
         _logger.warning(f'With the changed arguments move, at update {done}: {"; ".join(moves)}')
 

@@ -68,6 +68,11 @@ class Method(nn.Module):
         super().__init__()
         self.num_classes = num_classes
 
+    @staticmethod
+    def schedule(args: argparse.Namespace) -> dict[str, int]:
+        """The method's own points and periods in updates, by the words that tell them; they follow the run's length."""
+        return {}
+
     def see_labeled(self, logits: torch.Tensor, target: torch.Tensor, num_updates: int) -> None:
         """Moves what is kept of labeled images: of all processes, logits `[B, K]` and targets `[B]`, before the step's
         call. Both may hold an extra class K, of threshold samples.
@@ -271,15 +276,21 @@ class MarginMatch(Method):
         super().__init__(num_classes)
         self.flexmatch = FlexMatch(num_unlabeled, num_classes, args)
         self.seed = args.seed
-        updates = args.epochs * args.train_steps_per_epoch
-        self.first = round(80_000 / FULL_SCHEDULE * updates)
-        self.every = max(1, round(50_000 / FULL_SCHEDULE * updates))
-        self.last = round(0.9 * updates)
+        self.first, self.every, self.last = self.schedule(args).values()
         self.drawn_at = -1
         self.num_wrong = max(1, min(num_unlabeled // 100, num_unlabeled // (num_classes + 1)))
         self.apm = MarginBank(num_unlabeled, num_classes + 1, smoothing=0.997)
         self.wrong_apm = MarginBank(self.num_wrong, smoothing=0.997)
         self.register_buffer('slot', torch.full((num_unlabeled,), -1))  # position among the wrong images, -1: none
+
+    @staticmethod
+    def schedule(args: argparse.Namespace) -> dict[str, int]:
+        updates = args.epochs * args.train_steps_per_epoch
+        return {
+            'the start of MarginMatch\'s threshold': round(80_000 / FULL_SCHEDULE * updates),
+            'the updates between two of its draws': max(1, round(50_000 / FULL_SCHEDULE * updates)),
+            'the end of its draws': round(0.9 * updates),
+        }
 
     def is_wrong(self, index: torch.Tensor) -> torch.Tensor:
         """Which images `[U]` are now trained as the virtual class."""
@@ -382,12 +393,18 @@ class Dash(Method):
     def __init__(self, num_unlabeled: int, num_classes: int, args: argparse.Namespace):
         super().__init__(num_classes)
         self.temperature = args.temperature
-        updates = args.epochs * args.train_steps_per_epoch
-        self.warmup = max(1, round(2048 / FULL_SCHEDULE * updates))
-        self.every = max(1, round(10 / 1024 * updates))
+        self.warmup, self.every = self.schedule(args).values()
         self.register_buffer('loss_sum', torch.tensor(0.))
         self.register_buffer('loss_count', torch.tensor(0))  # images in loss_sum
         self.register_buffer('threshold', torch.tensor(torch.inf))
+
+    @staticmethod
+    def schedule(args: argparse.Namespace) -> dict[str, int]:
+        updates = args.epochs * args.train_steps_per_epoch
+        return {
+            'the end of Dash\'s warmup': max(1, round(2048 / FULL_SCHEDULE * updates)),
+            'the updates between two falls of its threshold': max(1, round(10 / 1024 * updates)),
+        }
 
     def see_labeled(self, logits: torch.Tensor, target: torch.Tensor, num_updates: int) -> None:
         if self.warmup - max(1, self.warmup // 10) <= num_updates < self.warmup:

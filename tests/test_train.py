@@ -773,6 +773,26 @@ def test_a_resume_with_more_epochs_tells_what_becomes_of_learning_rate_and_warmu
     assert not [line for line in caplog.messages if 'arguments move' in line]
 
 
+@pytest.mark.parametrize('method, told', [
+    ('dash', 'the end of Dash\'s warmup from 1 to 16; the updates between two falls of its threshold from 1 to 80'),
+    ('marginmatch', 'the start of MarginMatch\'s threshold from 1 to 625; the updates between two of its draws from 1 '
+                    'to 391; the end of its draws from 7 to 7373'),
+])
+def test_a_resume_with_more_epochs_tells_what_moves_in_the_method_s_own_schedule(
+        train, tmp_path, caplog, monkeypatch, method, told):
+    """8 and 8,192 updates, of which the published numbers, of 2^20, are 1 in 131,072 and in 128."""
+    def enough(*_):
+        raise InterruptedError
+
+    folder = train('run', '--algorithm', method)
+    rewind(folder, tmp_path / 'longer', 4)
+    monkeypatch.setattr(train_ssl, 'train_one_epoch', enough)
+    with pytest.raises(InterruptedError):
+        train('longer', '--algorithm', method, '--resume', 'auto', '--epochs', 2048)
+    line, = [line for line in caplog.messages if 'With the changed arguments move' in line]
+    assert line.endswith(f'; {told}')
+
+
 def test_a_run_resumed_into_another_folder_has_a_best_of_its_own(train, uninterrupted, tmp_path):
     folder = train('other', *CALMIX, '--resume', uninterrupted / 'checkpoint-4.safetensors')
     assert (folder / 'best' / 'model.safetensors').is_file()
