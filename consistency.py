@@ -43,7 +43,8 @@ class MeanTeacher(PiModel):
     """As the Pi-model, but the first weak view passes through the averaged network (arXiv 1703.01780, section 2).
 
     That is the one that is evaluated, in evaluation mode, on the schedule of --model-ema-decay and its warmup. It also
-    gives the pseudo-labels for CalibrateMix.
+    gives CalibrateMix the pseudo-labels and features of unlabeled images; those of labeled ones are the trained
+    network's, so that the ranking compares the two networks' features.
     """
     published = dict(mu=1, lambda_u=50., lambda_u_warmup=0.4)
     takes_average = True
