@@ -583,11 +583,16 @@ def align(rows: list[list[str]], left: int = 2) -> str:
     )
 
 
+def without_empty(rows: list[list[str]]) -> list[list[str]]:
+    """The rows of a table without the columns that say nothing under their head."""
+    kept = [any(cells) for cells in zip(*rows[1:])]
+    return [[cell for cell, keep in zip(row, kept) if keep] for row in rows]
+
+
 def format_table(results: list[Result]) -> str:
+    """What most readers look for, with intervals."""
     range_of = ' [95 %]' if 'ece_low' in results[0].reports['none'] else ''
-    rows = [['run', 'scaling', 'T', f'error %{range_of}', 'balanced acc', 'macro-F1', 'rarest third error',
-             f'ECE %{range_of}', 'equal-mass', 'class-balanced', 'class-wise', 'smooth', 'NLL', 'Brier', 'AUROC',
-             'best by']]
+    rows = [['run', 'scaling', 'T', f'error %{range_of}', f'ECE %{range_of}', 'NLL', 'Brier', 'AUROC', 'best by']]
     any_at_bound = False
     for result in results:
         for scaling, report in result.reports.items():
@@ -598,23 +603,27 @@ def format_table(results: list[Result]) -> str:
                 result.name,
                 scaling,
                 '' if temperature is None else f'{temperature:.3f}' + '*' * at_bound,
-                interval(report, 'error'),
-                *(f'{report[key]:.2f}' for key in ('balanced_accuracy', 'macro_f1')),
-                '' if report['tail_error'] is None else f'{report["tail_error"]:.2f}',
-                interval(report, 'ece'),
-                *(f'{report[key]:.2f}' for key in ('ece_equal_mass', 'ece_balanced', 'ece_classwise', 'ece_smooth')),
-                f'{report["nll"]:.4f}',
-                f'{report["brier"]:.4f}',
+                *(interval(report, key) for key in ('error', 'ece')),
+                *(f'{report[key]:.4f}' for key in ('nll', 'brier')),
                 '' if report['auroc'] is None else f'{report["auroc"]:.2f}',
                 result.chosen_by,
             ])
-    empty = [i for i, cells in enumerate(zip(*rows[1:])) if rows[0][i] in ('best by', 'rarest third error')
-             and not any(cells)]
-    rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
     notes = ['* at its bound: the likelihood of the calibration images has no maximum'] * any_at_bound
     if range_of:
         notes.append('the interval of ECE takes off what chance adds to it, so it reaches further down than up')
-    return '\n'.join([align(rows), *notes])
+    return '\n'.join([align(without_empty(rows)), *notes])
+
+
+def format_further_table(results: list[Result]) -> str:
+    """Figures that treat classes alike, and the ECE by other definitions."""
+    rows = [['run', 'scaling', 'balanced acc %', 'macro-F1 %', 'rarest third error %', 'ECE %: equal-mass',
+             'class-balanced', 'class-wise', 'smooth']]
+    keys = ('balanced_accuracy', 'macro_f1', 'tail_error',
+            'ece_equal_mass', 'ece_balanced', 'ece_classwise', 'ece_smooth')
+    for result in results:
+        for scaling, report in result.reports.items():
+            rows.append([result.name, scaling, *('' if report[key] is None else f'{report[key]:.2f}' for key in keys)])
+    return align(without_empty(rows))
 
 
 def format_selective_table(results: list[Result]) -> str:
@@ -820,7 +829,7 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
     if args.calibration == 'pseudo':
         number = '/'.join(str(n) for n in OrderedDict.fromkeys(len(r.mixed.index) for r in results))
         heading += f'; scaling "pseudo" fitted on {number} mixtures of unlabeled images of {unlabeled_split(data)}'
-    show(f'{heading}\n{format_table(results)}\n\n{format_selective_table(results)}')
+    show(f'{heading}\n{format_table(results)}\n\n{format_further_table(results)}\n\n{format_selective_table(results)}')
     if args.ood_dataset:
         show(f'\n{format_ood_table(results, ood)}')
     if len(results) > 1:
