@@ -367,7 +367,10 @@ def webvision(root: Path, lists: Sequence[str], mini: bool, skip_missing: bool) 
                 raise UsageError(f'{note}, such as {first} (--skip-missing leaves them out)')
             rows = rows.filter(exists)
         synsets = root / 'info' / 'synsets.txt'
-        names = [line.split()[0] for line in synsets.read_text().splitlines()] if synsets.is_file() else []
+        lines = synsets.read_text(errors='replace').strip().splitlines() if synsets.is_file() else []
+        if not all(line.strip() for line in lines):
+            raise UsageError(f'{synsets}: a line in it is blank, and its lines are numbered as the classes are')
+        names = [line.split()[0] for line in lines]
         looked_at = {root, base, synsets, *(root / 'info' / name for name in lists)}
         looked_at |= {base / parent for parent in parents} | {(base / parent).parent for parent in parents}
         path = pc.binary_join_element_wise(f'{base}', rows.field('path'), '/')

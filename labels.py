@@ -44,7 +44,7 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
     original = None
     if args.labels_file:
         if is_name_list(args.labels_file):
-            index = find_named(args.labels_file, train, args.input_key)
+            index = find_named(args.labels_file, train, args.input_key, args.val_fraction is not None)
             label = train.targets[index]
         else:
             index, label, original = read_labels(args.labels_file, train, num_classes, train.class_names)
@@ -86,8 +86,10 @@ def choose_labels(args: argparse.Namespace, train: Source, num_classes: int) -> 
     return Labels(index, label, original, trained)
 
 
-def find_named(file: str, train: Source, input_key: str | None = None) -> torch.Tensor:
+def find_named(file: str, train: Source, input_key: str | None = None, held_out: bool = False) -> torch.Tensor:
     """Images of the training split whose files a list names, `[L]` int64, ascending; see `filelists.match_names`.
+
+    With `held_out`, some of those without a label may be held out.
 
     Raises:
         UsageError: If the images have no file names, none is found, or one is ambiguous or has no label.
@@ -98,8 +100,9 @@ def find_named(file: str, train: Source, input_key: str | None = None) -> torch.
     index = torch.tensor(match_names(read_names(Path(file), input_key), paths, f'--labels-file {file}'))
     without = index[train.targets[index] < 0]
     if len(without):
+        or_held_out = ', or are held out to be evaluated (--val-fraction)' if held_out else ''
         raise UsageError(f'--labels-file {file}: {len(without)} of the {len(index)} images have no label in the '
-                         f'training split, such as {paths[without[0]]}')
+                         f'training split{or_held_out}, such as {paths[without[0]]}')
     return index
 
 

@@ -674,6 +674,8 @@ def find_splits(
         config = facts['hub'].partition(':')[2]  # a copy of the hub's repository has a folder for each
         return folder_splits(root / config if (root / config).is_dir() else root, name, class_map, flat, **columns)
     if prefix == 'hfds':
+        if not rest.partition(':')[0]:
+            raise UsageError(f'--dataset {name}: the name of a data set of the hub, or a folder, has to follow hfds/')
         return hub_splits(name, rest, data_dir)
     if prefix in ('hfids', 'tfds', 'wds'):
         raise UsageError(f'--dataset {name}: a stream, whose images have no index to keep margins by; take hfds/')

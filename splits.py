@@ -124,11 +124,16 @@ def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
     largest = int(train.targets.max()) + 1
     if not (train.class_names and evaluation.class_names):
         largest = max(largest, int(evaluation.targets.max()) + 1)
-    num_classes = args.num_classes or (len(train.class_names) if train.class_names else largest)
-    if not args.num_classes and not train.class_names and largest > max(len(train), 2):
+    num_classes = args.num_classes
+    if num_classes is None:
+        num_classes = len(train.class_names) if train.class_names else largest
+    if args.num_classes is None and not train.class_names and largest > max(len(train), 2):
         raise UsageError(f'the data set has labels up to {largest - 1}, more classes than its {len(train)} training '
                          'images: are they ids? As words, in quotation marks, they are numbered by name; --num-classes '
                          f'{largest} keeps them as numbers')
+    if largest < 2 and num_classes < 2:
+        raise UsageError(f'--train-split {args.train_split} has only one class, {(train.class_names or [0])[0]}; a '
+                         'classifier needs two')
     if num_classes < max(largest, 2):
         raise UsageError(f'--num-classes {num_classes}: the data set has labels up to {largest - 1}')
     tell_alike(train.class_names)

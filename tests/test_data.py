@@ -505,6 +505,9 @@ def test_bundled_digits():
     ('imagenet', 'train', {}, r'cannot be reached.*<split>/<class>/<image>'),
     ('hfds/some/where', 'train', {}, r'hub \(some/where\) cannot be reached.*--dataset DIR'),
     ('hfds/nowhere/', 'train', {}, 'hfds/nowhere'),
+    ('hfds/', 'train', {}, 'the name of a data set of the hub, or a folder, has to follow hfds/'),
+    ('hfds', 'train', {}, 'the name of a data set of the hub, or a folder, has to follow hfds/'),
+    ('hfds/:cropped', 'train', {}, 'the name of a data set of the hub, or a folder, has to follow hfds/'),
 ])
 def test_what_cannot_be_opened_is_told_in_one_line(tmp_path, monkeypatch, name, split, options, message):
     monkeypatch.chdir(tmp_path)
@@ -872,6 +875,15 @@ def test_webvision_from_its_lists(webvision, name, split, targets, last):
     source = create_source(name, str(webvision), split)
     assert source.targets.tolist() == targets and close(colour(source, len(source) - 1), last)
     assert source.class_names == [f'n{i:08d}' for i in range(50 if 'mini' in name else 61)]
+
+
+def test_webvision_s_names_are_read_whatever_their_letters_and_refused_with_a_blank_line(webvision):
+    names = webvision / 'info' / 'synsets.txt'
+    names.write_bytes(b'n0 caf\xe9\n' + b''.join(b'n%d x\n' % i for i in range(1, 61)) + b'\n \n')
+    assert create_source('webvision', str(webvision), 'train').class_names[:2] == ['n0', 'n1']
+    names.write_text('n0 a\n\nn1 b\n')
+    with pytest.raises(UsageError, match='synsets.txt: a line in it is blank'):
+        create_source('webvision', str(webvision), 'train')
 
 
 def test_missing_images_of_webvision_are_counted_or_left_out(webvision, caplog):

@@ -173,6 +173,15 @@ def test_labels_that_are_ids_make_no_head_of_that_size(tmp_path, train_own):
     assert json.loads((train_own(*given, '--num-classes', 91) / 'labels.json').read_text())['num_classes'] == 91
 
 
+def test_a_set_of_one_class_is_refused_by_that_reason(tmp_path, train_own):
+    write_set(tmp_path / 'f', dict(train={'cat': 4}, val={'cat': 2}))
+    with pytest.raises(UsageError, match='--train-split train has only one class, cat; a classifier needs two'):
+        train_own('r', '--data-dir', tmp_path / 'f')
+    write_set(tmp_path / 'f', dict(train={'dog': 4}))
+    with pytest.raises(UsageError, match='--num-classes 0: the data set has labels up to 1'):
+        train_own('r', '--data-dir', tmp_path / 'f', '--num-classes', 0)
+
+
 def test_sets_without_names_compare_by_number_and_say_so(caplog):
     caplog.set_level(logging.INFO)
     for names, ours in ((None, ['a', 'b', 'c']), (['a', 'b', 'c'], None), (None, None)):

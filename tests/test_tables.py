@@ -632,6 +632,15 @@ def test_a_labels_file_may_list_names_of_files(wnids, caplog, name, text):
                      'names stand there again', caplog.text)
 
 
+def test_a_listed_file_that_is_held_out_is_not_said_to_have_no_label(wnids):
+    (wnids / 'l.txt').write_text('n01440764_44.JPEG\n')
+    source = create_source(str(wnids), None, 'train')
+    source.targets[1] = -1
+    for held_out, reason in ((False, 'training split'), (True, r'training split, or are held out .*--val-fraction\)')):
+        with pytest.raises(UsageError, match=f'1 of the 1 images have no label in the {reason}, such as .*_44.JPEG'):
+            find_named(str(wnids / 'l.txt'), source, held_out=held_out)
+
+
 def test_lists_of_names_are_ambiguous_unknown_or_of_images_without_names(tmp_path):
     paths = ['/d/a/0.png', '/d/b/0.png', 'n01440764_7_n01440764.JPEG', '/e/1.png']
     assert match_names(['b/0.png', 'n01440764_7.JPEG', 'x/1.png'], paths, 'f') == [1, 2, 3]
