@@ -421,14 +421,16 @@ def find_files(given: Sequence[str], base: str, file: Path) -> tuple[list[str], 
 def _find_split_names(rows: Rows, at: int, file: Path) -> list[str]:
     column = next((i for i, key in enumerate(rows.columns) if key.lower() == 'split'), None)
     if column is not None:
-        unnamed = sum(not cell for cell in rows.cells[column])
-        if unnamed:
-            tell(f'{file}: {unnamed} rows with an empty split count as train')
         odd = next((i for i, cell in enumerate(rows.cells[column]) if isinstance(cell, list)), None)
         if odd is not None:
             raise UsageError(f'{file}, line {rows.lines[odd]}: column {rows.columns[column]} has no name of a split: '
                              f'{_shorten(rows.cells[column][odd])}')
-        return [cell or 'train' for cell in rows.cells[column]]
+        words = sorted({cell for cell in rows.cells[column] if cell and cell.lower() in NO_VALUE})
+        names = [None if cell in words else cell for cell in rows.cells[column]]
+        if None in names:
+            tell(f'{file}: {names.count(None)} rows with an empty split{f" (or {name_some(words)})" if words else ""} '
+                 'count as train')
+        return [name or 'train' for name in names]
     for key, cells in zip(rows.columns, rows.cells):
         words = {cell.lower() for cell in cells[:1000] if isinstance(cell, str)}
         if len(words) > 1 and words <= SPLIT_NAMES:

@@ -380,6 +380,13 @@ def test_json_lines_that_do_not_fit_are_refused_by_line(photos, text, message):
     refused(message, str(photos / 'l.jsonl'), None, 'train')
 
 
+def test_an_empty_split_is_train_however_it_is_written_and_counted(photos, caplog):
+    (photos / 'l.csv').write_text('path,label,split\np/a0.png,x,train\np/b0.png,y,\np/u1.png,y,NaN\np/a1.png,x,test\n')
+    source = create_source(str(photos / 'l.csv'), None, 'train')
+    assert source.targets.tolist() == [0, 1, 1]
+    assert '2 rows with an empty split (or NaN) count as train' in caplog.text
+
+
 def test_lists_and_captions_beside_the_label_of_a_row_are_no_hindrance(photos, caplog):
     rows = [dict(file_name=f'p/{name}.png', label=name[0], bbox=[1, 2.5], more=dict(a=[1]), caption='two\nlines')
             for name in ('a0', 'b0', 'a1')]
