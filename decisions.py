@@ -9,6 +9,8 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
+from metrics import wilson_interval
+
 LEVELS = (0.8, 0.9, 0.95, 0.98, 0.99)  # the accuracies and coverages that validate.py keeps unless told otherwise
 # RAPS: what each class behind the first RAPS_FREE adds to the score. Those of Angelopoulos et al. for ImageNet.
 RAPS_PENALTY, RAPS_FREE = 0.01, 5
@@ -26,17 +28,21 @@ def _reached(right: np.ndarray, kept: np.ndarray, target: float) -> np.ndarray:
     """Whether `kept` images of which `right` are right, and one more that is wrong, are right at the target's rate.
 
     The image more stands for the next one, of which nothing is known, as in conformal risk control (Angelopoulos et al.
-    2022, arXiv 2208.02814). It keeps three lucky images from vouching for 99 %, and takes back what choosing the best
-    of many thresholds on the same images adds.
+    2022, arXiv 2208.02814). It keeps three lucky images from vouching for 99 %.
     """
     return right >= target * (kept + 1) - 1e-9
 
 
 def threshold_for_accuracy(confidence: torch.Tensor, correct: torch.Tensor, target: float) -> float | None:
-    """The lowest confidence t such that images of a confidence of t or more are expected to be right at a given rate.
+    """The lowest confidence t such that images of a confidence of t or more are right at a given rate.
 
     Of the n images of confidence t or more, r are right, and t is the lowest one with r / (n + 1) >= target. Images of
     equal confidence are kept or left out together.
+
+    That is an estimate, not a bound. Simulated with calibrated logits of 5 classes and 100 to 1,000 images, new images
+    were right at the target's rate on average, within 0.015, where most draws found a threshold. Where few did, these
+    were lucky: of a network of 53 % accuracy, 300 images vouched for 0.9 in 137 of 300 draws, and 0.86 of new ones were
+    right. The interval of the accuracy in `measure_threshold` shows how much is known.
 
     Args:
         confidence: Top probabilities [N].
@@ -76,15 +82,6 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wilson(right: int, kept: int) -> tuple[float, float]:
-    """95 % interval of a rate (Wilson 1927), which is not of width 0 where all are right."""
-    z = 1.959964
-    rate, spread = right / kept, z * z / kept
-    centre = rate + spread / 2
-    half = (spread * (rate * (1 - rate) + spread / 4)) ** 0.5
-    return max(0., (centre - half) / (1 + spread)), min(1., (centre + half) / (1 + spread))
-
-
 def measure_threshold(
         confidence: torch.Tensor,
         correct: torch.Tensor,
@@ -113,7 +110,7 @@ def measure_threshold(
     kept = confidence.double() >= value
     right, number = int(correct[kept].sum()), int(kept.sum())
     found = OrderedDict(threshold=value, coverage=number / len(confidence), accuracy=right / number)
-    found['accuracy_low'], found['accuracy_high'] = _wilson(right, number)
+    found['accuracy_low'], found['accuracy_high'] = wilson_interval(right, number)
     if rounds:
         ranked, order = confidence.double().sort(descending=True)
         ranked, hits = ranked.numpy(), correct[order].numpy()

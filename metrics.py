@@ -11,6 +11,7 @@ prediction. An empty input raises ValueError.
 """
 from collections import OrderedDict
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -568,6 +569,15 @@ def brier_decomposition(probs: torch.Tensor, target: torch.Tensor, n_bins: int =
     return OrderedDict(zip(('brier', 'reliability', 'resolution', 'uncertainty'), parts.tolist()))
 
 
+def wilson_interval(hits: int, number: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a rate from `hits` of `number` (Wilson 1927), which is not of width 0 where it is 0 or 1."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    rate, spread = hits / number, z * z / number
+    centre = rate + spread / 2
+    half = (spread * (rate * (1 - rate) + spread / 4)) ** 0.5
+    return max(0., (centre - half) / (1 + spread)), min(1., (centre + half) / (1 + spread))
+
+
 def bootstrap_intervals(
         confidence: torch.Tensor,
         correct: torch.Tensor,
@@ -577,11 +587,11 @@ def bootstrap_intervals(
 ) -> 'OrderedDict[str, tuple[float, float]]':
     """Intervals for the error and for ECE (15 right-closed bins) over test sets of this size.
 
-    Samples are drawn with replacement. The error gets the percentile interval. A resampled ECE is too large
-    by about as much as ECE itself is, since chance adds to every |gap|: percentiles would count that twice (in our
-    simulations of slightly miscalibrated models they missed the true value in most runs). So ECE gets the basic
-    interval [2 ECE - upper quantile, 2 ECE - lower quantile], cut at 0 and widened where needed to hold ECE; it held
-    the truth in 85 to 94 % of runs at 500 to 10,000 samples, and in half of them where the true ECE was exactly 0.
+    The error gets Wilson's interval. For ECE samples are drawn with replacement. A resampled ECE is too large by about
+    as much as ECE itself is, since chance adds to every |gap|: percentiles would count that twice (in our simulations
+    of slightly miscalibrated models they missed the true value in most runs). So ECE gets the basic interval
+    [2 ECE - upper quantile, 2 ECE - lower quantile], cut at 0 and widened where needed to hold ECE; it held the truth
+    in 85 to 94 % of runs at 500 to 10,000 samples, and in half of them where the true ECE was exactly 0.
 
     Args:
         confidence: Top probabilities [N], in [0, 1].
@@ -603,17 +613,16 @@ def bootstrap_intervals(
     gap = confidence.double() - correct.double()
     generator = torch.Generator().manual_seed(seed)
 
-    def error_and_ece(rows):
-        bin_gaps = torch.bincount(index[rows], gap[rows], minlength=15)
-        return torch.stack([(~correct[rows]).double().mean(), bin_gaps.abs().sum() / n])
+    def ece_of(rows):
+        return torch.bincount(index[rows], gap[rows], minlength=15).abs().sum() / n
 
-    error, ece = error_and_ece(torch.arange(n)).tolist()
-    resampled = torch.stack([error_and_ece(torch.randint(n, (n,), generator=generator)) for _ in range(rounds)])
+    ece = float(ece_of(torch.arange(n)))
+    resampled = torch.stack([ece_of(torch.randint(n, (n,), generator=generator)) for _ in range(rounds)])
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    (error_low, ece_low), (error_high, ece_high) = resampled.quantile(tails, dim=0).tolist()
+    low, high = resampled.quantile(tails).tolist()
     return OrderedDict(
-        error=(min(error, error_low), max(error, error_high)),
-        ece=(max(0.0, min(ece, 2 * ece - ece_high)), max(ece, 2 * ece - ece_low)),
+        error=wilson_interval(int((~correct).sum()), n, level),
+        ece=(max(0.0, min(ece, 2 * ece - high)), max(ece, 2 * ece - low)),
     )
 
 

@@ -796,12 +796,14 @@ def find_decisions(result: Result, args: Namespace) -> dict[str, dict]:
     )
     found['missing_classes'] = missing
     for level, kept in found['thresholds'].items():
-        told = f'{result.name}: accuracy {level} is expected of pictures '
         if kept is None:
             told = (f'{result.name}: no threshold is stored for accuracy {level}: {len(fit_on.target)} images are too '
                     'few, or too few of them right, to promise it')
         else:
-            told += f'of confidence {kept["threshold"]:.4f} or more, {100 * kept["coverage"]:.0f} % of all'
+            low, high = (100 * kept[key] for key in ('accuracy_low', 'accuracy_high'))
+            told = (f'{result.name}: for accuracy {level} confidence {kept["threshold"]:.4f} is stored: '
+                    f'{100 * kept["coverage"]:.0f} % of the images have it or more, and {100 * kept["accuracy"]:.1f} % '
+                    f'of these are right (95 % interval {low:.1f} to {high:.1f} %)')
         _logger.info(told)
     return found
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -568,6 +569,15 @@ def test_bootstrap_is_seeded_and_leaves_the_global_random_state_alone():
     assert torch.equal(state, torch.get_rng_state())
     assert first == metrics.bootstrap_intervals(confidence, correct, rounds=50, seed=1)
     assert first != metrics.bootstrap_intervals(confidence, correct, rounds=50, seed=2)
+
+
+@pytest.mark.parametrize('wrong, number', [(0, 1), (1, 1), (0, 3), (3, 50), (120, 656)])
+def test_the_error_interval_is_scipy_s_wilson_one_also_where_all_or_none_are_right(wrong, number):
+    confidence, correct = torch.full((number,), 0.9), torch.arange(number) >= wrong
+    for level in (0.95, 0.5):
+        low, high = metrics.bootstrap_intervals(confidence, correct, rounds=1, level=level)['error']
+        expected = scipy.stats.binomtest(wrong, number).proportion_ci(level, method='wilson')
+        assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12) and high - low > 0.01
 
 
 def test_the_error_interval_is_the_binomial_one_and_both_hold_what_was_measured():
