@@ -275,6 +275,41 @@ def choose_data(args: Namespace, run: dict) -> Namespace:
     return data
 
 
+def holds_labeled(data: Namespace, file: Path) -> bool:
+    """Whether the training split at another --data-dir than the run's has a labeled picture of its labels.json.
+
+    Then it is the run's data set, which was moved. Files of before digests tell nothing, and are believed.
+    """
+    try:
+        content = json.loads(file.read_text())
+        known, index = from_text(content.get('digests', [])), torch.tensor(content['index'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f'{file}: cannot be read ({type(error).__name__} {error})') from error
+    known = known[known != 0]
+    if not len(known):
+        return True
+    try:
+        train = open_source(data, data.train_split)
+    except UsageError:  # no such split, which a run's data set has
+        return False
+    looked_at = spread(len(train), COMPARED_FILES if train.in_files() else COMPARED_MOST)
+    looked_at = torch.cat([index[index < len(train)], looked_at])
+    return bool(torch.isin(digest_pictures(train, looked_at), known).any())
+
+
+def leave_run_s_data(name: str, checkpoint: Path | None, data: Namespace, run: dict) -> None:
+    """Where --data-dir names another folder, and none of the run's labeled pictures is in it: it is another data set.
+
+    Positions in the run's training split then mean nothing.
+    """
+    file = checkpoint.parent / 'labels.json' if checkpoint is not None else None
+    if not data.own or data.data_dir == run.get('data_dir') or file is None or not file.exists():
+        return
+    if not holds_labeled(data, file):
+        data.own, data.names = False, {data.dataset or data.data_dir}
+        _logger.info(f'{name}: no labeled picture of its training was found in {data.data_dir}: taken as other data')
+
+
 def agree_on_data(names: list[str], chosen: list[Namespace]) -> Namespace:
     """The data arguments of the first checkpoint; raises UsageError if another is to be evaluated on other images."""
     first = chosen[0]
@@ -332,6 +367,15 @@ def split_names(split: str) -> set[str]:
     return {part.partition('[')[0].strip() for part in split.split('+')}
 
 
+def may_share(split: str, other: str, data: Namespace) -> bool:
+    """Whether two splits of the run's data set may have images in common, as what was held out and its split do."""
+    both = [split_names(which) for which in (split, other)]
+    for names in both:
+        if HELD_OUT in names:
+            names |= split_names(data.train_split)
+    return bool(both[0] & both[1])
+
+
 @dataclass
 class Images:
     """The sets to evaluate."""
@@ -349,8 +393,9 @@ def check_classes(
         data: Namespace,
         given: int | None,
         by_number: bool = False,
+        in_part: bool = False,
 ) -> torch.Tensor:
-    """The labels of the images as the model numbers its classes, `[N]` int64.
+    """The labels of the images as the model numbers its classes, `[N]` int64; -1: none.
 
     Args:
         source: The images.
@@ -359,13 +404,15 @@ def check_classes(
         data: The data set, for messages.
         given: A number of classes that the user gave, for which a data set with fewer names is accepted.
         by_number: Whether the user says that names which have nothing in common are of the same numbers.
+        in_part: Whether images may have no label, if some have one.
 
     Raises:
         UsageError: Unless they are classes of the model.
     """
     where = data.dataset or data.data_dir
-    if (source.targets < 0).any():
-        raise UsageError(f'{where}: split {split} has images without a label')
+    if (source.targets < 0).all() or (not in_part and (source.targets < 0).any()):
+        raise UsageError(f'{where}: {int((source.targets < 0).sum())} of the {len(source)} images of split {split} '
+                         'have no label')
     names = class_names_of(model)
     if not names or not source.class_names:
         largest = int(source.targets.max()) + 1
@@ -484,7 +531,7 @@ class Result:
 
 
 def choose_calibration_images(results: list[Result], args: Namespace) -> None:
-    """Takes images out of the fit that are evaluated, unlabeled or, with --calibration-split, labeled ones of a run."""
+    """Takes images out of the fit that are evaluated or, with --calibration-split, labeled ones of a run."""
     trained = torch.zeros(0, dtype=torch.int64)
     if args.calibration_split is not None:
         trained = torch.cat([trained, *(result.labeled.digest for result in results if result.labeled is not None)])
@@ -492,7 +539,7 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
         found = result.calibration
         evaluated = torch.isin(found.digest, result.outputs.digest)
         seen = torch.isin(found.digest, trained) & ~evaluated
-        rows = ~evaluated & ~seen & (found.target >= 0)
+        rows = ~evaluated & ~seen
         told = f'{int(evaluated.sum())} are evaluated, {int(seen.sum())} were labeled in training'
         if not rows.any():
             raise UsageError(f'{args.calibration_split or "--calibration-from-labeled"}: none of {len(rows)} images is '
@@ -502,8 +549,7 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
                              'to fit on are of one class; a slice of image folders takes one class after the other, so '
                              'give a split of its own')
         result.calibration = found.keep(rows)
-        _logger.info(f'{result.name}: {int(rows.sum())} of {len(rows)} calibration images are used: {told}, '
-                     f'{int((found.target < 0).sum())} have no label')
+        _logger.info(f'{result.name}: {int(rows.sum())} of {len(rows)} calibration images are used: {told}')
 
 
 def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
@@ -516,7 +562,7 @@ def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
         raise UsageError(str(error)) from error
     if saved is None:
         return None
-    if saved.get('dataset') in data.names and split_names(saved['split']) & split_names(data.val_split):
+    if saved.get('dataset') in data.names and may_share(saved['split'], data.val_split, data):
         _logger.warning(f'{checkpoint / "config.json"}: its temperature is not shown, as it was fitted on '
                         f'{saved["split"]}, which may hold images of {data.val_split}')
         return None
@@ -951,6 +997,20 @@ def mix_unlabeled(
     return evaluate(source, kept.index, kept.logits.argmax(1), partial(PairDataset, partner=partner))
 
 
+def evaluate_labeled(
+        evaluate: Callable[..., Outputs],
+        name: str,
+        source: Source,
+        targets: torch.Tensor,
+) -> Outputs:
+    """The outputs on the images of a source that have a label; tells how many have none."""
+    rows = (targets >= 0).nonzero().squeeze(1)
+    if len(rows) < len(targets):
+        _logger.info(f'{name}: {len(targets) - len(rows)} of {len(targets)} calibration images have no label and are '
+                     'left out')
+    return evaluate(source, rows, targets[rows])
+
+
 def labels_to_use(
         images: Images,
         model: nn.Module,
@@ -967,7 +1027,7 @@ def labels_to_use(
     tested = check_classes(images.test, images.data.val_split, model, images.data, given, by_number)
     if images.calibration is None:
         return tested, None
-    fitted = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number)
+    fitted = check_classes(images.calibration, args.calibration_split, model, images.data, given, by_number, True)
     if class_names_of(model) is None and images.calibration.class_names != images.test.class_names:
         raise UsageError(f'--calibration-split {args.calibration_split}: it has other classes than split '
                          f'{images.data.val_split}')
@@ -1045,12 +1105,12 @@ def evaluate_checkpoint(
         checkpoint,
         config,
         tested,
-        labeled if images.calibration is None else evaluate(images.calibration, targets=fit_targets),
+        labeled if images.calibration is None else evaluate_labeled(evaluate, name, images.calibration, fit_targets),
         labeled,
         mixed,
         {ood_name: evaluate(source) for ood_name, source in images.ood.items()},
         names or images.test.class_names,
-        tell_choice(name, checkpoint, images.data),
+        tell_choice(name, checkpoint, images.data, args.calibration_split),
         read_labeled_by_class(checkpoint, model.num_classes),
     )
 
@@ -1079,15 +1139,18 @@ def read_labeled_by_class(checkpoint: Path | None, num_classes: int) -> torch.Te
     return torch.tensor(found) if len(found) == num_classes else None
 
 
-def tell_choice(name: str, checkpoint: Path | None, data: Namespace) -> str:
-    """What a best/ was chosen by, '' if it is none; warns if it was the split that is evaluated."""
+def tell_choice(name: str, checkpoint: Path | None, data: Namespace, fit_split: str | None) -> str:
+    """What a best/ was chosen by, '' if it is none; warns if it was the split that is evaluated or fitted on."""
     if checkpoint is None or checkpoint.name != 'best':
         return ''
     chosen_by = read_metrics(checkpoint).get('best_chosen_by', '')
     split = chosen_by.partition(' on ')[2]
-    if chosen_by and data.own and split_names(split) & split_names(data.val_split):
+    if chosen_by and data.own and may_share(split, data.val_split, data):
         _logger.warning(f'{name}: best/ was chosen by {chosen_by}, which is evaluated here: its score is too good. '
                         'Report last/, or choose on a part that --val-fraction holds out of the training split')
+    if chosen_by and data.own and fit_split is not None and may_share(split, fit_split, data):
+        _logger.warning(f'{name}: best/ was chosen by {chosen_by}, and temperature and thresholds are fitted on these '
+                        'images, where it is better than elsewhere. Take last/, or another --calibration-split')
     return chosen_by
 
 
@@ -1143,6 +1206,9 @@ def main(args: Namespace) -> None:
     for logger in (_logger, logging.getLogger('train')):  # the modules' own
         logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     chosen = [choose_data(args, run) for run in runs]
+    with once_a_machine(accelerator):
+        for which in zip(names, checkpoints, chosen, runs):
+            leave_run_s_data(*which)
     data = agree_on_data(names, chosen)
     inherited = data.own and args.dataset is None and args.data_dir is None
     run = checkpoints[0].parent if inherited else None

@@ -670,6 +670,53 @@ def test_a_temperature_is_not_shown_on_the_split_that_it_was_fitted_on_where_the
     assert 'its temperature is not shown, as it was fitted on train' in caplog.text
 
 
+def test_what_was_held_out_and_its_split_share_a_saved_temperature_and_a_choice(own, train_own, evaluate, monkeypatch,
+                                                                               caplog):
+    monkeypatch.setattr(validate, 'fit_temperature', lambda logits, target: (1.5, False))
+    trained = train_own('run', '--data-dir', own, '--val-fraction', 0.25, '--num-labels', 6)
+    for fitted, evaluated in (('train', 'held-out'), ('held-out', 'train')):
+        caplog.clear()
+        arguments = ('--checkpoint', trained / 'last', '--split')
+        evaluate(*arguments, 'val', '--calibration-split', fitted, '--save-temperature')
+        assert 'is not shown' not in caplog.text and 'chosen by' not in caplog.text
+        evaluate(*arguments, evaluated)
+        assert f'is not shown, as it was fitted on {fitted}, which may hold images of {evaluated}' in caplog.text
+        caplog.clear()
+        evaluate('--checkpoint', trained / 'best', '--split', 'val', '--calibration-split', fitted)
+        assert 'best/ was chosen by top1 on held-out, and temperature and thresholds are fitted on these' in caplog.text
+
+
+def test_another_folder_as_data_dir_is_other_data_unless_a_labeled_picture_is_in_it(own, train_own, evaluate, caplog):
+    caplog.set_level(logging.INFO)
+    trained = train_own('run', '--data-dir', own)
+    sizes = dict(train={'1': 3, '2': 9, '10': 9}, val={'1': 3, '2': 3, '10': 3})
+    other = write_set(own.with_name('other'), sizes, seed=1)
+    arguments = ('--checkpoint', trained / 'last', '--data-dir')
+    assert evaluate(*arguments, other, '--split', 'train', '--calibration-split', 'val')['count'] == 21
+    assert f'run: no labeled picture of its training was found in {other}: taken as other data' in caplog.text
+    assert 'labeled images of its training' not in caplog.text and '9 of 9 calibration images are used' in caplog.text
+    caplog.clear()
+    own.rename(own.with_name('moved'))
+    evaluate(*arguments, own.with_name('moved'), '--split', 'train')
+    assert 'other data' not in caplog.text
+    assert '24 of the 24 images of train are labeled images of its training, and 24 are in its training' in caplog.text
+
+
+def test_calibration_images_without_a_label_are_counted_and_those_evaluated_are_refused(as_tables, train_own, evaluate,
+                                                                                    caplog):
+    caplog.set_level(logging.INFO)
+    trained = train_own('run', '--dataset', as_tables / 'list.csv', '--num-labels', 6)
+    rows = (as_tables / 'list.csv').read_text().splitlines()
+    rows[1:3] = [row.replace(',1,train', ',,train') for row in rows[1:3]]
+    (as_tables / 'list.csv').write_text('\n'.join(rows))
+    arguments = ('--checkpoint', trained / 'last', '--dataset', as_tables / 'list.csv')
+    evaluate(*arguments, '--split', 'val', '--calibration-split', 'train')
+    assert 'run: 2 of 24 calibration images have no label and are left out' in caplog.text
+    assert ' of 22 calibration images are used' in caplog.text
+    with pytest.raises(UsageError, match='2 of the 24 images of split train have no label'):
+        evaluate(*arguments, '--split', 'train')
+
+
 def test_training_pictures_under_another_name_are_known_by_content(own, as_tables, train_own, evaluate, caplog):
     trained = train_own('run', '--data-dir', own, '--num-labels', 6)
     arguments = ('--checkpoint', trained / 'last', '--dataset', as_tables / 'list.csv')
