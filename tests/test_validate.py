@@ -206,11 +206,11 @@ def test_the_table_and_its_file_have_a_row_for_each_checkpoint_and_scaling(compa
     ]
     for row in found:
         assert float(row['ece_low']) <= float(row['ece']) <= float(row['ece_high'])
-        line, selective = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
+        line, further, selective = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
         keys = ('coverage_at_95', 'coverage_at_99', 'accuracy_at_80', 'accuracy_at_90', 'aurc')
         assert selective.split()[2:] == [f'{float(row[key]):.2f}' for key in keys]
-        for key in ('balanced_accuracy', 'macro_f1', 'ece_balanced'):
-            assert f'{float(row[key]):.2f}' in line
+        keys = ('balanced_accuracy', 'macro_f1', 'ece_equal_mass', 'ece_balanced', 'ece_classwise', 'ece_smooth')
+        assert further.split()[2:] == [f'{float(row[key]):.2f}' for key in keys]
         assert f'{float(row["ece"]):.2f} [{float(row["ece_low"]):.2f}, {float(row["ece_high"]):.2f}]' in line
         assert f'{float(row["nll"]):.4f}' in line
 
