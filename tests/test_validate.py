@@ -206,7 +206,8 @@ def test_the_table_and_its_file_have_a_row_for_each_checkpoint_and_scaling(compa
     ]
     for row in found:
         assert float(row['ece_low']) <= float(row['ece']) <= float(row['ece_high'])
-        line, further, selective = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
+        own = [line for line in printed.splitlines() if line.split()[:2] == [row['run'], row['scaling']]]
+        line, further, selective = own
         keys = ('coverage_at_95', 'coverage_at_99', 'accuracy_at_80', 'accuracy_at_90', 'aurc')
         assert selective.split()[2:] == [f'{float(row[key]):.2f}' for key in keys]
         keys = ('balanced_accuracy', 'macro_f1', 'ece_equal_mass', 'ece_balanced', 'ece_classwise', 'ece_smooth')
