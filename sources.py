@@ -26,7 +26,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import datasets as tv_datasets
 
 import filelists
-from folders import from_stored, image_folder, index_table, is_hidden, tell, webvision_splits
+from folders import from_stored, image_folder, index_table, is_hidden, list_pictures, tell, webvision_splits
 from pictures import (
     DECODE_ERRORS,
     FRAME_ENDINGS,
@@ -563,6 +563,7 @@ def folder_splits(
         return {split: partial(tables.__getitem__, split) for split in tables}
     files = find_tables(root)
     if files:
+        tell_pictures_beside(root, files)
         return table_splits(files, root)
     described = filelists.read_metadata(root, **columns)
     if described:
@@ -574,6 +575,15 @@ def folder_splits(
         folder.name: partial(open_folder, folder, class_map, flat or is_unlabeled(folder.name), columns)
         for folder in folders
     }
+
+
+def tell_pictures_beside(root: Path, tables: Sequence[Path]) -> None:
+    """Counts the pictures below a folder whose tables are taken for the data."""
+    pictures = list_pictures(str(root.absolute())).pictures
+    if pictures:
+        names = name_some(table.relative_to(root) for table in tables)
+        tell(f'{root}: {len(pictures)} pictures below it are left out, such as {readable(pictures[0])}, as tables lie '
+             f'there, which are the data: {names}; move these away to read the pictures')
 
 
 def open_folder(folder: Path, class_map: str, flat: bool, columns: dict) -> datasets.Dataset:

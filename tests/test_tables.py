@@ -137,6 +137,25 @@ def test_reports_that_were_written_into_the_data_are_no_data_and_a_stray_table_i
     assert len(open_pictures(str(tmp_path / 't' / 'NEW.PARQUET'))) == 2
 
 
+def test_pictures_below_a_folder_that_also_has_tables_are_counted(tmp_path, caplog):
+    write_pictures(tmp_path, *(f'{split}/{name}/0.png' for split in ('train', 'val') for name in ('cat', 'dog')))
+    for split in ('train', 'val'):
+        write_table(tmp_path / f'{split}.parquet', label=labels_of())
+    assert create_source('', str(tmp_path), 'train').class_names == ['a', 'b']
+    told = '4 pictures below it are left out, such as train/cat/0.png, as tables lie there, which are the data: ' \
+           'train.parquet, val.parquet; move these away'
+    assert told in caplog.text
+    write_pictures(tmp_path / 'photos', '0.png', '1.png')
+    write_table(tmp_path / 'photos' / 'test.parquet', label=labels_of())
+    assert len(open_pictures(str(tmp_path / 'photos'))) == 2
+    assert 'photos: 2 pictures below it are left out, such as 0.png' in caplog.text
+    (tmp_path / 'hub').mkdir()
+    shutil.copy(tmp_path / 'train.parquet', tmp_path / 'hub')
+    (tmp_path / 'hub' / 'README.md').write_text('# A set\n')
+    caplog.clear()
+    assert len(create_source(str(tmp_path / 'hub'), None, 'train')) == 2 and not caplog.messages
+
+
 def test_hidden_files_and_folders_beside_tables_are_no_data(tmp_path, caplog):
     file = write_table(tmp_path / 'data' / 'train-00000-of-00001.parquet', label=labels_of())
     for hidden in ('.ipynb_checkpoints/train-00000-of-00001.parquet', 'data/._train-00000-of-00001.parquet',
