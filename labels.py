@@ -14,7 +14,7 @@ from folders import composed
 from imbalance import check_sizes, draw, draws_unlabeled, labeled_sizes, tell_sizes
 from program import UsageError, name_some
 from seeds import item_seed
-from sources import Source, renumber
+from sources import Source, align_numbers, renumber
 
 _logger = logging.getLogger('train')
 
@@ -202,7 +202,8 @@ def match_classes(
 ) -> torch.Tensor:
     """A set's labels as a run numbers its classes, `[N]` int64; -1: no label.
 
-    Classes are matched by name. Where one side has no names they are matched by number, which is told.
+    Classes are matched by name. Where one side has no names they are matched by number, which is told: by what the
+    names of the other say, if these are whole numbers, else by their order.
 
     Args:
         source: The set.
@@ -217,8 +218,11 @@ def match_classes(
     Raises:
         UsageError: If a class is not one of the run's.
     """
-    targets = source.targets
     theirs, class_names = (names and [*map(composed, names)] for names in (source.class_names, class_names))
+    targets, theirs = align_numbers(source.targets, theirs, class_names)
+    if theirs and not source.class_names:
+        _logger.info(f'{what}: its labels are numbers, and are matched with the names of the classes of {run}, which '
+                     'are whole numbers')
     shared = set(theirs or ()) & set(class_names or ())
     if not theirs or not class_names or (same_numbering and not shared):
         lacks = 'one numbering is known of both' if theirs and class_names else 'class names are not known of both'

@@ -393,9 +393,11 @@ class JoinedSource(Source):
         for start, part in labeled[1:]:
             if part.class_names == self.class_names:
                 continue
-            mapped = torch.full_like(part.targets, -1)
-            if part.class_names and self.class_names:
-                mapped = renumber(part.targets, part.class_names, self.class_names)
+            mapped, names = align_numbers(part.targets, part.class_names, self.class_names)
+            if names:
+                mapped = renumber(mapped, names, self.class_names or [])
+            elif self.class_names:
+                mapped = torch.full_like(part.targets, -1)
             lost = (part.targets >= 0) & (mapped < 0)
             self.targets[start:start + len(part)] = mapped
             _logger.warning(f'{part.split}: its classes are not those of {labeled[0][1].split} and are matched by '
@@ -474,6 +476,26 @@ def renumber(targets: torch.Tensor, names: list[str], wanted: list[str]) -> torc
     """Labels `[N]` int64 of classes `names` as the numbers of the same names in `wanted`; -1: no label or not there."""
     number = {name: i for i, name in enumerate(wanted)}
     return torch.tensor([*(number.get(name, -1) for name in names), -1])[targets]  # the last entry is for label -1
+
+
+def align_numbers(
+        targets: torch.Tensor,
+        names: list[str] | None,
+        wanted: list[str] | None,
+) -> tuple[torch.Tensor, list[str] | None]:
+    """Labels `[N]` int64 and their class names, to be matched with classes `wanted`, where one side has whole numbers
+    for names and the other numbers without names: what is matched is then the number that a name says, and not its
+    place. Anything else is returned as it is.
+    """
+    said = [int(name) for name in names or wanted or () if name.isdecimal()]
+    if bool(names) == bool(wanted) or len({*said}) < len(names or wanted):
+        return targets, names
+    if names:
+        return torch.tensor([*said, -1])[targets], None  # the last entry is for label -1
+    found, place = targets.unique(return_inverse=True)
+    known = dict(zip(said, wanted))
+    without = int(len(found) > 0 and found[0] < 0)
+    return place - without, [known.get(number, str(number)) for number in found[without:].tolist()]
 
 
 def locate(source: Source, other: Source) -> torch.Tensor:

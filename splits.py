@@ -16,6 +16,7 @@ from seeds import item_seed
 from sources import (
     PartSource,
     Source,
+    align_numbers,
     create_source,
     is_published,
     known_facts,
@@ -122,8 +123,9 @@ def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
     """
     train, evaluation = sources.train, sources.evaluation
     largest = int(train.targets.max()) + 1
-    if not (train.class_names and evaluation.class_names):
-        largest = max(largest, int(evaluation.targets.max()) + 1)
+    targets, names = align_numbers(evaluation.targets, evaluation.class_names, train.class_names)
+    if not (train.class_names and names):
+        largest = max(largest, int(targets.max()) + 1)
     num_classes = args.num_classes
     if num_classes is None:
         num_classes = len(train.class_names) if train.class_names else largest

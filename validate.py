@@ -97,6 +97,7 @@ from sources import (
     PartSource,
     Source,
     absolute_name,
+    align_numbers,
     locate,
     open_run_source,
     open_source,
@@ -414,10 +415,11 @@ def check_classes(
         raise UsageError(f'{where}: {int((source.targets < 0).sum())} of the {len(source)} images of split {split} '
                          'have no label')
     names = class_names_of(model)
-    if not names or not source.class_names:
-        largest = int(source.targets.max()) + 1
-        named = len(source.class_names) if source.class_names else largest
-        if largest > model.num_classes or (source.class_names and named != model.num_classes and given is None):
+    targets, own_names = align_numbers(source.targets, source.class_names, names)
+    if not names or not own_names:
+        largest = int(targets.max()) + 1
+        named = len(own_names) if own_names else largest
+        if largest > model.num_classes or (own_names and named != model.num_classes and given is None):
             raise UsageError(
                 f'{where} has {named} classes and the model {model.num_classes}: a label would mean another class. '
                 'Give --class-map for a folder with a part of the classes, or --num-classes if the numbers agree'
@@ -1109,7 +1111,7 @@ def evaluate_checkpoint(
         labeled,
         mixed,
         {ood_name: evaluate(source) for ood_name, source in images.ood.items()},
-        names or images.test.class_names,
+        names or align_numbers(images.test.targets, images.test.class_names, None)[1],
         tell_choice(name, checkpoint, images.data, args.calibration_split),
         read_labeled_by_class(checkpoint, model.num_classes),
     )

@@ -192,6 +192,26 @@ def test_sets_without_names_compare_by_number_and_say_so(caplog):
         match_classes(toy([3], None), None, 3, 'here')
 
 
+def test_names_that_are_whole_numbers_are_matched_with_the_numbers_that_they_say(caplog):
+    caplog.set_level(logging.INFO)
+    assert match_classes(toy([0, 1, -1], ['1', '2']), None, 3, 'here').tolist() == [1, 2, -1]
+    assert match_classes(toy([2, 10, -1], None), ['1', '2', '10'], 3, 'here').tolist() == [1, 2, -1]
+    assert 'its labels are numbers, and are matched with the names of the classes of the training split' in caplog.text
+    with pytest.raises(UsageError, match='2 of 3 images are of classes that the training split does not have: 0, 3'):
+        match_classes(toy([0, 1, 3], None), ['1', '2'], 2, 'here')
+    joined = JoinedSource([toy([0, 1, 2], None), toy([0, 1], ['1', '2'])])
+    assert joined.targets.tolist() == [0, 1, 2, 1, 2] and joined.class_names is None
+    joined = JoinedSource([toy([0, 1], ['1', '2']), toy([0, 1, 2], None)])
+    assert joined.targets.tolist() == [0, 1, -1, 0, 1] and joined.class_names == ['1', '2']
+    args = train_ssl._parse_args(['--data-dir', 'nowhere'])
+    for train, evaluated in ((toy([0, 1, 2], None), toy([0, 1], ['1', '2'])),
+                             (toy([0, 1, 2], ['0', '1', '2']), toy([1, 2], None)),
+                             (toy([0, 1], ['1', '2']), toy([1, 2], None))):
+        expected = [1, 2] if len(train) == 3 else [0, 1]
+        assert splits.agree_on_classes(args, splits.Sources(train, train, evaluated)) == len(train)
+        assert evaluated.targets.tolist() == expected
+
+
 def test_joined_splits_keep_labels_by_name():
     joined = JoinedSource([toy([0, 1], ['a', 'b']), toy([0, 1, 2], ['b', 'x', 'a'])])
     assert joined.targets.tolist() == [0, 1, 1, -1, 0] and joined.class_names == ['a', 'b']
