@@ -660,7 +660,8 @@ def read_names(file: Path, input_key: str | None = None) -> list[str]:
 def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[int]:
     """Positions of the named files among the paths, ascending, each once.
 
-    Files are matched by their base name. Where several share it, the folders in the name decide. The copies on the hub
+    Files are matched by their base name. Where several share it, the folders in the name decide. A folder that others
+    of the files lie in is never looked past, but one that is none of theirs is, which is told. The copies on the hub
     have ImageNet's wnid once more at the end of the name, which is looked past.
 
     Raises:
@@ -669,13 +670,19 @@ def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[i
     def base_name(path):
         return composed(re.sub(r'(?<=\d)_n\d{8}(?=\.\w+$)', '', path.rpartition('/')[2]))
 
-    by_name = {}
+    def parent(path):
+        folder = path.rpartition('/')[0].rpartition('/')[2]
+        return '' if folder in ('.', '..') else composed(folder)
+
+    by_name, folders = {}, [*map(parent, paths)]
     for i, path in enumerate(paths):
         by_name.setdefault(base_name(path), []).append(i)
-    found, missing = Counter(), []
+    found, missing, elsewhere, known = Counter(), [], [], {*folders}
     for name in names:
         name = name.replace('\\', '/')
-        places = by_name.get(base_name(name), [])
+        places, folder = by_name.get(base_name(name), []), parent(name)
+        if folder and folder in known:
+            places = [i for i in places if folders[i] in ('', folder)]
         if len(places) > 1:
             ends = composed('/' + name.lstrip('/'))
             places = [i for i in places if composed(paths[i]).endswith(ends)] or places
@@ -684,6 +691,8 @@ def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[i
                              f'{paths[places[1]]}; write it with its folders')
         if places:
             found[places[0]] += 1
+            if folder and folders[places[0]] not in ('', folder):
+                elsewhere.append(f'{name} for {paths[places[0]]}')
         else:
             missing.append(name)
     if not found:
@@ -695,5 +704,7 @@ def match_names(names: Sequence[str], paths: Sequence[str], what: str) -> list[i
     again = sum(found.values()) - len(found)
     if again:
         told.append(f'{again} names stand there again and count once')
-    tell(f'{what}: {"; ".join(told)}', logging.WARNING if missing or again else logging.INFO)
+    if elsewhere:
+        told.append(f'{len(elsewhere)} names have another folder than their file, such as {elsewhere[0]}')
+    tell(f'{what}: {"; ".join(told)}', logging.WARNING if len(told) > 1 else logging.INFO)
     return sorted(found)

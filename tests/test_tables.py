@@ -683,6 +683,17 @@ def test_lists_of_names_are_ambiguous_unknown_or_of_images_without_names(tmp_pat
         read_names(tmp_path / 'l.txt')
 
 
+def test_a_name_in_another_folder_of_the_training_split_is_not_its_namesake(caplog):
+    paths = ['train/cat/1.png', 'train/cat/2.png', 'train/dog/2.png', 'train/dog/3.png']
+    names = ['dog/1.png', 'x\\cat\\3.png', '/else/cat/1.png', 'dog/2.png', './3.png']
+    assert match_names(names, paths, 'f') == [0, 2, 3]
+    assert caplog.messages == ['f: 3 labeled images; 2 of 5 names are not in the training split, such as dog/1.png']
+    with pytest.raises(UsageError, match='f: none of its 1 names'):
+        match_names(['dog/1.png'], paths, 'f')
+    assert match_names(['other/1.png', 'train/cat/2.png', 'cat/2.png'], paths, 'f') == [0, 1]
+    assert '1 names have another folder than their file, such as other/1.png for train/cat/1.png' in caplog.text
+
+
 def test_a_run_takes_its_labeled_images_from_a_list_of_names(same_pictures, train, tmp_path):
     (tmp_path / 'l.txt').write_text('00.png\n13.png\n15.png\n')
     named = (*same_pictures['folder'], '--labels-file', tmp_path / 'l.txt')
