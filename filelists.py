@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from folders import composed, list_pictures, tell, to_stored
 from program import UsageError, name_some
-from tables import VAL_SPLITS, find_label_columns, refuse_pointer
+from tables import VAL_SPLITS, clean_words, find_label_columns, refuse_pointer
 
 FORMS = ('.csv', '.tsv', '.jsonl')
 # Columns of file names; of the first group that has any, one is taken.
@@ -35,7 +35,6 @@ FILE_COLUMNS = (
 )
 PICTURES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.dib', '.tif', '.tiff', '.gif', '.ppm', '.pgm',
             '.pbm', '.pnm', '.jp2', '.avif')
-NO_VALUE = ('nan', 'none', 'null', 'na', 'n/a', '<na>')  # how programs write that there is nothing
 SPLIT_NAMES = frozenset(('train', 'training', 'test', 'testing', 'dev', 'unlabeled', 'extra', *VAL_SPLITS))
 
 
@@ -314,8 +313,8 @@ def _as_text(cell) -> str | list | None:
 
 
 def _clean_labels(rows: Rows, at: int, file: Path) -> None:
-    """Labels as names of classes: pandas writes whole numbers as 3.0 where a cell is empty; Kaggle's ground truth has a
-    box behind each wnid; a list is no label; among whole numbers -1 and NaN are none.
+    """Labels as names of classes, as far as `clean_words` does it; of words `tables.read_targets` tells the odd ones.
+    Kaggle's ground truth has a box behind each wnid; a list is no label.
     """
     column, cells = rows.columns[at], rows.cells[at]
     for i, line in enumerate(rows.lines):
@@ -329,31 +328,9 @@ def _clean_labels(rows: Rows, at: int, file: Path) -> None:
             cells[i] = cells[i].split()[0]
     count = Counter(cells)
     count.pop(None, None)
-    name = {word: re.fullmatch(r'(-?\d+)(\.0*)?', word) for word in count}
-    nothing = [word for word in count if word.lower() in NO_VALUE]
-    if not all(name[word] or word in nothing for word in count) or len(nothing) == len(count):
-        odd = nothing + [word for word in count if name[word] and name[word][1] == '-1']
-        if odd:
-            tell(f'{file}: column {column} holds {name_some(odd)} among other words, {sum(count[w] for w in odd)} '
-                 'times; that counts as a class (an empty cell is no label)')
-        broken = next((word for word in count if not name[word] and re.fullmatch(r'-?\d*\.\d+', word)), None)
-        if broken:
-            tell(f'{file}: column {column} holds numbers with fractions, such as {broken}; each counts as a class')
-        return
-    name = {word: match and match[1] for word, match in name.items()}
-    for i, cell in enumerate(cells):
-        if cell is not None and (name[cell] or '').startswith('-') and name[cell] != '-1':
-            raise UsageError(f'{file}, line {rows.lines[i]}: the label is {cell}; expected 0 or more, or -1 for no '
-                             'label')
-    none = [word for word in count if name[word] in (None, '-1')]
-    if none:
-        tell(f'{file}: {sum(count[word] for word in none)} rows whose {column} is {name_some(none)} have no label')
-    written = next((word for word in count if '.' in word), None)
-    if written:
-        tell(f'{file}: labels such as {written} are taken as whole numbers', logging.INFO)
-    if none or written:
-        name = {word: None if word in none else number for word, number in name.items()}
-        cells[:] = [cell and name[cell] for cell in cells]
+    number = clean_words(count, f'{file}', column, lambda word: f'{file}, line {rows.lines[cells.index(word)]}')
+    if number is not None and any(number[word] != word for word in count):
+        cells[:] = [cell and number[cell] for cell in cells]
 
 
 def find_files(given: Sequence[str], base: str, file: Path) -> tuple[list[str], list[int]]:

@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ IMAGE_COLUMNS = ('image', 'img')  # taken where there are others too
 LABEL_COLUMNS = ('label', 'labels', 'target', 'targets', 'cls', 'class')
 WORDY_LABEL_COLUMNS = ('class_name', 'label_name', 'category', 'predictionstring')  # where none of the above is there
 OWN_TABLES = ('predictions.parquet', 'margins.parquet')  # what the programs here write of pictures
+NO_VALUE = ('nan', 'none', 'null', 'na', 'n/a', '<na>')  # how programs write that there is nothing
 LFS_POINTER = b'version https://git-lfs.github.com/spec/'
 
 
@@ -338,6 +339,80 @@ def choose_label_column(features: dict, name: str, asked: str | None, image_colu
     return asked
 
 
+def clean_words(
+        count: Mapping[str, int],
+        where: str,
+        column: str,
+        place: Callable[[str], str],
+) -> dict[str, str | None] | None:
+    """What each of the words of a label column is called as a class, if all are whole numbers; None if not all are.
+
+    pandas writes whole numbers as 3.0 where a cell is empty; among whole numbers -1 and NaN are no label, here None.
+
+    Args:
+        count: How often each word is there.
+        where: The file or table, for messages.
+        column: Likewise.
+        place: Tells where a word stands.
+
+    Raises:
+        UsageError: If a number is below -1.
+    """
+    number = {word: re.fullmatch(r'(-?\d+)(\.0*)?', word) for word in count}
+    if not all(match or word.lower() in NO_VALUE for word, match in number.items()) or not any(number.values()):
+        return None
+    number = {word: match and match[1] for word, match in number.items()}
+    below = next((word for word in count if (number[word] or '').startswith('-') and number[word] != '-1'), None)
+    if below is not None:
+        raise UsageError(f'{place(below)}: the label is {below}; expected 0 or more, or -1 for no label')
+    none = [word for word in count if number[word] in (None, '-1')]
+    if none:
+        tell(f'{where}: {sum(count[word] for word in none)} rows whose {column} is {name_some(none)} have no label')
+    written = next((word for word in count if '.' in word), None)
+    if written:
+        tell(f'{where}: labels such as {written} are taken as whole numbers', logging.INFO)
+    return {word: None if word in none else number[word] for word in count}
+
+
+def tell_odd_words(count: Mapping[str, int], where: str, column: str) -> None:
+    """Warns of words that count as classes beside others and may be meant otherwise."""
+    odd = [word for word in count if word.lower() in NO_VALUE]
+    odd += [word for word in count if re.fullmatch(r'-1(\.0*)?', word)]
+    if odd:
+        tell(f'{where}: column {column} holds {name_some(odd)} among other words, {sum(count[w] for w in odd)} times; '
+             'that counts as a class (an empty cell is no label)')
+    broken = next((word for word in count if re.fullmatch(r'-?\d*\.\d+', word) and not re.fullmatch(
+        r'-?\d+\.0*', word)), None)
+    if broken:
+        tell(f'{where}: column {column} holds numbers with fractions, such as {broken}; each counts as a class')
+
+
+def _read_words(
+        column: pa.ChunkedArray,
+        key: str,
+        name: str,
+        training_names: Callable[[], list[str] | None] | None,
+) -> tuple[torch.Tensor, list[str] | None]:
+    """`read_targets` of a column of words."""
+    words = pc.utf8_normalize(pc.utf8_trim_whitespace(column), 'NFC')
+    if key.lower() == 'predictionstring':  # Kaggle's ground truth has a box behind each wnid
+        words = pc.replace_substring_regex(words, r'(?s)\s.*', '')
+    words = pc.if_else(pc.equal(words, ''), None, words)
+    count = {word: number for word, number in (
+        cell.values() for cell in pc.value_counts(words).to_pylist()) if word is not None}
+    known = (training_names() if training_names else None) or []
+    own = {*known}  # as the training split has them
+    cleaned = clean_words(count, name, key, lambda word: name) if count.keys() - own else {}
+    if cleaned is None:
+        tell_odd_words(count, name, key)
+    called = {word: word if word in own else (cleaned or {}).get(word, word) for word in count}
+    names = [*known, *sorted({*called.values()} - own - {None}, key=natural_key)]
+    number = {name: i for i, name in enumerate(names)}
+    place = pc.fill_null(pc.index_in(words, pa.array(count, words.type), skip_nulls=True), -1).to_numpy()
+    numbers = np.array([*(number.get(called[word], -1) for word in count), -1], np.int64)  # the last is for no word
+    return torch.from_numpy(numbers[place]), names or None
+
+
 def read_targets(
         table: datasets.Dataset,
         key: str,
@@ -351,7 +426,8 @@ def read_targets(
 
     Args:
         table: The table.
-        key: Label column: class labels, whole numbers, words or truth values; null and '' are no label.
+        key: Label column: class labels, whole numbers, words or truth values; null and '' are no label, nor is what
+            `clean_words` takes for none.
         name: For messages.
         training_names: Returns the class names of the training split; default: the words of this table, sorted.
 
@@ -366,22 +442,19 @@ def read_targets(
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         raise UsageError(f'{name}: column {key} holds lists of labels; images of several classes (multi-label) cannot '
                          'be trained here, so choose a column of one label an image (--target-key)')
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        words = pc.utf8_normalize(pc.utf8_trim_whitespace(column), 'NFC')
-        words = pc.if_else(pc.equal(words, ''), None, words)
-        found = sorted((word for word in pc.unique(words).to_pylist() if word is not None), key=natural_key)
-        names = (training_names() if training_names else None) or found
-        names = [*names, *(word for word in found if word not in set(names))]
-        numbers = pc.fill_null(pc.index_in(words, pa.array(names, kind), skip_nulls=True), -1)
-        return torch.from_numpy(numbers.to_numpy().astype(np.int64)), names or None
+    if pa.types.is_string_view(kind):  # for which Arrow lacks what is done to words here
+        column = column.cast(pa.large_string())
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return _read_words(column, key, name, training_names)
     if pa.types.is_null(kind):
         return torch.full((len(table),), -1), None
     if pa.types.is_boolean(kind):
         column = column.cast(pa.int8())
     target = column.to_numpy()
     if np.issubdtype(target.dtype, np.floating):  # whole numbers with nulls arrive as floats
-        target = np.nan_to_num(target, nan=-1)
-    if not np.issubdtype(target.dtype, np.number) or (target != target.astype(np.int64)).any():
+        target = np.where(np.isnan(target), -1, target.astype(np.float64))
+    finite = np.issubdtype(target.dtype, np.number) and (np.abs(target) < 2. ** 63).all()
+    if not finite or (target != target.astype(np.int64)).any():
         kind = getattr(feature, 'dtype', type(feature).__name__)
         raise UsageError(f'{name}: labels in column {key} must be whole numbers or words, not {kind}')
     target = target.astype(np.int64)

@@ -429,7 +429,7 @@ def test_lists_and_captions_beside_the_label_of_a_row_are_no_hindrance(photos, c
     (['007', '7', '007', '7'], ['007', '7'], [0, 1, 0, 1], ''),
     ([.5, 1., .5, 2.], ['0.5', '1.0', '2.0'], [0, 1, 0, 2], 'numbers with fractions, such as 0.5; each counts'),
 ])
-@pytest.mark.parametrize('form', ['csv', 'jsonl', 'parquet'])
+@pytest.mark.parametrize('form', ['csv', 'jsonl', 'parquet', 'words of a table of images'])
 def test_numbers_and_words_that_mean_no_label_are_the_same_in_every_table_of_files(photos, form, label, names, targets,
                                                                                   told, caplog):
     paths = ['p/a0.png', 'p/b0.png', 'p/a1.png', 'p/u1.png']
@@ -437,6 +437,9 @@ def test_numbers_and_words_that_mean_no_label_are_the_same_in_every_table_of_fil
     if form == 'csv':
         rows = ['file_name,label', *(f'{path},{"" if cell is None else cell}' for path, cell in zip(paths, label))]
         file.write_text('\n'.join(rows))
+    elif form == 'words of a table of images':
+        words = [None if cell is None else str(cell) for cell in label]
+        pq.write_table(pa.table(dict(image=[encoded(RED)] * 4, label=words)), photos / 'train.parquet')
     elif form == 'jsonl':
         file.write_text('\n'.join(json.dumps(dict(file_name=path, label=cell)) for path, cell in zip(paths, label)))
     else:
@@ -446,6 +449,31 @@ def test_numbers_and_words_that_mean_no_label_are_the_same_in_every_table_of_fil
     assert [source.class_names[k] if k >= 0 else '' for k in source.targets] == [names[k] if k >= 0 else '' for k in
                                                                                  targets]
     assert told in caplog.text
+
+
+def test_words_of_a_split_are_read_as_those_of_training(tmp_path):
+    write_table(tmp_path / 'train.parquet', (RED,) * 3, label=['1.0', 'nan', '2.0'])
+    write_table(tmp_path / 'val.parquet', label=['-1', '2'])
+    assert create_source(str(tmp_path), None, 'val', train_split='train').targets.tolist() == [-1, 1]
+    write_table(tmp_path / 'train.parquet', (RED,) * 3, label=['cat', 'nan', '2.0'])
+    val = create_source(str(tmp_path), None, 'val', train_split='train')
+    assert val.class_names == ['2.0', 'cat', 'nan', '2'] and val.targets.tolist() == [-1, 3]
+    write_table(tmp_path / 'val.parquet', label=['nan', '2.0'])
+    assert create_source(str(tmp_path), None, 'val', train_split='train').targets.tolist() == [2, 0]
+    write_table(tmp_path / 'train.parquet', label=['1', '-5'])
+    refused('the label is -5; expected 0 or more, or -1 for no label', str(tmp_path), None, 'train')
+
+
+@pytest.mark.filterwarnings('error')
+def test_words_of_any_kind_of_arrow_are_labels_and_an_infinite_one_is_refused_in_one_line(tmp_path):
+    for kind in (pa.string(), pa.large_string(), pa.string_view()):
+        image = [encoded(RED)] * 3
+        pq.write_table(pa.table(dict(image=image, label=pa.array(['b', 'a', ''], kind))), tmp_path / 'train.parquet')
+        source = create_source(str(tmp_path), None, 'train')
+        assert source.class_names == ['a', 'b'] and source.targets.tolist() == [1, 0, -1]
+    for odd in (float('inf'), 1e300):
+        pq.write_table(pa.table(dict(image=image, label=[0., odd, None])), tmp_path / 'train.parquet')
+        refused('labels in column label must be whole numbers or words, not float64', str(tmp_path), None, 'train')
 
 
 def test_a_column_of_splits_that_is_called_otherwise_is_told(photos, caplog):
