@@ -13,7 +13,7 @@ import sys
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -239,8 +239,11 @@ def read_rows(file: Path) -> Rows:
         tell(f'{file}: {len(long)} of {len(rows.lines)} rows have a cell of several lines, such as line {long[0]}; if '
              'none should, a quotation mark is missing there')
     twice = [column for column, count in Counter(rows.columns).items() if count > 1]
+    if twice == ['']:
+        without = [str(number) for number, column in enumerate(rows.columns, 1) if not column]
+        raise UsageError(f'{file}: columns {" and ".join(without)} have no name; are there too many commas?')
     if twice:
-        raise UsageError(f'{file}: two columns are called {twice[0]}')
+        raise UsageError(f'{file}: two columns are called {next(filter(None, twice))}')
     return rows
 
 
@@ -474,12 +477,23 @@ def pictures_below(folder: Path) -> list[str]:
     return [os.path.join(base, path) for path in listing.pictures]
 
 
-def open_pictures(folder: Path, known: Callable[[str], bool], column: str = 'image') -> datasets.Dataset:
-    """All pictures below a folder, without labels, but those whose path is known to be in a split already."""
+def real_paths(paths: Iterable[str]) -> Iterator[str]:
+    """Absolute paths without a link in them; those of folders are found once."""
+    folders = {}
+    for path in paths:
+        folder, _, name = path.rpartition('/')
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)
+        yield os.path.realpath(path) if os.path.islink(path) else path
+
+
+def open_pictures(folder: Path, known: Callable[[], Iterable[str]], column: str = 'image') -> datasets.Dataset:
+    """All pictures below a folder, without labels, but those in a split already, whose paths `known` returns."""
     if not folder.is_dir():
         raise UsageError(f'--unlabeled-dir {folder}: no such folder')
-    found = pictures_below(folder)
-    paths = [path for path in found if not known(path)]
+    found, there = pictures_below(folder), {*real_paths(known())}
+    paths = [path for path, real in zip(found, real_paths(found)) if real not in there]
     if len(paths) < len(found):
         tell(f'--unlabeled-dir {folder}: {len(found) - len(paths)} of its {len(found)} pictures are in a split of '
              '--dataset already and left out here', logging.INFO)

@@ -498,6 +498,17 @@ def align_numbers(
     return place - without, [known.get(number, str(number)) for number in found[without:].tolist()]
 
 
+def refuse_overlap(source: Source, split: str) -> None:
+    """Raises UsageError if parts of a joined split share images, each of which would count twice."""
+    parts = source.parts if isinstance(source, JoinedSource) else []
+    for i, part in enumerate(parts):
+        for other in parts[:i]:
+            both = min(part.start + len(part), other.start + len(other)) - max(part.start, other.start)
+            if part.split == other.split and both > 0:
+                raise UsageError(f'split {split}: {both} images of {part.split} are in two parts of it, and each would '
+                                 'count twice')
+
+
 def locate(source: Source, other: Source) -> torch.Tensor:
     """Where each image of a source stands in another one of the same data set, `[N]` int64; -1: it does not."""
     def parts(of: Source) -> Iterable[tuple[int, Source]]:
@@ -748,10 +759,6 @@ def named_folder(name: str, data_dir: str | None, split: str, splits: dict[str, 
     return next(same, split), found
 
 
-def _starts_with(folders: tuple[str, ...], path: str) -> bool:
-    return path.startswith(folders)
-
-
 def create_source(
         name: str,
         data_dir: str | None,
@@ -801,8 +808,12 @@ def create_source(
     if not name and not data_dir:
         raise UsageError('no images are given: --data-dir FOLDER for your own (<split>/<class>/<image>), or --dataset '
                          'NAME, such as digits, which is bundled')
+    if split == '':
+        raise UsageError(f'{name or data_dir}: the name of the split is empty')
     if split and '+' in split and named_folder(name, data_dir, split, {}) is None:
         trained = train_split or split
+        if not all(split.split('+')):
+            raise UsageError(f'split {split}: a part of it has no name')
         source = JoinedSource([
             create_source(
                 name, data_dir, part, input_key, target_key, class_map, download, skip_missing, labeled, flat,
@@ -821,12 +832,15 @@ def create_source(
                          target_key)
     if unlabeled_dir:
         if filelists.is_file_table(name):
-            known = filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).files().__contains__
+            def known():
+                return filelists.list_files(Path(name), data_dir, input_key, target_key, skip_missing).paths
         else:  # below a folder of the training split or one for evaluation
             root, parts = Path(data_dir or name).absolute(), (train_split or 'train').split('+')
             used = {*(part.partition('[')[0] for part in parts), *VAL_SPLITS} - {UNLABELED_DIR}
-            used = [root / part for part in used if part in splits or (root / part).is_dir()]
-            known = partial(_starts_with, tuple(f'{os.path.normpath(folder)}/' for folder in used))
+            used = [root / part for part in used if (root / part).is_dir()]
+
+            def known():
+                return (f'{folder}/{path}' for folder in used for path in list_pictures(str(folder)).pictures)
         splits[UNLABELED_DIR] = partial(filelists.open_pictures, Path(unlabeled_dir), known, input_key or 'image')
     there = ', '.join(list(splits)[:20]) + ', ...' * (len(splits) > 20)
     if split is None:
@@ -1006,7 +1020,8 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
     --val-labels belongs where that is not the one to evaluate.
 
     Raises:
-        UsageError: As `create_source`, and if no image of the training split has a label, unless a file gives them.
+        UsageError: As `create_source`, if parts of the split overlap, and if no image of the training split has a
+            label, unless a file gives them.
     """
     source = create_source(
         args.dataset,
@@ -1023,6 +1038,7 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         unlabeled_dir=args.unlabeled_dir,
         val_labels=args.val_labels if split == getattr(args, 'val_labels_split', args.val_split) else None,
     )
+    refuse_overlap(source, split)
     if split == args.train_split and not getattr(args, 'labels_file', None) and (source.targets < 0).all():
         raise UsageError(f'{args.dataset or args.data_dir}: no image of split {split} has a label; give the labeled '
                          'split as --train-split and this one as --unlabeled-split')

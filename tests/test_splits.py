@@ -161,6 +161,41 @@ def test_pictures_below_unlabeled_dir_that_the_unlabeled_split_has_count_once(ow
     assert not any('/train/' in path or '/val/' in path for path in found)
 
 
+@pytest.mark.parametrize('linked', ['the folder', 'a class', 'a picture'])
+def test_pictures_below_unlabeled_dir_count_once_through_links_too(own, linked):
+    given = own
+    if linked == 'the folder':
+        given = own.parent / 'link'
+        given.symlink_to(own)
+    elif linked == 'a class':
+        shutil.move(own / 'train' / '1', own.parent / 'pool' / '1')
+        (own / 'train' / '1').symlink_to(own.parent / 'pool' / '1')
+        given = own.parent
+    else:
+        given = own.parent / 'pool'
+        given.mkdir()
+        (given / 'a.png').symlink_to(own / 'train' / '1' / '000.png')
+        shutil.copy(own / 'more' / 'bees' / '000.png', given / 'b.png')
+    args = train_ssl._parse_args(['--data-dir', str(own), '--unlabeled-dir', str(given)])
+    source = open_source(args, unlabeled_split(args))
+    assert len(source) == 24 + (1 if linked == 'a picture' else 6 + 9 + 9)  # in no split: fewer, more and others
+    assert len(digest_pictures(source, torch.arange(len(source))).unique()) == len(source)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--unlabeled-split', 'train+train'), r'split train\+train: 24 images of train are in two parts of it'),
+    (('--unlabeled-split', 'train[:75%]+fewer+train[50%:]'), '6 images of train are in two parts of it, and each'),
+    (('--val-split', 'val+val'), '9 images of val are in two parts of it'),
+    (('--train-split', 'train+'), r'split train\+: a part of it has no name'),
+    (('--train-split', ''), 'own: the name of the split is empty'),
+])
+def test_a_split_whose_parts_overlap_or_have_no_name_is_refused(own, flags, message):
+    args = train_ssl._parse_args(['--data-dir', str(own), *flags])
+    with pytest.raises(UsageError, match=message) as error:
+        splits.open_sources(args)
+    assert '\n' not in str(error.value)
+
+
 def test_labels_that_are_ids_make_no_head_of_that_size(tmp_path, train_own):
     image = [dict(bytes=path.read_bytes(), path=None)
              for path in sorted(write_set(tmp_path / 'f', dict(train={'a': 4, 'b': 4})).glob('*/*/*.png'))]

@@ -377,6 +377,7 @@ def test_a_table_of_files_gives_pictures_labels_and_splits(photos, form, caplog)
     ('path,label\n"p/a0.png\np/b0.png",x\n', 'line 2: column path has no name of a file'),
     ('path,label\np/a0.png,1\np/b0.png,-2.0\n', 'line 3: the label is -2.0; expected 0 or more, or -1 for no label'),
     ('path,label,label\np/a0.png,x,y\n', 'two columns are called label'),
+    ('path,label,,\np/a0.png,x,,\n', 'columns 3 and 4 have no name; are there too many commas'),
     (b'path,label\np/a0.png,\xe9t\xe9\n', 'not in UTF-8'),
 ])
 def test_a_table_that_does_not_fit_is_refused_by_line(photos, text, message):
