@@ -558,7 +558,21 @@ def hub_splits(name: str, repository: str, cache_dir: str | None = None) -> dict
             flag = '--data-dir' if name in SHORT_NAMES else '--dataset'
             reason += f'; from files: {flag} DIR, with {local_layouts(name)} in DIR'
         raise UsageError(f'--dataset {name}: {reason}') from error
+    for table in tables.values() if os.path.isdir(path) else ():
+        refuse_deep_classes(name, path, table)
     return {split: partial(tables.__getitem__, split) for split in tables}
+
+
+def refuse_deep_classes(name: str, folder: str, table: datasets.Dataset) -> None:
+    """Refuses a folder's pictures whose classes `datasets` takes from the innermost of several folders."""
+    if table.info.builder_name != 'imagefolder' or not isinstance(table.features.get('label'), datasets.ClassLabel):
+        return
+    paths = pc.struct_field(table.select_columns(['image']).with_format('arrow')[:].column('image'), 'path')
+    paths = paths.filter(pc.starts_with(paths, os.path.join(os.path.abspath(folder), '')))  # not those of archives
+    if len(pc.unique(pc.replace_substring_regex(paths, r'/[^/]*/[^/]*$', ''))) > 1:
+        raise UsageError(f'--dataset {name}: `datasets` takes the innermost folders for the classes there '
+                         f'({name_some(table.features["label"].names)}); --data-dir {folder} takes the first below '
+                         'the split')
 
 
 def declares_configs(folder: Path) -> bool:

@@ -579,6 +579,17 @@ def test_metadata_with_words_as_labels_is_read_through_datasets_too(photos):
         assert source.class_names == ['cat', 'dog'] and sorted(source.targets.tolist()) == [0, 1]
 
 
+def test_a_folder_read_through_datasets_never_takes_deeper_folders_for_the_classes(tmp_path):
+    write_pictures(tmp_path, *(f'{split}/{name}/0.png' for split in ('train', 'val') for name in ('cat', 'dog')))
+    assert create_source(f'hfds/{tmp_path}', None, 'train').class_names == ['cat', 'dog']
+    deep = tmp_path / 'deep'
+    write_pictures(deep, *(f'{split}/{name}/{part}/0.png' for split in ('train', 'val') for name in ('cat', 'dog')
+                           for part in ('day', 'night')))
+    refused(r'takes the innermost folders for the classes there \(day, night\); --data-dir .*deep takes the first',
+            f'hfds/{deep}', None, 'train')
+    assert create_source('', str(deep), 'train').class_names == ['cat', 'dog']
+
+
 # --- The same pictures ------------------------------------------------------------------------------------------------
 
 FORMS = ['folder', 'csv', 'jsonl', 'metadata', 'parquet', 'words', 'arrow', 'save_to_disk', 'torchvision']
