@@ -22,10 +22,12 @@ class PlainFolder(Source):
     Args:
         paths: Of the files. A file that is not there is told when it is asked for, as a broken one is.
         names: What they are called in tables; default: the paths.
+        columns: Whether they are of a list that has columns.
     """
 
-    def __init__(self, paths: Sequence[str], names: Sequence[str] | None = None):
+    def __init__(self, paths: Sequence[str], names: Sequence[str] | None = None, columns: bool = False):
         self.paths, self.names, self.class_names = paths, paths if names is None else names, None
+        self.columns = columns
         self.targets = torch.full((len(paths),), -1)
 
     def data(self, index: int) -> str:
@@ -63,7 +65,7 @@ def read_list(file: Path, root: Path | None = None, column: str | None = None) -
     if paths and len(missing) == len(paths):
         raise UsageError(f'{file}: none of its {len(paths)} files exists, such as {paths[0]}; paths are taken as '
                          f'relative to {root} (--data-dir names another folder)')
-    return PlainFolder(paths, names)
+    return PlainFolder(paths, names, file.suffix.lower() != '.txt')
 
 
 def limited(source: Source, max_pixels: int) -> Source:

@@ -63,6 +63,7 @@ from program import (
     ArgumentParser,
     RunError,
     UsageError,
+    name_some,
     once_a_machine,
     replace_file,
     run_program,
@@ -187,18 +188,21 @@ def open_all(args: Namespace) -> Source:
     Raises:
         UsageError: If one of them cannot be had, or a folder has none.
     """
-    if not args.pictures:
-        if args.dataset is None and args.split is None:
-            return open_pictures(args.data_dir, max_pixels=args.max_pixels)
-        return open_pictures(
-            args.dataset or '', args.data_dir, args.split, args.input_key, args.dataset_download, args.max_pixels,
-        )
+    data_dir = args.data_dir
+    names = args.pictures
+    if not names and args.dataset is None and args.split is None:
+        names, data_dir = [data_dir], None
     for name in args.pictures:
         if not os.path.exists(name) and not name.lower().endswith('.parquet'):
             raise UsageError(f'{name}: no such file or folder (data sets by name are given as --dataset)')
     parts = [
-        open_pictures(name, args.data_dir, None, args.input_key, max_pixels=args.max_pixels) for name in args.pictures
+        open_pictures(name, data_dir, args.split, args.input_key, args.dataset_download, args.max_pixels)
+        for name in names or [args.dataset or '']
     ]
+    if args.input_key is not None and all(isinstance(part, PlainFolder) and not part.columns for part in parts):
+        raise UsageError(f'--input-key {args.input_key}: {name_some(names or [args.dataset])} has no columns')
+    if len(parts) == 1:
+        return parts[0]
     if all(isinstance(part, PlainFolder) for part in parts):
         paths, names = ([item for part in parts for item in getattr(part, key)] for key in ('paths', 'names'))
         return limited(PlainFolder(paths, names), args.max_pixels)

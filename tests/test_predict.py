@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
@@ -486,10 +487,13 @@ def test_arguments_that_make_no_sense_end_with_status_2(arguments, told, capsys)
     (['PHOTOS', '--label-col', 'margin'], 'the same name'),
     (['PHOTOS', '--results-dir', '/dev/null/x'], 'cannot be made'),
     (['--dataset', 'digits', '--split', 'none'], 'no split none'),
+    (['PHOTOS', '--input-key', 'crop'], '--input-key crop: .*photos has no columns'),
+    (['--data-dir', 'PHOTOS', '--input-key', 'crop'], '--input-key crop: .*photos has no columns'),
+    (['PHOTOS/a/deep/1.png', '--input-key', 'crop'], '--input-key crop: .*1.png has no columns'),
 ])
 def test_mistakes_are_told_in_one_line(arguments, told, model, photos, run, monkeypatch):
     monkeypatch.setattr(predict, 'predict', None)  # they are told before
-    arguments = [str(photos) if a == 'PHOTOS' else a for a in arguments]
+    arguments = [a.replace('PHOTOS', str(photos)) for a in arguments]
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(UsageError, match=told) as error:
         args = predict._parse_args([*arguments, '--checkpoint', str(model), '--device', 'cpu', '-j', '0'])
@@ -500,6 +504,20 @@ def test_mistakes_are_told_in_one_line(arguments, told, model, photos, run, monk
 def test_a_split_of_any_data_set_is_taken(model, run):
     rows = run('--dataset', 'digits', '--split', 'test[:5]', '--checkpoint', model)
     assert len(rows) == 5
+
+
+@pytest.mark.parametrize('flag', [[], ['--data-dir'], ['--dataset']])
+def test_the_column_asked_for_is_taken_however_the_table_is_named(tmp_path, flag):
+    cells = {key: [encoded(noise(2, 8, seed=seed)[i]) for i in range(2)] for seed, key in enumerate(('image', 'crop'))}
+    pq.write_table(pa.table(cells), tmp_path / 'test.parquet')
+    args = predict._parse_args([*flag, str(tmp_path), '--input-key', 'crop', '--checkpoint', 'c'])
+    assert [*predict.open_all(args).data_of(range(2))] == cells['crop']
+
+
+def encoded(pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, 'PNG')
+    return buffer.getvalue()
 
 
 def test_a_list_with_an_empty_cell_names_the_row(tmp_path):
