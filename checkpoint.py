@@ -30,7 +30,7 @@ from torch import nn
 
 from calibratemix import CalibrateMix, MarginBank, split_easy_hard
 from data import DataConfig, Datasets, Feed, check_classes_left
-from digests import to_text
+from digests import MOST_DIGESTS, digest_pictures, spread, to_text
 from imbalance import describe_draw
 from labels import label_seed, write_labels
 from methods import lambda_u, older_presets, warmup_updates
@@ -529,6 +529,11 @@ def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, a
     """Writes what is known of a run before its first update; on the main process."""
     retire_checkpoints(folder, run.num_updates)
     write_args(folder / 'args.yaml', args)
+    held_out = {}
+    if sources.held_out is not None:
+        rows = spread(len(sources.held_out), MOST_DIGESTS)
+        held_out = dict(held_out=sources.held_out.tolist(), held_out_rows=rows.tolist(),
+                        held_out_digests=to_text(digest_pictures(sources.train, sources.held_out[rows])))
     replace_file(folder / 'labels.json', lambda part: write_labels(
         part,
         datasets.labels.index,
@@ -542,7 +547,7 @@ def start_folder(folder: Path, run: Run, sources: Sources, datasets: Datasets, a
         seed=label_seed(args),
         **describe_draw(args, datasets.labels.label, sources.unlabeled.targets,
                         None if datasets.unlabeled is None else datasets.unlabeled.index),
-        **({} if sources.held_out is None else dict(held_out=sources.held_out.tolist())),
+        **held_out,
         digest_rows=run.identity.rows.tolist(),
         digests=to_text(run.identity.digests),
     ))

@@ -137,6 +137,7 @@ def place_pictures(
         index: torch.Tensor,
         rows: torch.Tensor,
         digests: torch.Tensor,
+        kind: str = 'labeled',
 ) -> torch.Tensor:
     """Where pictures stand that a file lists by position and content.
 
@@ -146,6 +147,7 @@ def place_pictures(
         index: Their positions when the file was written, `[L]` int64.
         rows: Rows of index whose digests are known, `[d]` int64.
         digests: `[d]` int64.
+        kind: Of pictures, for messages.
 
     Returns:
         Positions `[L]` int64: the same ones, or where the set is in another order now, the new ones.
@@ -171,8 +173,8 @@ def place_pictures(
     found = [places[digest].pop(0) if places[digest] and digest else -1 for digest in digests.tolist()]
     missing = found.count(-1)
     if missing:
-        raise UsageError(f'{told}, and {missing} of the {len(index)} labeled pictures are nowhere in it; give the data '
-                         'as it was, or draw labels anew')
-    _logger.warning(f'{told}; all {len(index)} labeled pictures were found elsewhere by content, and their labels '
-                    'follow them')
+        raise UsageError(f'{told}, and {missing} of the {len(index)} {kind} pictures are nowhere in it; give the data '
+                         f'as it was{", or draw labels anew" * (kind == "labeled")}')
+    _logger.warning(f'{told}; all {len(index)} {kind} pictures were found elsewhere by content'
+                    f'{", and their labels follow them" * (kind == "labeled")}')
     return torch.tensor(found)

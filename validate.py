@@ -54,7 +54,7 @@ from backbone import (
 from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import LEVELS, measure_decisions
-from digests import COMPARED_FILES, COMPARED_MOST, digest_pictures, from_text, spread
+from digests import COMPARED_FILES, COMPARED_MOST, digest_pictures, from_text, place_pictures, spread
 from figures import (
     Panel,
     class_diagram,
@@ -332,21 +332,27 @@ def open_held_out(data: Namespace, checkpoints: list[Path | None]) -> Source:
     """The images that --val-fraction held out of the training split of the runs, by their labels.json.
 
     Raises:
-        UsageError: If there are none, the runs differ in them, or the data has changed since.
+        UsageError: If there are none, the runs differ in them, or one is not in the data any more.
     """
-    found = set()
+    found, known = set(), {}
     for checkpoint in checkpoints:
         file = checkpoint.parent / 'labels.json' if checkpoint is not None else None
         content = json.loads(file.read_text()) if file is not None and file.exists() else {}
         found.add(tuple(content.get('held_out', ())))
-    if len(found) != 1 or () in found:
+        if 'held_out_digests' in content:  # not in older files
+            known[tuple(content['held_out_digests'])] = file, content['held_out_rows']
+    if len(found) != 1 or () in found or len(known) > 1:
         raise UsageError(f'split {HELD_OUT}: not all checkpoints are of runs that held out the same images by '
                          '--val-fraction; give another split')
-    train = open_source(data, data.train_split)
+    train, held_out = open_source(data, data.train_split), torch.tensor(found.pop())
+    if known:
+        [(texts, (of, rows))] = known.items()
+        return PartSource(train, place_pictures(f'split {HELD_OUT} of {of}', train, held_out, torch.tensor(rows),
+                                                from_text(texts), HELD_OUT))
     index = read_labels(file, train, content['num_classes'], content.get('class_names'))[0]
     if index.tolist() != content['index']:
         raise UsageError(f'split {HELD_OUT}: the images of {data.train_split} stand in another order than in the run')
-    return PartSource(train, torch.tensor(found.pop()))
+    return PartSource(train, held_out)
 
 
 def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None], run: Path | None) -> Source:

@@ -661,6 +661,31 @@ def test_the_test_split_is_reported_once_and_validation_knows_the_held_out_part(
         train_own('half', *flags, '--epochs', '3', '--resume', 'auto', '--val-seed', '1')
 
 
+def test_held_out_pictures_are_evaluated_wherever_they_stand_now_or_refused(own, train_own, evaluate, caplog):
+    run = train_own('run', '--data-dir', own, '--val-fraction', '0.25', '--num-labels', '6')
+    content = json.loads((run / 'labels.json').read_text())
+    before = create_source('', str(own), 'train')
+    wanted = digest_pictures(before, torch.tensor(content['held_out']))
+    unseen = {*range(24)} - {*content['held_out']} - {*content['index']}
+    first = Path(before.where(min(unseen)))
+    first.rename(first.parents[1] / '10' / 'zzz.png')
+    data = Namespace(**{**validate.SOURCE_FLAGS, 'data_dir': str(own)})
+    found = validate.open_held_out(data, [run / 'last'])
+    assert torch.equal(digest_pictures(found, torch.arange(6)), wanted)
+    assert 'all 6 held-out pictures were found elsewhere by content' in caplog.text
+    last = json.loads((run / 'last' / 'metrics.json').read_text())
+    assert evaluate('--checkpoint', run / 'last', '--split', 'held-out')['nll'] == pytest.approx(last['nll'])
+    Path(found.where(0)).write_bytes(first.parents[1].joinpath('10', 'zzz.png').read_bytes())
+    with pytest.raises(UsageError, match='1 of the 6 held-out pictures are nowhere in it; give the data as it was$'):
+        validate.open_held_out(data, [run / 'last'])
+    older = {key: value for key, value in content.items() if key not in ('held_out_rows', 'held_out_digests')}
+    (run / 'labels.json').write_text(json.dumps(older))
+    with pytest.raises(UsageError, match='stand in another order than in the run'):
+        validate.open_held_out(data, [run / 'last'])
+    first.parents[1].joinpath('10', 'zzz.png').rename(first)
+    assert validate.open_held_out(data, [run / 'last']).index.tolist() == content['held_out']
+
+
 def test_a_best_that_the_test_split_chose_is_told(train, evaluate, caplog):
     caplog.set_level(logging.INFO)
     folder = train('run')
