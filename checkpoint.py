@@ -477,6 +477,11 @@ def resume(run: Run, state: dict, path: Path, args: argparse.Namespace) -> None:
         run.best_metric, run.not_better = None, 0
         _logger.warning(f'--eval-metric {old} -> {new}: best starts anew, and the next evaluation replaces best/, '
                         f'which was chosen by {old}')
+    other = run.identity.evaluates_other(state['identity'])
+    if other:
+        run.best_metric, run.not_better = None, 0
+        _logger.warning(f'--resume {path}: the evaluation set {other}: best starts anew, and the next evaluation '
+                        'replaces best/, which was chosen on the old one')
     sums = state['sums'].to(run.accelerator.device)
     if len(sums) != run.accelerator.num_processes:  # the first process takes them all
         sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, run.accelerator.num_processes - 1))

@@ -2,7 +2,7 @@
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,14 @@ def spread(number: int, most: int) -> torch.Tensor:
 
 
 def digest_pictures(source: Source, index: torch.Tensor) -> torch.Tensor:
-    """Digests of undecoded images `[n]` int64: of a file's or cell's bytes, or of an array's; 0 where none can be read.
-    """
+    """Digests of undecoded images `[n]` int64; see `digest_data`."""
+    return digest_data(source.data_of(index.tolist()))
+
+
+def digest_data(content: Iterable[bytes | str | np.ndarray]) -> torch.Tensor:
+    """Digests `[n]` int64 of bytes, of what a file holds, or of an array; 0 where none can be read."""
     digests = []
-    for data in source.data_of(index.tolist()):
+    for data in content:
         if isinstance(data, np.ndarray):
             data = np.ascontiguousarray(data).data
         elif not isinstance(data, bytes):

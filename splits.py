@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from digests import COMPARED_FILES, MOST_DIGESTS, SAMPLE, Contents, digest_pictures, shared_pictures, spread
+from digests import (
+    COMPARED_FILES,
+    MOST_DIGESTS,
+    SAMPLE,
+    Contents,
+    digest_data,
+    digest_pictures,
+    shared_pictures,
+    spread,
+)
 from folders import tell
 from imbalance import draw_unlabeled, draws_unlabeled
 from labels import Labels, label_seed, match_classes
@@ -268,6 +277,7 @@ class Identity:
         rows: Labeled images that are digested, `[d]` int64 rows of the labeled set.
         digests: Theirs, `[d]` int64.
         sample: Digests of images spread over the unlabeled set, `[s]` int64.
+        evaluated: That of the evaluation set's labels and those of images spread over it, `[1 + e]` int64.
         place: Tells where a labeled image lies, by row.
     """
     class_names: list[str] | None
@@ -276,13 +286,25 @@ class Identity:
     rows: torch.Tensor
     digests: torch.Tensor
     sample: torch.Tensor
+    evaluated: torch.Tensor
     place: Callable[[int], str]
 
     def state(self) -> dict:
-        return {key: getattr(self, key) for key in ('class_names', 'sizes', 'bits', 'digests', 'sample')}
+        return {key: getattr(self, key) for key in ('class_names', 'sizes', 'bits', 'digests', 'sample', 'evaluated')}
+
+    def evaluates_other(self, old: dict) -> str:
+        """How a checkpoint's evaluation set differs from this one; empty if it is not known to differ."""
+        if old['sizes'][2] != self.sizes[2]:
+            return f'had {old["sizes"][2]} images and has {self.sizes[2]}'
+        differs = old.get('evaluated', self.evaluated) != self.evaluated  # not in older checkpoints
+        parts = ['other labels'] * bool(differs[0])
+        if differs[1:].any():
+            parts.append(f'other pictures, or the same in another order ({int(differs[1:].sum())} of '
+                         f'{len(differs) - 1} looked at)')
+        return f'has {" and ".join(parts)}' if parts else ''
 
     def check(self, old: dict, what: str, same_places: bool) -> None:
-        """Raises UsageError unless a checkpoint's data are these; tells of an evaluation set of another size.
+        """Raises UsageError unless what a checkpoint was trained on are these data.
 
         With labeled images in other places than the checkpoint's, only those are compared that do not depend on them.
         """
@@ -299,8 +321,6 @@ class Identity:
         if old.get('bits', self.bits) != self.bits:  # not in older checkpoints
             raise UsageError(f'{what}: the data has changed: greyscale was taken as {old["bits"]} bits, and is now '
                              f'taken as {self.bits}')
-        if old['sizes'][2] != self.sizes[2]:
-            _logger.warning(f'{what}: the evaluation set had {old["sizes"][2]} images and has {self.sizes[2]}')
         order = torch.equal(old['digests'].sort().values, self.digests.sort().values)
         differs = (old['digests'] != self.digests) if same_places or order else torch.zeros(0)
         if differs.any():
@@ -320,7 +340,7 @@ def identify(
 ) -> Identity:
     """What data a run belongs to.
 
-    Of more labeled pictures than MOST_DIGESTS as many are digested, of the unlabeled ones SAMPLE.
+    Of more labeled pictures than MOST_DIGESTS as many are digested, of the unlabeled and the evaluated ones SAMPLE.
     """
     rows = spread(len(labels.index), MOST_DIGESTS)
     index = labels.index[rows]
@@ -329,6 +349,9 @@ def identify(
     sample = torch.zeros(0, dtype=torch.int64)
     if unlabeled_index is not None:
         sample = digest_pictures(sources.unlabeled, unlabeled_index[spread(len(unlabeled_index), SAMPLE)])
+    evaluation = sources.evaluation
+    evaluated = [digest_data([evaluation.targets.numpy()]),
+                 digest_pictures(evaluation, spread(len(evaluation), SAMPLE))]
     return Identity(
         sources.train.class_names,
         [len(sources.train), 0 if unlabeled_index is None else len(unlabeled_index), len(sources.evaluation)],
@@ -336,6 +359,7 @@ def identify(
         rows,
         digests,
         sample,
+        torch.cat(evaluated),
         lambda row: f'{int(index[row])} ({sources.train.where(int(index[row]))})',
     )
 

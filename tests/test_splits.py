@@ -577,6 +577,46 @@ def test_resume_is_refused_where_unlabeled_pictures_moved(own, train_own):
         train_own('run', *flags, '--resume', 'auto', '--epochs', '3')
 
 
+@pytest.mark.parametrize('change, told', [
+    ('swapped', 'has other pictures, or the same in another order (2 of 9 looked at)'),
+    ('replaced', 'has other pictures, or the same in another order (1 of 9 looked at)'),
+    ('removed', 'had 9 images and has 8'),
+    ('older', ''),
+])
+def test_a_resume_on_another_evaluation_set_is_told_and_best_starts_anew(
+        own, train_own, change, told, caplog, monkeypatch):
+    """A best metric of 1000 is never reached again."""
+    def read(path, read=checkpoint.read_checkpoint):
+        state = dict(read(path), best_metric=1000.)
+        if change == 'older':
+            del state['identity']['evaluated']
+        return state
+
+    flags = ('--data-dir', own, '--num-labels', '6')
+    folder = train_own('run', *flags)
+    a, b = own / 'val' / '1' / '000.png', own / 'val' / '2' / '000.png'
+    if change == 'swapped':
+        a.rename(own / 'part'), b.rename(a), (own / 'part').rename(b)
+    elif change == 'replaced':
+        shutil.copy(own / 'more' / 'bees' / '000.png', b)
+    elif change == 'removed':
+        b.unlink()
+    monkeypatch.setattr(train_ssl, 'read_checkpoint', read)
+    caplog.clear()
+    train_own('run', *flags, '--resume', 'auto', '--epochs', '2')
+    lines = [line for line in caplog.messages if 'best starts anew' in line]
+    assert len(lines) == bool(told) and all(f'the evaluation set {told}: best starts anew' in line for line in lines)
+    assert json.loads((folder / 'best' / 'metrics.json').read_text())['num_updates'] == (4 if told else 2)
+
+
+def test_an_evaluation_set_of_other_labels_is_another_one():
+    train, index = toy([0, 1], ['a', 'b']), torch.arange(2)
+    labels = Labels(index, train.targets, None, train.targets)
+    one, other = (splits.identify(splits.Sources(train, train, toy(targets, ['a', 'b'])), labels, None)
+                  for targets in ([0, 1, 1], [0, 0, 1]))
+    assert one.evaluates_other(other.state()) == 'has other labels' and not one.evaluates_other(one.state())
+
+
 def test_margins_follow_their_pictures_or_are_refused(own, train_own, tmp_path, caplog):
     folder = train_own('run', '--data-dir', own, '--save-margins', '--epochs', '12')
     results = tmp_path / 'found'
