@@ -71,7 +71,7 @@ from program import (
     show,
 )
 from scaling import read_temperature
-from sources import MAX_PIXELS, ImageError, JoinedSource, Source
+from sources import MAX_PIXELS, ImageError, JoinedSource, Source, refuse_unused_folder
 
 _logger = logging.getLogger('predict')
 
@@ -195,6 +195,8 @@ def open_all(args: Namespace) -> Source:
     for name in args.pictures:
         if not os.path.exists(name) and not name.lower().endswith('.parquet'):
             raise UsageError(f'{name}: no such file or folder (data sets by name are given as --dataset)')
+    if args.dataset:
+        refuse_unused_folder(args.dataset, args.data_dir)
     parts = [
         open_pictures(name, data_dir, args.split, args.input_key, args.dataset_download, args.max_pixels)
         for name in names or [args.dataset or '']

@@ -759,6 +759,37 @@ def find_splits(
     return folder_splits(root, class_map=class_map, flat=flat, **columns)
 
 
+def refuse_unused_folder(
+        name: str,
+        data_dir: str | None,
+        flag: str = '--dataset',
+        dir_flag: str = '--data-dir',
+) -> None:
+    """Raises UsageError if a folder is given beside a data set that has all its files elsewhere."""
+    own = name not in KNOWN and not filelists.is_file_table(name) and (
+        name.lower().endswith('.parquet') or os.path.isdir(name))
+    if not data_dir or not (own or name == 'digits'):
+        return
+    if not (os.path.isdir(name) and os.path.isdir(data_dir) and os.path.samefile(name, data_dir)):
+        raise UsageError(f'{flag} {name} and {dir_flag} {data_dir}: nothing would be read from the latter; give one of '
+                         'the two')
+
+
+def refuse_unused_map(name: str, data_dir: str | None, class_map: str, split: str | None) -> None:
+    """Raises UsageError if a class map is given for a data set without folders of images."""
+    if not class_map or any(map(os.path.isabs, (split or '').split('+'))):  # another folder, which may have use for it
+        return
+    prefix, _, rest = name.lower().partition('/')
+    root, files = Path(data_dir or name), known_facts(name).get('files')
+    known = name in SHORT_NAMES and name != 'digits' and not name.startswith('webvision') and data_dir
+    known = known and not (files and any(root.glob(files)))
+    folders = known or (prefix == 'torch' and rest in ('imagenet', 'image_folder', 'folder')) or (
+        name not in KNOWN and (not name or root.is_dir()) and not filelists.is_file_table(name))
+    if not folders or (root.is_dir() and ((root / 'dataset_dict.json').is_file() or find_tables(root))):
+        raise UsageError(f'--class-map {class_map}: numbers folders of images, and {name or data_dir} has none '
+                         '(--target-key names the label column of a table)')
+
+
 def named_folder(name: str, data_dir: str | None, split: str, splits: dict[str, Callable]) -> tuple[str, Path] | None:
     """A split that is given as the path of a folder, below the data set's own or absolute: its name and the folder.
 
@@ -1034,9 +1065,11 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
     --val-labels belongs where that is not the one to evaluate.
 
     Raises:
-        UsageError: As `create_source`, if parts of the split overlap, and if no image of the training split has a
-            label, unless a file gives them.
+        UsageError: As `create_source`, if parts of the split overlap, if a flag has no use, and if no image of the
+            training split has a label, unless a file gives them.
     """
+    refuse_unused_folder(args.dataset, args.data_dir)
+    refuse_unused_map(args.dataset, args.data_dir, args.class_map, split)
     source = create_source(
         args.dataset,
         args.data_dir,
@@ -1052,6 +1085,9 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
         unlabeled_dir=args.unlabeled_dir,
         val_labels=args.val_labels if split == getattr(args, 'val_labels_split', args.val_split) else None,
     )
+    for flag, column in (('input', args.input_key), ('target', args.target_key)):
+        if column and any(isinstance(part, ArraySource) for part in getattr(source, 'parts', [source])):
+            raise UsageError(f'--{flag}-key {column}: the arrays of {args.dataset} have no columns')
     refuse_overlap(source, split)
     if split == args.train_split and not getattr(args, 'labels_file', None) and (source.targets < 0).all():
         raise UsageError(f'{args.dataset or args.data_dir}: no image of split {split} has a label; give the labeled '

@@ -31,6 +31,7 @@ from sources import (
     known_facts,
     locate,
     open_source,
+    refuse_unused_folder,
     settle_sources,
     unlabeled_split,
 )
@@ -198,6 +199,7 @@ def match_extra(args: argparse.Namespace, class_names: list[str] | None, num_cla
     Raises:
         UsageError: If no class is shared.
     """
+    refuse_unused_folder(args.extra_val, args.extra_val_dir, '--extra-val', '--extra-val-dir')
     extra = create_source(args.extra_val, args.extra_val_dir, None, max_pixels=args.max_pixels)
     use_bits(extra, bits)
     numbering = known_facts(args.dataset).get('numbering')

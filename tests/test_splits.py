@@ -24,6 +24,7 @@ import digests
 import mislabeled
 import predict
 import program
+import sources
 import splits
 import train_ssl
 import validate
@@ -194,6 +195,33 @@ def test_a_split_whose_parts_overlap_or_have_no_name_is_refused(own, flags, mess
     with pytest.raises(UsageError, match=message) as error:
         splits.open_sources(args)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('flags, message', [
+    (('--dataset', 'digits', '--data-dir', 'OWN'), '--dataset digits and --data-dir .*: nothing would be read from'),
+    (('--dataset', 'OWN', '--data-dir', 'OTHER'), '--dataset .*own and --data-dir .*other: nothing would be read from'),
+    (('--dataset', 'p.parquet', '--data-dir', 'OWN'), '--dataset .*p.parquet and --data-dir'),
+    (('--dataset', 'digits', '--class-map', 'm.txt'), '--class-map .*m.txt: numbers folders .*digits has none'),
+    (('--dataset', 'OWN/l.csv', '--class-map', 'm.txt'), '--class-map .*m.txt: numbers folders .*own/l.csv has none'),
+    (('--data-dir', 'OTHER', '--class-map', 'm.txt'), '--class-map .*m.txt: numbers folders .*other has none'),
+    (('--dataset', 'torch/mnist', '--target-key', 'x'), '--target-key x: the arrays of torch/mnist have no columns'),
+])
+def test_flags_of_the_data_that_have_no_use_are_refused(own, flags, message, monkeypatch):
+    (own.parent / 'other').mkdir()
+    table = pa.table(dict(image=[path.read_bytes() for path in (own / 'train' / '1').iterdir()], label=[0, 1] * 4))
+    pq.write_table(table, own.parent / 'other' / 'train.parquet')
+    (own / 'l.csv').write_text('path,label\ntrain/1/000.png,a\n')
+    monkeypatch.setattr(sources, 'open_torch', lambda *_: toy([0, 1], None))
+    flags = [flag.replace('OWN', str(own)).replace('OTHER', str(own.parent / 'other')) for flag in flags]
+    with pytest.raises(UsageError, match=message) as error:
+        splits.open_sources(train_ssl._parse_args(flags))
+    assert '\n' not in str(error.value)
+
+
+def test_a_folder_named_twice_and_a_class_map_of_folders_are_no_mistake(own):
+    (own / 'm.txt').write_text('10\n2\n1\n')
+    args = train_ssl._parse_args(['--dataset', str(own), '--data-dir', str(own), '--class-map', str(own / 'm.txt')])
+    assert splits.open_sources(args).train.class_names == ['10', '2', '1']
 
 
 def test_labels_that_are_ids_make_no_head_of_that_size(tmp_path, train_own):
