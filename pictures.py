@@ -52,8 +52,8 @@ def decode_image(
 
     Honours the EXIF orientation, resolves palettes and CMYK, and drops an alpha channel. Greyscale of 16 or 32 bits is
     scaled by the range in use, which need not be the file's: cameras and microscopes store 10, 12 or 14 bits in 16. The
-    range is that of `bits_in_use` for the picture's largest value, but never below `bits`, which is the whole set's, so
-    that a dark picture stays darker than a bright one.
+    range is `bits`, which is the whole set's, so that a dark picture stays darker than a bright one, and what is above
+    it is cut; of a set without a known range (8) it is that of `bits_in_use` for the picture's largest value.
 
     Args:
         data: The picture.
@@ -91,7 +91,9 @@ def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
     pixels = np.asarray(image)
     if pixels.min() < 0:
         raise ValueError('pixels below 0 (or from 2^31 on) have no known range; store the image with 8 or 16 bits')
-    return Image.fromarray((pixels >> (max(bits, bits_in_use(int(pixels.max()))) - 8)).astype(np.uint8))
+    bits = bits if bits > 8 else bits_in_use(int(pixels.max()))
+    most = min(2 ** bits - 1, np.iinfo(pixels.dtype).max)
+    return Image.fromarray((np.minimum(pixels, most) >> (bits - 8)).astype(np.uint8))
 
 
 def _find(
@@ -166,8 +168,9 @@ def find_bits(data: Callable[[int], bytes | str | np.ndarray], length: int) -> t
             continue
     bits = bits_in_use(max(deep, default=0))
     if deep:
+        cut = f'; what is above {2 ** bits - 1} in others is cut' if length > LOOKED_AT and bits > 8 else ''
         return bits, (f'greyscale of more than 8 bits, whose largest value is {max(deep)} (in {len(deep)} pictures '
-                      f'looked at): taken as {bits} bits, of which the upper 8 are kept')
+                      f'looked at): taken as {bits} bits, of which the upper 8 are kept{cut}')
     if colour and max(colour) < 64:
         return bits, (f'colour of 16 bits, of which Pillow keeps the upper 8, but no value is above {max(colour)} of '
                       f'255 there (in {len(colour)} pictures looked at): nearly black; store the pictures with 8 bits')

@@ -102,7 +102,8 @@ def use_bits(source: Source, bits: int) -> None:
     """Takes a source's deep greyscale as of the bits that training found in its pictures; 8: it found none."""
     if bits > 8 and source.bits != bits:
         rest = ' and the others of its set' if len(source) > 1 else ''
-        tell(f'{source.where(0)}{rest}: greyscale of more than 8 bits is taken as {bits} bits, as in training')
+        cut = f'; what is above {2 ** bits - 1} is cut' if source.bits > bits else ''
+        tell(f'{source.where(0)}{rest}: greyscale of more than 8 bits is taken as {bits} bits, as in training{cut}')
         source.bits = bits
 
 

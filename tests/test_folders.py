@@ -28,7 +28,7 @@ import splits
 import train_ssl
 import validate
 from folders import is_hidden, list_pictures, natural_key
-from pictures import bits_in_use, decode_image, picture_extensions
+from pictures import LOOKED_AT, bits_in_use, decode_image, picture_extensions, spread_indices
 from program import UsageError, readable
 from seeds import seeded
 from sources import ArraySource, ImageError, create_source, locate, plain_folder
@@ -509,6 +509,7 @@ def test_32_bit_whole_numbers_are_scaled_too_and_negative_ones_refused():
         assert np.asarray(decode_image(grey(values, 'TIFF', np.int32)))[0, :, 0].tolist() == expected
     with pytest.raises(ValueError, match='below 0'):
         decode_image(grey([-5, 9], 'TIFF', np.int32))
+    assert np.asarray(decode_image(grey([0, 65535]), bits=18))[0, :, 0].tolist() == [0, 63]
     assert [bits_in_use(v) for v in (0, 255, 256, 1023, 1024, 65535, 65536)] == [8, 8, 10, 10, 12, 16, 18]
 
 
@@ -543,6 +544,23 @@ def test_dark_pictures_of_a_set_are_scaled_as_its_bright_ones_and_it_is_told_onc
         assert [int(np.asarray(source.image(i)).max()) for i in range(2)] == [100 >> 4, 255]
     assert caplog.messages == [f'{tmp_path} train: greyscale of more than 8 bits, whose largest value is 4095 (in 4 '
                                'pictures looked at): taken as 12 bits, of which the upper 8 are kept']
+
+
+def test_one_range_holds_for_all_pictures_of_a_set_and_what_is_cut_is_told(tmp_path, caplog):
+    """Also for one that is brighter than those looked at, which are 32 of 40."""
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    unseen = min({*range(40)} - {*spread_indices(40, LOOKED_AT)})
+    for i in range(40):
+        values = [512, 1000, 4095 if i == unseen else 800]
+        (tmp_path / 'train' / 'a' / f'{i}.png').write_bytes(grey(values))
+    source = opened(tmp_path)
+    assert {tuple(np.asarray(source.image(i))[0, :2, 0]) for i in range(40)} == {(128, 250)}
+    assert np.asarray(source.image(unseen)).max() == 255
+    assert 'taken as 10 bits, of which the upper 8 are kept; what is above 1023 in others is cut' in caplog.text
+    bright = ArraySource(np.zeros((1, 2, 2), np.uint8), [0], None, 'bright')
+    bright.bits = 12
+    splits.use_bits(bright, 10)
+    assert 'taken as 10 bits, as in training; what is above 1023 is cut' in caplog.text
 
 
 def test_colour_of_16_bits_that_comes_out_nearly_black_is_told(tmp_path, caplog):
