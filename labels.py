@@ -2,6 +2,8 @@
 import argparse
 import json
 import logging
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from digests import from_text, place_pictures
 from filelists import is_name_list, match_names, read_names
 from folders import composed
 from imbalance import check_sizes, draw, draws_unlabeled, labeled_sizes, tell_sizes
-from program import UsageError, name_some
+from program import UsageError, name_some, quoted
 from seeds import item_seed
 from sources import Source, align_numbers, renumber
 
@@ -188,6 +190,23 @@ def read_fold(data_dir: str | None, fold: int, num_images: int) -> torch.Tensor:
     return folds[fold].sort().values
 
 
+def _plain_number(name: str) -> str:
+    number = re.fullmatch(r'0*(\d+?)(\.0*)?', name)
+    return number[1] if number else name
+
+
+def alike_names(names: Sequence[str], of: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """In what different names are alike, and those of them that are, with one of `of` among them."""
+    for key, what in ((str.casefold, 'differ in capitals only'), (str.strip, 'differ in blanks at their ends only'),
+                      (_plain_number, 'are the same number')):
+        by_key = {}
+        for name in names:
+            by_key.setdefault(key(name), []).append(name)
+        alike = [' and '.join(map(quoted, same)) for same in by_key.values() if len(same) > 1 and {*same} & {*of}]
+        if alike:
+            yield what, alike
+
+
 CLASSES_HINT = '--class-map numbers the folders of images, --target-key names the label column of a table'
 
 
@@ -240,9 +259,8 @@ def match_classes(
     lacking = [name for name in class_names if name not in shared]
     if lost.any() and others == 'refuse':
         rest = f'; of its classes {what} lacks {name_some(lacking)}' if lacking else ''
-        capitals = {name.casefold(): name for name in class_names}
-        alike = [f'{name} and {capitals[name.casefold()]}' for name in unknown if name.casefold() in capitals]
-        hint = f'names that differ in capitals only: {name_some(alike)}' if alike else CLASSES_HINT
+        alike = next(alike_names([*unknown, *class_names], unknown), None)
+        hint = f'names that {alike[0]}: {name_some(alike[1])}' if alike else CLASSES_HINT
         raise UsageError(f'{what}: {int(lost.sum())} of {len(targets)} images are of classes that {run} does not have: '
                          f'{name_some(unknown)}{rest} ({hint})')
     told = []

@@ -133,9 +133,15 @@ def readable(path: str) -> str:
     )
 
 
+def quoted(name) -> str:
+    """A name in one line of text; in quotation marks if blanks at its ends would go unseen."""
+    text = readable(str(name))
+    return text if text == text.strip() else f'"{text}"'
+
+
 def name_some(names: Iterable, most: int = 5) -> str:
     """Names for a message, the first few of them: 'a, b, c and 4 more'."""
-    names = [readable(str(name)) for name in names]
+    names = [quoted(name) for name in names]
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 

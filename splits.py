@@ -19,7 +19,7 @@ from digests import (
 )
 from folders import tell
 from imbalance import draw_unlabeled, draws_unlabeled
-from labels import Labels, label_seed, match_classes
+from labels import Labels, alike_names, label_seed, match_classes
 from program import UsageError, name_some
 from seeds import item_seed
 from sources import (
@@ -173,13 +173,9 @@ def agree_on_classes(args: argparse.Namespace, sources: Sources) -> int:
 
 
 def tell_alike(names: list[str] | None) -> None:
-    """Warns of classes whose names differ in capitals only."""
-    by_key = {}
-    for name in names or ():
-        by_key.setdefault(name.casefold(), []).append(name)
-    alike = [' and '.join(same) for same in by_key.values() if len(same) > 1]
-    if alike:
-        _logger.warning(f'classes whose names differ in capitals only are different ones: {name_some(alike)}')
+    """Warns of classes whose names differ in capitals or blanks only, or are the same number."""
+    for what, alike in alike_names(names or [], names or []):
+        _logger.warning(f'classes whose names {what} are different ones: {name_some(alike)}')
 
 
 def tell_missing(what: str, source: Source, other: str, classes: torch.Tensor, names: list[str] | None) -> None:

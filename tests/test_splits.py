@@ -134,6 +134,18 @@ def test_classes_that_differ_in_capitals_only_are_told(own, train_own, tmp_path,
     assert '8 labeled pictures are the same as another one of another class, such as' in caplog.text
 
 
+def test_classes_that_are_the_same_number_or_differ_in_blanks_only_are_told_and_blanks_shown(caplog):
+    splits.tell_alike(['1', 'cat', '01', '001', 'cat ', '10', '2.0', '2', '0', '00'])
+    assert caplog.messages == [
+        'classes whose names differ in blanks at their ends only are different ones: cat and "cat "',
+        'classes whose names are the same number are different ones: 1 and 01 and 001, 2.0 and 2, 0 and 00',
+    ]
+    for theirs, ours, message in ((' dog', 'dog', r'not have: " dog"; .*blanks at their ends only: " dog" and dog'),
+                                  ('01', '1', 'not have: 01; .*names that are the same number: 01 and 1')):
+        with pytest.raises(UsageError, match=message):
+            match_classes(toy([0], [theirs]), [ours, 'x'], 2, 'here')
+
+
 def test_pictures_of_the_training_split_that_a_run_never_sees_are_counted(own, train_own, caplog):
     shutil.move(own / 'more', own / 'unlabeled')
     shutil.move(own / 'train', own / 'labeled')
