@@ -356,7 +356,8 @@ def find_files(given: Sequence[str], base: str, file: Path) -> tuple[list[str], 
     def names(folder):
         if folder not in folders:
             try:
-                folders[folder] = {entry.name for entry in os.scandir(folder)}
+                folders[folder] = {entry.name for entry in os.scandir(folder)
+                                   if (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file())}
             except (OSError, ValueError):  # ValueError: of a name that no file can have
                 folders[folder] = set()
         return folders[folder]

@@ -477,6 +477,19 @@ def test_words_of_any_kind_of_arrow_are_labels_and_an_infinite_one_is_refused_in
         refused('labels in column label must be whole numbers or words, not float64', str(tmp_path), None, 'train')
 
 
+def test_a_folder_or_a_link_to_nothing_is_no_file_of_its_name(tmp_path):
+    write_pictures(tmp_path, 'p0.png', 'p0/deep.png', 'p1.png', 'x.png/deep.png')
+    (tmp_path / 'l.csv').write_text('id,label\np0,a\np1,b\n')
+    source = create_source(str(tmp_path / 'l.csv'), None, 'train')
+    assert [os.path.basename(path) for path in source.file_paths()] == ['p0.png', 'p1.png']
+    (tmp_path / 'm.csv').write_text('id,label\np0,a\nx.png,b\n')
+    refused('1 of 2 files are missing, such as line 3: x.png', str(tmp_path / 'm.csv'), None, 'train')
+    for name, target in (('l.png', 'p1.png'), ('loop.png', 'loop.png'), ('nothing.png', 'nowhere.png')):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / 'm.csv').write_text('id,label\nl,a\nloop,b\nnothing,b\n')
+    refused('2 of 3 files are missing, such as line 3: loop', str(tmp_path / 'm.csv'), None, 'train')
+
+
 def test_a_column_of_splits_that_is_called_otherwise_is_told(photos, caplog):
     (photos / 'l.csv').write_text('file_name,label,subset\np/a0.png,a,train\np/b0.png,b,Test\n')
     assert len(create_source(str(photos / 'l.csv'), None, 'train')) == 2
