@@ -595,7 +595,8 @@ def folder_splits(
         flat: bool = False,
         **columns,
 ) -> dict[str, Callable]:
-    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`.
+    """A folder with parquet or arrow files, a data set saved by `datasets`, or image folders `<split>/<class>/`. Beside
+    tables pictures are left out, and counted.
 
     `flat` is as of `image_folder`; `columns` are the arguments of `filelists.read_metadata`, for folders of pictures
     with such a file.
