@@ -69,7 +69,8 @@ def open_run_folder(args: argparse.Namespace, accelerator: Accelerator, img_size
             lock = lock_folder(folder)
             for name in ('best', 'last'):
                 mend_folder(folder / name)
-            if not args.resume and (folder / 'args.yaml').exists():
+            goes_on = args.resume == 'auto' or (args.resume and Path(args.resume).parent.resolve() == folder.resolve())
+            if not goes_on and (folder / 'args.yaml').exists():
                 if holds_results(folder):
                     raise UsageError(f'{folder} holds a run already: go on with --resume auto, or choose another '
                                      '--experiment')

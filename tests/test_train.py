@@ -1175,6 +1175,17 @@ def test_a_run_folder_is_never_overwritten_unasked(train):
     assert (folder / 'summary.csv').read_bytes() == before
 
 
+def test_a_checkpoint_of_elsewhere_does_not_go_on_in_the_folder_of_another_run(train, tmp_path):
+    first, second = train('first'), train('second', '--seed', 1)
+    before = {path: path.read_bytes() for path in second.rglob('*') if path.is_file()}
+    checkpoint_4 = first / 'checkpoint-4.safetensors'
+    with pytest.raises(UsageError, match='second holds a run already'):
+        train('second', '--resume', checkpoint_4)
+    assert {path: path.read_bytes() for path in second.rglob('*') if path.is_file()} == before
+    (tmp_path / 'link').symlink_to(first)
+    train('first', '--resume', tmp_path / 'link' / checkpoint_4.name)  # its own, by whatever path
+
+
 def test_best_follows_the_metric_and_knows_which_metrics_fall(train):
     folder = train('run', '--eval-metric', 'nll', '--epochs', 4)
     values = [float(row['eval_nll']) for row in summary(folder)]
