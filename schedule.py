@@ -3,7 +3,7 @@ import argparse
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ParseKwargs, dispatch_clip_grad
@@ -63,8 +63,10 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._Argume
     return group
 
 
-def check_schedule(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with status 2 where the schedule does not fit the length of the run."""
+def check_optimizer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 where timm has no such optimizer, or the schedule does not fit the length of the run."""
+    if args.opt.lower().removeprefix('lookahead_') not in list_optimizers():
+        parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}, and each as lookahead_NAME')
     if args.warmup_epochs and args.warmup_epochs >= args.epochs:
         parser.error(f'--warmup-epochs {args.warmup_epochs}: expected less than --epochs {args.epochs}')
     if args.sched == 'step' and not 0 < args.decay_epochs < args.epochs:

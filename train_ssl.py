@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
-from timm.optim import list_optimizers
 from timm.utils import ParseKwargs, setup_default_logging
 from torch import nn
 from tqdm import tqdm
@@ -134,7 +133,7 @@ from schedule import (
     add_optimizer_arguments,
     build_optimizer,
     build_scheduler,
-    check_schedule,
+    check_optimizer,
     clip_gradients,
     step_scheduler,
 )
@@ -456,7 +455,7 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
         if args.input_size[1] != args.input_size[2] or args.img_size not in (None, args.input_size[1]):
             parser.error(f'--input-size {args.input_size}: expected one square size, as --img-size if both are given')
         args.in_chans, args.img_size, args.input_size = args.input_size[0], args.input_size[1], None
-    check_schedule(parser, args)
+    check_optimizer(parser, args)
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
@@ -476,8 +475,6 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     if args.freeze is not None and not (args.pretrained or args.initial_checkpoint):
         parser.error('--freeze: the frozen part would keep random weights; add --pretrained, --pretrained-path or '
                      '--initial-checkpoint')
-    if args.opt.lower() not in list_optimizers():
-        parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}')
     if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(exclude_tags=()):
         parser.error(f'--torchcompile {args.torchcompile}: unknown; there are '
                      f'{", ".join(torch._dynamo.list_backends())}')

@@ -1034,6 +1034,7 @@ def test_a_mistake_is_told_by_what_it_is(train, flags, message):
     (('--calibratemix', '--calmix-warmup-epochs', '2', '--epochs', '2'), 'CalibrateMix would never run'),
     (('--calibratemix', '--algorithm', 'supervised'), 'needs pseudo-labels'),
     (('--opt', 'sdg'), '--opt sdg: unknown'),
+    (('--opt', 'lookahead_sdg'), '--opt lookahead_sdg: unknown'),
     (('--epochs', '0'), '--epochs 0: expected 1 or more'),
     (('-vb', '0'), '--validation-batch-size 0: expected 1 or more'),
     (('--torchcompile', 'nosuch'), '--torchcompile nosuch: unknown; there are '),
@@ -1133,6 +1134,17 @@ def test_optimizers_whose_state_holds_tuples_resume_and_such_of_second_order_are
     state = dict(a=(torch.ones(1), [1, (2,)]), kind=torch.bfloat16)
     found = {}
     assert checkpoint.unpack(json.loads(json.dumps(checkpoint.pack(state, found))), found) == state
+
+
+def test_an_optimizer_with_lookahead_resumes_bit_identical_with_its_slow_weights(train, tmp_path):
+    """Which move with every sixth update."""
+    flags = ('--opt', 'lookahead_adamw', '--lr', 0.001, '--epochs', 3, *EVERY_UPDATE)
+    whole = train('whole', *flags)
+    folder = rewind(whole, tmp_path / 'resumed', 7)
+    state = checkpoint.read_checkpoint(folder / 'checkpoint-7.safetensors')['optimizer']
+    assert all('lookahead_slow_buff' in tensors for tensors in state['state'].values())
+    train('resumed', *flags, '--resume', 'auto')
+    assert_same_run(whole, folder)
 
 
 def test_the_arguments_of_a_run_of_older_presets_run_it_again_and_a_file_written_by_hand_means_todays(tmp_path):
