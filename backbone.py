@@ -25,7 +25,7 @@ from timm.models import (
     load_state_dict,
     resolve_model_input_args,
 )
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import transforms
@@ -33,11 +33,11 @@ from torchvision import transforms
 import wide_resnet  # noqa: F401  registers wide_resnet28_2 and others with timm
 from data import DataConfig, Feed
 from methods import num_outputs
-from program import RunError, UsageError
+from program import ArgumentParser, ParseKwargs, RunError, UsageError
 from scaling import DOMINANT
 from schedule import needs_warmup, newest_share
 from sources import ImageError, Source, known_facts
-from views import bound_memory
+from views import INTERPOLATIONS, bound_memory
 
 _logger = logging.getLogger('train')
 
@@ -300,6 +300,21 @@ def tell_away(name: str, away: str) -> str:
             f'{constants.ENDPOINT} cannot be reached to fetch them ({away})')
 
 
+def check_model_arguments(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 where no network can be built so, or what is asked of its weights excludes itself."""
+    check_image_arguments(parser, args)
+    parser.at_least(args, num_classes=1, head_init_scale=0)
+    parser.shares(args, 'bn_momentum')
+    parser.shares(args, 'drop', 'drop_path', below=True)
+    if args.pretrained_path and args.initial_checkpoint:
+        parser.error('--pretrained-path, --initial-checkpoint: the second would overwrite the first; give one')
+    if args.head_init_scale is not None and args.initial_checkpoint:
+        parser.error('--head-init-scale: the head of --initial-checkpoint is no new one; give one of them')
+    if args.freeze is not None and not (args.pretrained or args.initial_checkpoint):
+        parser.error('--freeze: the frozen part would keep random weights; add --pretrained, --pretrained-path or '
+                     '--initial-checkpoint')
+
+
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """timm model; one of a fixed image size is built for --img-size."""
     if ':' not in args.model and not timm.is_model(args.model):
@@ -556,10 +571,9 @@ def add_weights_arguments(group: argparse._ArgumentGroup) -> None:
                        help='further arguments of the model\'s constructor')
 
 
-def check_weights_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with status 2 unless these flags and --checkpoint name weights, and --crop-pct is a share."""
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
+def check_weights_arguments(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 unless these flags and --checkpoint name weights, and images can be made ready so."""
+    check_image_arguments(parser, args)
     if not args.checkpoint and not args.model:
         parser.error('give --checkpoint RUN/best, or --model NAME --pretrained')
     if args.model and not args.checkpoint and not args.pretrained:
@@ -576,11 +590,20 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--crop-pct', type=float, metavar='X', default=None, help='share that the crop keeps')
     group.add_argument('--crop-mode', default=None, choices=['center', 'squash', 'border'], help='timm\'s crop mode')
     group.add_argument('--interpolation', default=None, help='of the resizing',
-                       choices=['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'])
+                       choices=INTERPOLATIONS)
     group.add_argument('--mean', type=float, nargs='+', metavar='X', default=None, help='channel means')
     group.add_argument('--std', type=float, nargs='+', metavar='X', default=None, help='channel standard deviations')
     group.add_argument('--use-train-size', action=flag, default=False,
                        help='timm\'s training size where a pretrained model has a larger one for evaluation')
+
+
+def check_image_arguments(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 where no image can be made ready so; means and deviations are of pixels in [0, 1]."""
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
+    parser.at_least(args, img_size=1)
+    parser.shares(args, 'mean', 'std')
+    parser.above_zero(args, 'std')
 
 
 def add_pin_memory_argument(group: argparse._ArgumentGroup) -> None:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from calibratemix import PRESETS
 from consistency import VAT, MeanTeacher, MixMatch, PiModel, ReMixMatch
+from program import ArgumentParser
 from pseudo_labels import (
     FULL_SCHEDULE,
     UDA,
@@ -188,15 +189,14 @@ def add_method_arguments(group: argparse._ArgumentGroup) -> None:
                             'of their own, and the running ones move twice a step')
 
 
-def check_method(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_method(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Exits with status 2 where the method cannot be combined with other arguments."""
     method = ALGORITHMS[args.algorithm] or Method
     if args.calibratemix and args.algorithm == 'supervised':
         parser.error('--calibratemix needs pseudo-labels: choose a semi-supervised --algorithm')
     if args.aum_threshold_samples is not None and method.virtual_class:
         parser.error(f'--aum-threshold-samples: {args.algorithm} has its own extra class; choose another --algorithm')
-    if args.temperature <= 0:
-        parser.error(f'--temperature {args.temperature}: expected a number above 0')
+    parser.above_zero(args, 'temperature')
     if args.weak_forward == 'no-grad' and not method.weak_apart:
         parser.error(f'--weak-forward no-grad: with {args.algorithm} there is no pass over weak and strong images that '
                      'it could part; leave it out')

@@ -25,6 +25,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from safetensors import SafetensorError
+from timm import utils
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED = 75  # exit status, EX_TEMPFAIL of sysexits.h: not done, go on later
@@ -176,6 +177,18 @@ class ArgumentParser(argparse.ArgumentParser):
             if getattr(args, name) is not None and not getattr(args, name) >= value:  # NaN fails it too
                 self.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected {value} or more')
 
+    def shares(self, args: argparse.Namespace, *names: str, below: bool = False) -> None:
+        """Exits at the first of these arguments with a number outside of [0, 1], or where 1 is too much of [0, 1)."""
+        for name, value in _numbers(args, names):
+            if not 0 <= value <= 1 or (below and value == 1):
+                self.error(f'--{name.replace("_", "-")} {value}: expected a number in [0, 1{")" if below else "]"}')
+
+    def above_zero(self, args: argparse.Namespace, *names: str) -> None:
+        """Exits at the first of these arguments with a number that is not above 0."""
+        for name, value in _numbers(args, names):
+            if not value > 0:
+                self.error(f'--{name.replace("_", "-")} {value}: expected a number above 0')
+
     def check_flags(self, argv: Sequence[str]) -> None:
         """Exits at the first flag that is none, naming the one that is spelt most alike."""
         flags = self._option_string_actions
@@ -193,6 +206,22 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         self.check_flags(sys.argv[1:] if args is None else args)
         return super().parse_intermixed_args(args, namespace)
+
+
+class ParseKwargs(utils.ParseKwargs):
+    """timm's, which takes K=V for an argument of a function; anything else is told."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if value and '=' not in value:
+                parser.error(f'{option_string} {value}: expected K=V')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _numbers(args: argparse.Namespace, names: Iterable[str]) -> list[tuple[str, float]]:
+    """The numbers that are given for these arguments, one or several for each, by name."""
+    given = [(name, getattr(args, name)) for name in names if getattr(args, name) is not None]
+    return [(name, number) for name, value in given for number in (value if isinstance(value, list) else [value])]
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -6,10 +6,10 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ParseKwargs, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from torch import nn
 
-from program import UsageError
+from program import ArgumentParser, ParseKwargs, UsageError
 
 
 def newest_share(updates: int) -> float:
@@ -63,8 +63,14 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> argparse._Argume
     return group
 
 
-def check_optimizer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exits with status 2 where timm has no such optimizer, or the schedule does not fit the length of the run."""
+def check_optimizer(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 where timm has no such optimizer, no optimizer can have such numbers, or the schedule does
+    not fit the length of the run.
+    """
+    names = ('lr', 'weight_decay', 'opt_eps', 'min_lr', 'warmup_lr', 'warmup_epochs', 'decay_rate')
+    parser.at_least(args, **dict.fromkeys(names, 0))
+    parser.shares(args, 'momentum', 'opt_betas', below=True)
+    parser.above_zero(args, 'clip_grad')
     if args.opt.lower().removeprefix('lookahead_') not in list_optimizers():
         parser.error(f'--opt {args.opt}: unknown; timm has {", ".join(list_optimizers())}, and each as lookahead_NAME')
     if args.warmup_epochs and args.warmup_epochs >= args.epochs:

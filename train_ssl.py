@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ParseKwargs, setup_default_logging
+from timm.utils import setup_default_logging
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -47,6 +47,7 @@ from backbone import (
     build_ema,
     build_model,
     check_head,
+    check_model_arguments,
     choose_model,
     describe_averages,
     fit_to_length,
@@ -117,6 +118,7 @@ from passes import Outputs, forward_views, still_statistics
 from program import (
     STOPPED,
     ArgumentParser,
+    ParseKwargs,
     RunError,
     Stopped,
     StopRequest,
@@ -435,22 +437,21 @@ def _parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return _check_args(parser, parse_with_config(parser, argv, without_defaults))
 
 
-def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+def _check_args(parser: ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Ranges that argparse does not check; exits with status 2."""
     if args.batch_size is None and args.global_batch_size is None:
         args.batch_size = 64
     fit_to_method(args)
     parser.at_least(args, **dict.fromkeys((
         'epochs', 'train_steps_per_epoch', 'batch_size', 'global_batch_size', 'validation_batch_size', 'mu',
-        'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience',
+        'grad_accum_steps', 'log_interval', 'val_interval', 'checkpoint_hist', 'dist_timeout', 'patience', 'max_pixels',
     ), 1))
     parser.at_least(args, **dict.fromkeys((
-        'workers', 'recovery_interval', 'lambda_u', 'lr', 'weight_decay', 'warmup_epochs', 'seed', 'decay_rate',
-        'logit_margin_penalty', 'logit_margin', 'freematch_fairness', 'vat_eps', 'mixmatch_alpha',
+        'workers', 'recovery_interval', 'lambda_u', 'seed', 'label_seed', 'logit_margin_penalty', 'logit_margin',
+        'freematch_fairness', 'vat_eps', 'mixmatch_alpha', 'calmix_warmup_epochs',
     ), 0))
-    for name in ('threshold', 'label_smoothing', 'model_ema_decay', 'drop', 'hflip', 'freematch_max_threshold'):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
-            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1]')
+    parser.shares(args, 'threshold', 'model_ema_decay', 'hflip', 'freematch_max_threshold')
+    parser.shares(args, 'lambda_u_warmup', 'stat_momentum', 'label_noise', 'label_smoothing', below=True)
     if args.input_size is not None:
         if args.input_size[1] != args.input_size[2] or args.img_size not in (None, args.input_size[1]):
             parser.error(f'--input-size {args.input_size}: expected one square size, as --img-size if both are given')
@@ -458,23 +459,12 @@ def _check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     check_optimizer(parser, args)
     if args.start_epoch is not None and not 0 <= args.start_epoch < args.epochs:
         parser.error(f'--start-epoch {args.start_epoch}: expected 0 to {args.epochs - 1}')
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f'--crop-pct {args.crop_pct}: expected a number above 0 and up to 1')
-    for name in ('lambda_u_warmup', 'stat_momentum', 'label_noise'):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected a number in [0, 1)')
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         parser.error(f'--val-fraction {args.val_fraction}: expected a number in (0, 1)')
     if args.val_fraction is not None and args.val_split is not None:
         parser.error(f'--val-fraction and --val-split {args.val_split}: give one; --test-split is reported at the end')
     args.pretrained = args.pretrained or bool(args.pretrained_path)
-    if args.pretrained_path and args.initial_checkpoint:
-        parser.error('--pretrained-path, --initial-checkpoint: the second would overwrite the first; give one')
-    if args.head_init_scale is not None and args.initial_checkpoint:
-        parser.error('--head-init-scale: the head of --initial-checkpoint is no new one; give one of them')
-    if args.freeze is not None and not (args.pretrained or args.initial_checkpoint):
-        parser.error('--freeze: the frozen part would keep random weights; add --pretrained, --pretrained-path or '
-                     '--initial-checkpoint')
+    check_model_arguments(parser, args)
     if args.torchcompile and args.torchcompile not in torch._dynamo.list_backends(exclude_tags=()):
         parser.error(f'--torchcompile {args.torchcompile}: unknown; there are '
                      f'{", ".join(torch._dynamo.list_backends())}')

@@ -25,6 +25,7 @@ from program import UsageError
 
 # --- Images through PIL -----------------------------------------------------------------------------------------------
 
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')  # that timm has a name for
 LONG = 16  # times as long as wide; what an image that is longer still becomes is worked out for the crop alone
 
 
@@ -209,9 +210,8 @@ def build_views(
     """
     if in_chans not in (1, 3):
         raise UsageError(f'--in-chans {in_chans}: expected 1 or 3')
-    modes = [mode.value for mode in transforms.InterpolationMode]
-    if interpolation not in modes:
-        raise UsageError(f'--interpolation {interpolation}: expected one of {", ".join(modes)}')
+    if interpolation not in INTERPOLATIONS:
+        raise UsageError(f'--interpolation {interpolation}: expected one of {", ".join(INTERPOLATIONS)}')
     to_tensor = [*([transforms.Grayscale()] if in_chans == 1 else []), transforms.PILToTensor()]
     resize = transforms.Resize(img_size, interpolation=transforms.InterpolationMode(interpolation))
     geometry = [FlipCrop(img_size, int(img_size * (1 - crop_ratio)), hflip, resize)]

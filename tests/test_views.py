@@ -363,3 +363,10 @@ def test_a_batch_steps_over_broken_images_as_single_items_do():
         assert seen[name].tolist() == [single[i][name] for i in range(5)]
     with pytest.raises(ImageError, match='none of the 2 images'):
         batched(source, index=torch.tensor([3, 9]), skip_bad=True)
+
+
+def test_every_interpolation_is_one_that_timm_knows_and_others_are_refused_in_a_line():
+    for name in views.INTERPOLATIONS:
+        assert build_views(8, (0.5,), interpolation=name)['eval'](plain(RED)).shape == (3, 8, 8)
+    with pytest.raises(UsageError, match='--interpolation nearest-exact: expected one of nearest, '):
+        build_views(8, (0.5,), interpolation='nearest-exact')
