@@ -35,7 +35,7 @@ from imbalance import describe_draw
 from labels import label_seed, write_labels
 from methods import lambda_u, older_presets, warmup_updates
 from program import RunError, UsageError, mend_folder, replace_file, replace_folder
-from schedule import step_scheduler
+from schedule import learning_rate, step_scheduler
 from shards import load_whole, whole_bank
 from sources import Source, unlabeled_split
 from splits import Identity, Sources, use_bits
@@ -391,7 +391,7 @@ def check_same_run(run: Run, state: dict, path: Path, args: argparse.Namespace) 
     if args.global_batch_size is not None:
         changed.pop('batch_size', None)  # follows from the other, and from the number of processes
     told = ', '.join(f'--{key.replace("_", "-")} {old} -> {new}' for key, (old, new) in changed.items())
-    if changed.keys() & set(FIXED_ARGS):
+    if changed.keys() & {*FIXED_ARGS} - ({'opt'} if args.no_resume_opt else set()):
         raise UsageError(f'--resume {path}: the checkpoint was made with other arguments: {told}')
     run.identity.check(state['identity'], f'--resume {path}', torch.equal(state['labels'][0], run.labels[0]))
     if not torch.equal(state['labels'], run.labels):
@@ -411,7 +411,7 @@ def tell_schedule(run: Run, state: dict, args: argparse.Namespace) -> None:
     """Tells what moves at the place of a resume, as the schedules are stretched over another length of the run."""
     done, old = run.num_updates, argparse.Namespace(**{**vars(args), **state['args']})
     step_scheduler(run.scheduler, run.num_updates, args)
-    rates = state['optimizer']['param_groups'][0]['lr'], run.optimizer.param_groups[0]['lr']
+    rates = [learning_rate(groups) for groups in (state['optimizer']['param_groups'], run.optimizer.param_groups)]
     moves = [f'the learning rate from {rates[0]:.4g} to {rates[1]:.4g}'] if rates[0] != rates[1] else []
     warmups = warmup_updates(old), warmup_updates(args)
     if warmups[0] != warmups[1]:

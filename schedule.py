@@ -1,6 +1,7 @@
 """The optimizer, and its learning rate over the updates of a run."""
 import argparse
 import math
+from collections.abc import Sequence
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -161,3 +162,9 @@ def step_scheduler(scheduler: Scheduler, num_updates: int, args: argparse.Namesp
     """Sets the learning rate that belongs to the updates done so far, whether the schedule counts these or epochs."""
     scheduler.step_update(num_updates)
     scheduler.step(num_updates // args.train_steps_per_epoch)
+
+
+def learning_rate(groups: Sequence[dict]) -> float:
+    """The schedule's value, of an optimizer's groups: --opt-kwargs layer_decay=X gives each a share of it."""
+    group = max(groups, key=lambda group: group.get('lr_scale', 1.))
+    return group['lr'] / group.get('lr_scale', 1.)

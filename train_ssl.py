@@ -137,6 +137,7 @@ from schedule import (
     build_scheduler,
     check_optimizer,
     clip_gradients,
+    learning_rate,
     step_scheduler,
 )
 from seeds import item_seed
@@ -917,7 +918,7 @@ def train_one_epoch(
             if bar.disable:
                 _logger.info(
                     f'epoch {epoch} update {run.num_updates}/{total}  {progress_words(means, args)}  '
-                    f'lr {run.optimizer.param_groups[0]["lr"]:.4g}  {rate * images:.0f} img/s  '
+                    f'lr {learning_rate(run.optimizer.param_groups):.4g}  {rate * images:.0f} img/s  '
                     f'left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}{tail}'
                 )
             else:
@@ -993,7 +994,7 @@ def record_evaluation(
                          f'{found["error"]:.2f} %, ECE {found["ece"]:.2f} %, NLL {found["nll"]:.4f}{tell_tail(found)}')
     if not run.accelerator.is_main_process:
         return metrics
-    row = dict(epoch=epoch, num_updates=run.num_updates, lr=run.optimizer.param_groups[0]['lr'])
+    row = dict(epoch=epoch, num_updates=run.num_updates, lr=learning_rate(run.optimizer.param_groups))
     row.update((f'train_{name}', train_metrics[name]) for name in TRAIN_COLUMNS)
     row.update((f'eval_{name}', metrics[name]) for name in (*EVAL_COLUMNS, 'tail_error') if name in metrics)
     if args.calibratemix:

@@ -396,6 +396,16 @@ def test_a_warmup_of_the_learning_rate_is_linear():
     assert seen[10] == pytest.approx(math.cos(7 * math.pi / 160))
 
 
+@pytest.mark.parametrize('decay', [0.5, 0])
+def test_the_learning_rate_that_is_told_is_the_schedule_s_also_where_layers_have_shares_of_it(decay, train, caplog):
+    flags = ('--lr', 0.04, '--sched', 'constant', '--epochs', 1, '--opt-kwargs', f'layer_decay={decay}')
+    with caplog.at_level('INFO', 'train'):
+        folder = train('run', *flags)
+    assert [float(row['lr']) for row in summary(folder)] == [0.04] and 'lr 0.04 ' in caplog.text
+    state = checkpoint.read_checkpoint(folder / 'checkpoint-4.safetensors')['optimizer']
+    assert state['param_groups'][0]['lr'] < 0.04
+
+
 def test_a_schedule_by_epochs_moves_at_their_ends_only(train):
     folder = train('run', '--no-sched-on-updates', '--sched', 'cosine', '--epochs', 4, '--lr', 1)
     rates = [float(row['lr']) for row in summary(folder)]
@@ -734,6 +744,20 @@ def test_changed_settings_of_the_optimizer_hold_after_a_resume(train, uninterrup
     train('run', *CALMIX, '--resume', 'auto', '--epochs', 3, '--train-steps-per-epoch', 3)
     state = checkpoint.read_checkpoint(checkpoint.list_checkpoints(folder)[0])
     assert {group['fused'] for group in state['optimizer']['param_groups']} == {None}
+
+
+def test_the_optimizer_may_be_another_one_after_a_resume_without_its_state(train, uninterrupted, tmp_path, caplog):
+    folder = rewind(uninterrupted, tmp_path / 'run', 4)
+    with pytest.raises(UsageError, match='other arguments: --opt sgd -> adamw'):
+        train('run', *CALMIX, '--resume', 'auto', '--opt', 'adamw')
+    flags = (*CALMIX, '--resume', 'auto', '--lr', 0.001, '--opt', 'adamw')
+    train('run', *flags, '--no-resume-opt')
+    assert 'Resuming with changed arguments: ' in caplog.text and '--opt sgd -> adamw' in caplog.text
+    state = checkpoint.read_checkpoint(folder / 'checkpoint-8.safetensors')['optimizer']['state']
+    assert all(values['step'] == 4 for values in state.values())
+    train('run', *flags, '--epochs', 3)
+    state = checkpoint.read_checkpoint(folder / 'checkpoint-12.safetensors')['optimizer']['state']
+    assert all(values['step'] == 8 for values in state.values())
 
 
 def test_best_starts_anew_where_a_resume_changes_its_metric_and_changed_presets_are_told(
