@@ -24,7 +24,7 @@ from pseudo_labels import (
     PseudoLabel,
     SoftMatch,
 )
-from schedule import needs_warmup, newest_share
+from schedule import has_momentum, needs_warmup, newest_share
 
 ALGORITHMS = {
     'supervised': None,
@@ -246,8 +246,30 @@ def looks_at(key: str, args: dict) -> bool:
     return algorithm != 'supervised' if methods is True else algorithm in methods
 
 
+# Arguments that a run looks at only beside another: their default, when it does, and why it else does not.
+LOOKED_AT_BESIDE = {
+    'min_lr': (0, lambda args: args.sched in ('cosine', 'tanh', 'poly'), 'with --sched {sched}'),
+    'decay_epochs': (90, lambda args: args.sched == 'step', 'with --sched {sched}'),
+    'decay_rate': (0.1, lambda args: args.sched in ('step', 'poly'), 'with --sched {sched}'),
+    'warmup_lr': (1e-5, lambda args: args.warmup_epochs, 'without --warmup-epochs'),
+    'clip_mode': ('norm', lambda args: args.clip_grad is not None, 'without --clip-grad'),
+    'momentum': (0.9, lambda args: has_momentum(args.opt), 'with --opt {opt}'),
+    'amp_dtype': ('bfloat16', lambda args: args.amp, 'without --amp'),
+    'torchcompile_mode': (None, lambda args: args.torchcompile, 'without --torchcompile'),
+    'logit_margin': (10, lambda args: args.logit_margin_penalty, 'without --logit-margin-penalty'),
+    'logit_margin_rows': ('all', lambda args: args.logit_margin_penalty, 'without --logit-margin-penalty'),
+    'model_ema_decay': (0.999, lambda args: args.model_ema, 'with --no-model-ema'),
+    'val_seed': (0, lambda args: args.val_fraction is not None, 'without --val-fraction'),
+    'extra_val_dir': (None, lambda args: args.extra_val, 'without --extra-val'),
+    'no_resume_opt': (False, lambda args: args.resume, 'without --resume'),
+    'wandb_project': ('calibratemix', lambda args: args.log_wandb, 'without --log-wandb'),
+    'wandb_tags': ([], lambda args: args.log_wandb, 'without --log-wandb'),
+    'wandb_resume_id': ('', lambda args: args.log_wandb, 'without --log-wandb'),
+}
+
+
 def tell_idle(args: argparse.Namespace) -> str:
-    """Arguments of method and mixing that were given and that this run does not look at, in a line, or nothing.
+    """Arguments that were given and that this run does not look at, in a line, or nothing.
 
     The end of warmup is left out: launchers give it to all runs of a table.
     """
@@ -261,6 +283,11 @@ def tell_idle(args: argparse.Namespace) -> str:
             if name in MIXING_LOOKED_AT_BY and args.calibratemix:
                 why = f'as pairs are drawn at random or without ranking, --calmix-preset {args.calmix_preset}'
             idle.append(f'--{name.replace("_", "-")} {value} ({why})')
+    for name, (default, looked_at, why) in LOOKED_AT_BESIDE.items():
+        value = getattr(args, name)
+        if value != default and not looked_at(args):
+            told = '' if value is True else f' {" ".join(value) if isinstance(value, list) else value}'
+            idle.append(f'--{name.replace("_", "-")}{told} ({why.format(**vars(args))})')
     return f'Without effect in this run: {", ".join(idle)}' if idle else ''
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
@@ -79,6 +79,11 @@ def check_optimizer(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if args.sched == 'step' and not 0 < args.decay_epochs < args.epochs:
         parser.error(f'--decay-epochs {args.decay_epochs:g}: --sched step would not lower the learning rate in '
                      f'{args.epochs} epochs')
+
+
+def has_momentum(name: str) -> bool:
+    """Whether timm passes --momentum to an optimizer."""
+    return get_optimizer_info(name.lower().removeprefix('lookahead_')).has_momentum
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

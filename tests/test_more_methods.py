@@ -710,6 +710,18 @@ def test_what_a_method_cannot_take_is_refused_in_a_line(flags, told, capsys):
     (('fixmatch', '--calibratemix', '--calmix-preset', 'ours', '--calmix-similarity', 'dot', '--calmix-topk', 0.1), ''),
     (('fixmatch', '--calibratemix', '--calmix-pairing', 'random', '--calmix-topk', 0.1),
      '--calmix-topk 0.1 (as pairs are drawn at random or without ranking, --calmix-preset paper)'),
+    (('fixmatch', '--min-lr', 0.02, '--clip-mode', 'agc', '--amp-dtype', 'float16', '--torchcompile-mode', 'foo'),
+     '--min-lr 0.02 (with --sched cosine-7-16), --clip-mode agc (without --clip-grad), --amp-dtype float16 (without '
+     '--amp), --torchcompile-mode foo (without --torchcompile)'),
+    (('fixmatch', '--sched', 'cosine', '--min-lr', 0.02, '--clip-mode', 'agc', '--clip-grad', 1, '--amp', '--amp-dtype',
+      'float16', '--warmup-lr', 0.1, '--warmup-epochs', 1, '--logit-margin-penalty', 1, '--logit-margin', 2), ''),
+    (('fixmatch', '--sched', 'step', '--opt', 'adamw', '--momentum', 0.5, '--no-model-ema', '--model-ema-decay', 0.9,
+      '--min-lr', 0.1),
+     '--min-lr 0.1 (with --sched step), --momentum 0.5 (with --opt adamw), --model-ema-decay 0.9 (with '
+     '--no-model-ema)'),
+    (('fixmatch', '--no-resume-opt', '--wandb-tags', 'a', 'b', '--val-seed', 1),
+     '--val-seed 1 (without --val-fraction), --no-resume-opt (without --resume), --wandb-tags a b (without '
+     '--log-wandb)'),
 ])
 def test_what_is_given_and_a_run_does_not_look_at_is_told_in_a_line(flags, idle):
     assert methods.tell_idle(parse(*flags)) == (f'Without effect in this run: {idle}' if idle else '')
