@@ -268,13 +268,12 @@ def reason_of(error: Exception) -> str:
 
 
 def wanted_size(name: str) -> str:
-    """The image size that a model was made for, in words."""
+    """The image size that a model was made for, in words; most models of a fixed size can be built for others."""
     config = get_pretrained_cfg(name) if ':' not in name else None
     if config is None:
         return 'see its configuration for the size that it wants'
-    only = ', and takes no other' if config.fixed_input_size else ''
     least = f', at least {config.min_input_size[1]}' if config.min_input_size else ''
-    return f'it was made for {config.input_size[1]} px{least}{only}'
+    return f'it was made for {config.input_size[1]} px{least}'
 
 
 def hub_away() -> str:
@@ -320,9 +319,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     if ':' not in args.model and not timm.is_model(args.model):
         close = difflib.get_close_matches(args.model, timm.list_models(), 3)
         raise UsageError(f'--model {args.model}: timm has no such model; close are {", ".join(close) or "none"}')
-    if args.initial_checkpoint and not Path(args.initial_checkpoint).is_file():
-        raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: no such file')
-    weights, overlay = read_pretrained(args.pretrained_path) if args.pretrained_path else (None, {})
+    weights = initial = None
+    if args.pretrained_path:
+        weights, overlay = read_pretrained('--pretrained-path', args.pretrained_path)
+    if args.initial_checkpoint and not args.initial_checkpoint.endswith(('.npz', '.npy')):  # models read these
+        initial, _ = read_pretrained('--initial-checkpoint', args.initial_checkpoint)
 
     def create(weights):
         return timm.create_model(**resolve_model_input_args(
@@ -334,7 +335,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
             num_classes=num_classes,
             drop_rate=args.drop,
             drop_path_rate=args.drop_path,
-            checkpoint_path=args.initial_checkpoint,
+            checkpoint_path=args.initial_checkpoint if initial is None else None,
             **args.model_kwargs,
         ))
 
@@ -356,6 +357,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
         size = f' at --img-size {args.img_size} ({wanted_size(args.model)})' if args.img_size else ''
         where = f'--pretrained-path {args.pretrained_path}: ' if weights is not None else ''
         raise UsageError(f'{where}--model {args.model} cannot be built{size}: {reason_of(error)[:500]}') from error
+    if initial is not None:
+        load_initial(model, initial, args)
     if args.head_init_scale is not None:
         with torch.no_grad():
             for parameter in model.get_classifier().parameters():
@@ -369,11 +372,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     return model
 
 
-def read_pretrained(path: str) -> tuple[dict[str, torch.Tensor], dict]:
+def read_pretrained(flag: str, path: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Weights of a file or of a checkpoint folder, and what they change in timm's configuration of the model.
 
-    The head is always a new one, as in timm's train.py: as many classes need not be the same classes. A folder's
-    config.json says how the images of its weights were normalised.
+    The head of --pretrained-path is always a new one, as in timm's train.py: as many classes need not be the same
+    classes. A folder's config.json says how the images of its weights were normalised.
 
     Raises:
         UsageError: If there are none, or reading them would execute what is in the file.
@@ -385,12 +388,12 @@ def read_pretrained(path: str) -> tuple[dict[str, torch.Tensor], dict]:
         file = next((folder / name for name in names if (folder / name).is_file()), None)
         if file is None:
             inside = ' or '.join(str(folder / name) for name in ('best', 'last') if (folder / name).is_dir())
-            raise UsageError(f'--pretrained-path {path}: no {" or ".join(names)} in it'
+            raise UsageError(f'{flag} {path}: no {" or ".join(names)} in it'
                              + (f'; give {inside}' if inside else ''))
     if not file.is_file():
-        raise UsageError(f'--pretrained-path {path}: no such file or folder')
+        raise UsageError(f'{flag} {path}: no such file or folder')
     if file.name.startswith('checkpoint-') and file.suffix == '.safetensors':
-        raise UsageError(f'--pretrained-path {path}: this is a state to resume from; weights are in best/ and last/')
+        raise UsageError(f'{flag} {path}: this is a state to resume from; weights are in best/ and last/')
     try:
         config = file.parent / 'config.json'
         if config.is_file():
@@ -401,11 +404,29 @@ def read_pretrained(path: str) -> tuple[dict[str, torch.Tensor], dict]:
             weights = load_state_dict(str(file), weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and json have their own ways to complain
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UsageError(f'--pretrained-path {path}: no weights can be read from it safely ({reason[:300]})') from error
+        raise UsageError(f'{flag} {path}: no weights can be read from it safely ({reason[:300]})') from error
     weights = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     if not weights:
-        raise UsageError(f'--pretrained-path {path}: no weights in it')
+        raise UsageError(f'{flag} {path}: no weights in it')
     return weights, overlay
+
+
+def load_initial(model: nn.Module, weights: dict[str, torch.Tensor], args: argparse.Namespace) -> None:
+    """Puts the weights of --initial-checkpoint into a model; raises UsageError if they do not fit it, head and all."""
+    own, told = model.state_dict(), f'--initial-checkpoint {args.initial_checkpoint}'
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        for some, others, what in ((own, weights, f'tensors of {args.model} are not in it'),
+                                   (weights, own, f'tensors in it are none of {args.model}')):
+            names = [name for name in some if name not in others]
+            if names:
+                raise UsageError(f'{told}: {len(names)} of {len(some)} {what}, such as {", ".join(names[:3])}: is it '
+                                 'of another model?') from error
+        name = next(name for name in own if own[name].shape != weights[name].shape)
+        raise UsageError(f'{told}: {name} is {list(weights[name].shape)} in it, and {list(own[name].shape)} in '
+                         f'{args.model} with the {model.num_classes} outputs of this run; --pretrained-path takes all '
+                         'but the head') from error
 
 
 @contextmanager

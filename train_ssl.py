@@ -230,8 +230,8 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--pretrained-path', metavar='PATH', default='',
                        help='start from the weights of this file (.safetensors, .pth, ...) or checkpoint folder as if '
                             'they were timm\'s pretrained ones of --model; the head is new')
-    group.add_argument('--initial-checkpoint', metavar='FILE', default='',
-                       help='start from the weights of this file, head and all')
+    group.add_argument('--initial-checkpoint', metavar='PATH', default='',
+                       help='start from the weights of this file or checkpoint folder, head and all')
     group.add_argument('--head-init-scale', type=float, metavar='X', default=None,
                        help='factor of the initial weights of the head. Some models (EfficientNets) start a small new '
                             'head with large ones, so that random pseudo-labels look certain: give 0 then')

@@ -141,6 +141,9 @@ def test_a_refusal_says_size_or_head_the_size_that_is_wanted_and_why():
         backbone.build_model(asked('--model', 'vit_tiny_patch16_224', '--img-size', '40', '--model-kwargs',
                                    'dynamic_img_size=3', 'nonsense=1'), 10)
 
+    with pytest.raises(UsageError, match=r'test_vit cannot be built at --img-size 32 \(it was made for 160 px\): .*'):
+        backbone.build_model(asked('--model', 'test_vit', '--img-size', '32', '--model-kwargs', 'wrong=1'), 10)
+
     class Headless(nn.Module):
         def forward(self, x):
             return x.mean((2, 3))

@@ -118,13 +118,33 @@ def test_what_holds_no_weights_is_refused_in_one_line_and_nothing_in_it_is_execu
     for path, told in (('trap.pth', 'read from it safely'), ('empty.pth', 'no weights in it'),
                        ('broken.safetensors', 'read from it safely'), ('absent', 'no such file'),
                        ('run', 'give run/best'), ('run/best', 'no model.safetensors')):
-        with pytest.raises(UsageError, match=told) as raised:
-            build('--pretrained-path', path)
-        assert '\n' not in str(raised.value)
+        for flag in ('--pretrained-path', '--initial-checkpoint'):
+            with pytest.raises(UsageError, match=f'{flag} {path}: .*{told}') as raised:
+                build(flag, path)
+            assert '\n' not in str(raised.value)
     Path('checkpoint-4.safetensors').touch()
-    with pytest.raises(UsageError, match='a state to resume from'):
-        build('--pretrained-path', 'checkpoint-4.safetensors')
+    for flag in ('--pretrained-path', '--initial-checkpoint'):
+        with pytest.raises(UsageError, match=f'{flag} checkpoint-4.safetensors: .* a state to resume from'):
+            build(flag, 'checkpoint-4.safetensors')
     assert not Path('sprung').exists()
+
+
+@pytest.mark.parametrize('name', ['w.pth', 'w.safetensors', 'best'])
+def test_an_initial_checkpoint_is_taken_head_and_all(name, pretrained):
+    model, saved = build('--initial-checkpoint', pretrained / name, num_classes=7)[0], weights(pretrained, 'best')
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+
+
+def test_an_initial_checkpoint_of_another_head_or_model_is_told_as_such(pretrained, tmp_path):
+    flags = ('--initial-checkpoint', pretrained / 'best')
+    with pytest.raises(UsageError, match=r'best: fc.weight is \[7, \d+\] in it, and \[8, \d+\] in wide_resnet10_1 with '
+                                         'the 8 outputs of this run; --pretrained-path takes all but the head'):
+        build(*flags, num_classes=8)
+    with pytest.raises(UsageError, match=r'best: \d+ of \d+ tensors of resnet18 are not in it.* of another model\?'):
+        build(*flags, '--model', 'resnet18', num_classes=7)
+    save_file({**weights(pretrained, 'best'), 'more': torch.zeros(1)}, tmp_path / 'more.safetensors')
+    with pytest.raises(UsageError, match='1 of .* tensors in it are none of wide_resnet10_1, such as more:'):
+        build('--initial-checkpoint', tmp_path / 'more.safetensors', num_classes=7)
 
 
 # --- Freezing ---------------------------------------------------------------------------------------------------------
