@@ -115,6 +115,7 @@ class MarginBank(nn.Module):
         smoothing: d, in (0, 1].
         dtype: Storage, torch.float32 or torch.float16; arithmetic is float32. A float16 entry is at most 65504. After
             some thousand visits it stands still, as a visit would move it by less than 1/2000 of itself.
+            A module's `.half()`, `.bfloat16()` and `.double()` change it for the banks in that module too.
     """
 
     def __init__(self, num_samples: int, num_classes: int | None = None, smoothing: float = 1.0,
@@ -186,9 +187,9 @@ class MarginBank(nn.Module):
             step.mul_((rate / (1 + count))[:, None])
         new = old.add_(step).view(-1, *self.value.shape[1:])
         if self.value.dtype == torch.float16:
-            new = new.clamp_(-65504, 65504).half()  # beyond it float16 would store inf, for good
+            new = new.clamp_(-65504, 65504)  # beyond it float16 would store inf, for good
         # Repeated rows write equal values, so the order of writing does not matter.
-        self.value.index_copy_(0, row, new)
+        self.value.index_copy_(0, row, new.to(self.value.dtype))
         self.label.index_copy_(0, row, label)
         self.count.index_add_(0, row, visit.int())
 

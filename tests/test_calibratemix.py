@@ -219,6 +219,18 @@ def test_float16_storage_computes_in_float32_and_rounds_once_an_update():
         assert torch.equal(half.value, full.value.half())
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_banks_of_a_module_that_is_cast_take_updates_in_their_new_storage(dtype):
+    torch.manual_seed(0)
+    plain, cast = MarginBank(20, 5), MarginBank(20, 5).to(dtype)
+    for _ in range(3):
+        visits = torch.randint(20, (8,)), torch.randn(8, 5), torch.randint(5, (8,))
+        plain.update(*visits)
+        cast.update(*visits)
+    assert cast.value.dtype == dtype and torch.allclose(cast.value.float(), plain.value, atol=0.05)
+    assert torch.equal(cast.label, plain.label) and cast.median().isfinite()
+
+
 def test_float16_storage_never_holds_inf():
     bank = MarginBank(1, 3, dtype=torch.float16)
     for _ in range(2):
