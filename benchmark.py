@@ -106,12 +106,16 @@ def ratios(seconds: dict[str, list[float]], above: str, below: str) -> list[floa
 
 
 def peak_memory(function: Callable, held: int, device: torch.device) -> int:
-    """Most bytes of tensors alive at once while a function runs; on the CPU, held and what the function allocates."""
+    """Most bytes alive at once while a function runs: its own tensors, held, and what it allocates.
+
+    Not what else is alive, such as the networks of other runs.
+    """
     if device.type == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         function()
-        return torch.cuda.max_memory_allocated()
+        return held + torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']

@@ -421,6 +421,19 @@ def test_processor_time_is_refused_for_what_other_processes_do(monkeypatch, caps
     assert '--processor-time: processes: their work is not done in this process' in capsys.readouterr().err
 
 
+def test_the_peak_memory_of_a_step_leaves_out_what_other_runs_hold_on_a_gpu(monkeypatch):
+    gpu = dict(alive=5000, peak=9000)  # of which a thousand are the run's own
+
+    def step():
+        gpu['peak'] = max(gpu['peak'], gpu['alive'] + 300)
+
+    for name, function in (('synchronize', lambda: None), ('memory_allocated', lambda: gpu['alive']),
+                           ('reset_peak_memory_stats', lambda: gpu.update(peak=gpu['alive'])),
+                           ('max_memory_allocated', lambda: gpu['peak'])):
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert benchmark.peak_memory(step, 1000, torch.device('cuda')) == 1300
+
+
 def test_targets_are_upper_bounds_or_with_a_minus_sign_lower_ones():
     rows = {'FixMatch step, no-grad / joint': [.5, .7, .9], 'two-pass step / ours, joint': [1., 1.8, 5.], 'x': [3.]}
     table = benchmark.summarise(rows, benchmark.TARGETS)
