@@ -62,9 +62,9 @@ value_of() {
     done
 }
 
-case $SCALE in
-    paper | cpu | smoke) OUTPUT=${OUTPUT:-"$here/output/$launcher/$SCALE"} ;;
-    own) OUTPUT=${OUTPUT:-"$here/output/$launcher"} ;;  # quickstart.sh
+case $SCALE:$launcher in
+    paper:* | cpu:* | smoke:*) OUTPUT=${OUTPUT:-"$here/output/$launcher/$SCALE"} ;;
+    own:quickstart) OUTPUT=${OUTPUT:-"$here/output/$launcher"} ;;
     *) fail "SCALE=$SCALE: expected paper, cpu or smoke" ;;
 esac
 for number in "NUM_PROCESSES=$NUM_PROCESSES" "JOBS=$JOBS"; do
@@ -128,14 +128,14 @@ of_1024() {
     awk "BEGIN { printf \"%g\", $1 * $value / 1024 }"
 }
 
-runs=() pids=() names=() keys=() began=() told=()
-count=0 reaped=0 stopped='' interrupted='' failed='' status_of_failed=0
+runs=() pids=() names=() keys=() began=() told=() over=()
+count=0 running=0 stopped='' interrupted='' failed='' status_of_failed=0
 
 # The runs in progress are told to stop, which can be resumed; once, as a second signal would end them as they are.
 stop_runs() {
     local i
-    for ((i = reaped; i < ${#pids[@]}; i++)); do
-        if [ -n "${told[i]:-}" ]; then continue; fi
+    for ((i = 0; i < ${#pids[@]}; i++)); do
+        if [ -n "${over[i]:-}${told[i]:-}" ]; then continue; fi
         told[i]=1
         if [ "${launch[0]}" = accelerate ] && [ "$NUM_PROCESSES" = 1 ]; then
             pkill -TERM -P "${pids[i]}" || true  # accelerate does not pass it on to its only child
@@ -146,17 +146,27 @@ stop_runs() {
 }
 trap 'interrupted=1 stopped=1 told=(); stop_runs' INT TERM HUP USR1  # a second one is passed on too
 
-# Waits for the oldest run in progress.
+# Waits for a run in progress, whichever ends first; bash 3.2 cannot be asked for that, so that several are looked at in
+# turn.
 reap() {
-    local status=0 name=${names[reaped]}
+    local status=0 i name
+    while :; do
+        for ((i = 0; i < ${#pids[@]}; i++)); do
+            if [ -n "${over[i]:-}" ]; then continue; fi
+            if [ "$running" -eq 1 ] || ! kill -0 "${pids[i]}" 2> /dev/null; then break 2; fi
+        done
+        sleep 0.2 || true  # Ctrl-C ends it too
+    done
+    name=${names[i]}
     while :; do
         interrupted='' status=0
-        wait "${pids[reaped]}" 2> /dev/null || status=$?
+        wait "${pids[i]}" 2> /dev/null || status=$?
         if [ -z "$interrupted" ]; then break; fi  # else the wait was cut short by a signal
     done
+    over[i]=1 running=$((running - 1))
     if [ "$status" -eq 0 ]; then
-        printf '%s\n' "${keys[reaped]}" > "$OUTPUT/$name/finished"
-        echo "$launcher.sh: $name took $((SECONDS - began[reaped])) s" >&2
+        printf '%s\n' "${keys[i]}" > "$OUTPUT/$name/finished"
+        echo "$launcher.sh: $name took $((SECONDS - began[i])) s" >&2
     elif [ "$status" -eq 75 ]; then
         stopped=1
     elif [ -z "$stopped" ]; then
@@ -165,16 +175,17 @@ reap() {
         failed="$failed $name"
         if [ "$status_of_failed" -eq 0 ]; then status_of_failed=$status; fi
     fi
-    reaped=$((reaped + 1))
     if [ -n "$stopped" ]; then quit 75; fi
     if [ -n "$failed" ] && [ -z "${KEEP_GOING:-}" ]; then quit "$status_of_failed"; fi
 }
 
 # quit STATUS: stops what is in progress, waits for it and ends the launcher.
 quit() {
+    local i
     stop_runs
-    for ((; reaped < ${#pids[@]}; reaped++)); do
-        while kill -0 "${pids[reaped]}" 2> /dev/null; do wait "${pids[reaped]}" 2> /dev/null || true; done
+    for ((i = 0; i < ${#pids[@]}; i++)); do
+        if [ -n "${over[i]:-}" ]; then continue; fi
+        while kill -0 "${pids[i]}" 2> /dev/null; do wait "${pids[i]}" 2> /dev/null || true; done
     done
     echo "$launcher.sh: stopped; the same command goes on where this one ended" >&2
     exit "$1"
@@ -184,6 +195,12 @@ print_command() {
     local line
     printf -v line '%q ' "$@"
     echo "${line% }"
+}
+
+# A command without the flags that say where and how it runs, and not what: a table goes on after its data moved.
+without_machine() {
+    local flags='--data-dir|--workers|--device|--log-interval|--dist-timeout'
+    sed -E "s/ (-j[ =]?|($flags)[ =])(\\\\.|[^ \\\\])+//g; s/ --(no-)?pin-mem//g"
 }
 
 # run_seeds NAME FLAGS...: a run for each of $SEEDS, named NAME-seed and the seed.
@@ -201,8 +218,6 @@ run() {
     shift
     count=$((count + 1))
     runs+=("$OUTPUT/$name")
-    if [ -n "${COUNT:-}" ] || { [ -n "$ONLY" ] && [ "$ONLY" != "$count" ]; }; then return; fi
-
     value_of --seed "$@"
     if [ -n "$value" ]; then
         value_of --seed ${user[@]+"${user[@]}"}
@@ -214,16 +229,18 @@ run() {
         if [ $((value % NUM_PROCESSES)) -ne 0 ]; then fail "NUM_PROCESSES=$NUM_PROCESSES does not divide -b $value"; fi
         command+=(-b $((value / NUM_PROCESSES)))
     fi
+    # Only now, so that a mistake is told before an array of tasks is submitted that would all make it.
+    if [ -n "${COUNT:-}" ] || { [ -n "$ONLY" ] && [ "$ONLY" != "$count" ]; }; then return; fi
     command+=(--output "$OUTPUT" --experiment "$name" --resume auto ${user[@]+"${user[@]}"})
     if [ -n "${DRY_RUN:-}" ]; then
         print_command "${command[@]}"
         return
     fi
 
-    # What a run was made with, apart from the machine; reading it costs less than starting python.
+    # What a run was made with; reading it costs less than starting python.
     key=$(print_command "${recipe[@]}" "$@" ${user[@]+"${user[@]}"})
     if [ -f "$OUTPUT/$name/finished" ] && [ -f "$OUTPUT/$name/last/metrics.json" ]; then
-        if [ "$(cat "$OUTPUT/$name/finished")" = "$key" ]; then
+        if [ "$(without_machine < "$OUTPUT/$name/finished")" = "$(without_machine <<< "$key")" ]; then
             echo "$launcher.sh: $name is finished" >&2
             return
         fi
@@ -237,13 +254,15 @@ run() {
     else
         "${command[@]}" > /dev/null &
     fi
-    pids+=($!) names+=("$name") keys+=("$key") began+=("$SECONDS")
-    while [ $((${#pids[@]} - reaped)) -ge "$JOBS" ]; do reap; done
+    names+=("$name") keys+=("$key") began+=("$SECONDS") running=$((running + 1))
+    pids+=($!)
+    if [ -n "$stopped" ]; then stop_runs; fi  # a signal came before its number was known
+    while [ "$running" -ge "$JOBS" ]; do reap; done
 }
 
 # after COMMAND...: what follows when all runs are done.
 after() {
-    while [ "$reaped" -lt ${#pids[@]} ]; do reap; done
+    while [ "$running" -gt 0 ]; do reap; done
     if [ -n "$stopped" ]; then quit 75; fi
     if [ -n "${COUNT:-}" ] || { [ -n "$ONLY" ] && [ "$ONLY" != report ]; }; then return; fi
     if [ -n "${DRY_RUN:-}" ]; then

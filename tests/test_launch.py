@@ -40,7 +40,9 @@ if [ "$script" = train_ssl.py ]; then
             sleep 0.1
         done
     fi
+    case "$name" in ${HELD:-none}) TOGETHER=$UNTIL ;; esac
     for _ in $(seq 100); do
+        if [ -n "${leave:-}" ]; then exit 75; fi
         [ "$(grep -c train_ssl "$LOG")" -lt "${TOGETHER:-1}" ] || break
         sleep 0.1
     done
@@ -251,10 +253,13 @@ def test_several_processes_share_the_batch():
 
 @pytest.mark.parametrize('environment, arguments, told', [
     (dict(SCALE='big'), (), 'SCALE=big: expected paper, cpu or smoke'),
+    (dict(SCALE='own'), (), 'SCALE=own: expected paper, cpu or smoke'),
     (dict(NUM_PROCESSES='two'), (), 'NUM_PROCESSES=two: expected 1 or more'),
     (dict(JOBS='0'), (), 'JOBS=0: expected 1 or more'),
     (dict(NUM_PROCESSES='3', DRY_RUN='1'), (), 'NUM_PROCESSES=3 does not divide -b 64'),
     ({}, ('--output', 'x'), '--output: every run has its own; set OUTPUT instead'),
+    (dict(NUM_PROCESSES='3', COUNT='1'), (), 'NUM_PROCESSES=3 does not divide -b 64'),
+    (dict(COUNT='1'), ('--seed', '5'), '--seed 5: the grid has its own seeds; set SEEDS="5" instead'),
     (dict(DRY_RUN='1'), ('--seed', '5'), '--seed 5: the grid has its own seeds; set SEEDS="5" instead'),
     (dict(ONLY='55', DRY_RUN='1'), (), 'ONLY=55: expected report, or 1 to 54'),
 ])
@@ -305,6 +310,17 @@ def test_finished_runs_are_skipped_and_others_are_not(stand_in, tmp_path):
     assert result.returncode == 2 and third == [] and 'was made with other flags' in result.stderr
 
 
+def test_a_finished_run_is_one_wherever_its_data_lie_and_however_its_machine_is_used(stand_in, tmp_path):
+    given = ('--workers', '4', '--device=cpu', '--lr', '0.1', '-j2', '--no-pin-mem')
+    stand_in('ablation_distance', *given, SEEDS='0', SCALE='paper', DATA_DIR='a data set')
+    keys = list((tmp_path / 'an output').glob('*/finished'))
+    assert len(keys) == 6 and all("--data-dir a\\ data\\ set " in key.read_text() for key in keys)
+    result, log = stand_in('ablation_distance', '--lr', '0.1', '--log-interval', '7', SEEDS='0', SCALE='paper')
+    assert result.returncode == 0 and log == ['report.py '], result.stderr
+    result, _ = stand_in('ablation_distance', '--lr', '0.2', SEEDS='0', SCALE='paper', DATA_DIR='a data set')
+    assert result.returncode == 2 and 'was made with other flags' in result.stderr
+
+
 def test_a_failed_run_stops_the_launcher_unless_told_to_keep_going(stand_in):
     result, log = stand_in('table3_baselines', SEEDS='0', FAILING='fixmatch-random-mixup-*')
     assert result.returncode == 1 and len(log) == 2
@@ -338,6 +354,35 @@ def test_jobs_run_at_the_same_time(stand_in):
     result, log = stand_in('ablation_distance', SEEDS='0', JOBS='2', TOGETHER='2')
     assert result.returncode == 0 and len(log) == 7 and log[-1] == 'report.py '
     assert len(list(Path(stand_in.environment['OUTPUT']).glob('*/train.log'))) == 6
+
+
+def test_a_run_that_ends_makes_room_and_is_told_with_its_own_seconds_while_an_older_one_goes_on(stand_in):
+    """The first of six takes as long as there are others to begin."""
+    result, log = stand_in('ablation_distance', SEEDS='0', JOBS='2', HELD='feature-cosine-*', UNTIL='6')
+    assert result.returncode == 0 and len(log) == 7, result.stderr
+    took = re.findall(r'(\S+) took (\d+) s', result.stderr)
+    assert took[-1][0] != took[0][0] and [name for name, _ in took].index('feature-cosine-seed0') >= 4
+    assert all(int(seconds) <= 2 for name, seconds in took if name != 'feature-cosine-seed0'), took
+
+
+def test_a_younger_run_that_fails_is_noticed_at_once_and_stops_the_older_one(stand_in):
+    result, log = stand_in('ablation_distance', SEEDS='0', JOBS='2', HELD='feature-cosine-*', UNTIL='99',
+                           FAILING='feature-euclidean-*')
+    assert result.returncode == 1 and 'error: feature-euclidean-seed0 failed with status 1' in result.stderr
+    assert log == ['train_ssl.py feature-cosine-seed0', 'train_ssl.py feature-euclidean-seed0',
+                   'stopped feature-cosine-seed0'] and 'took' not in result.stderr
+
+
+def test_a_signal_between_the_start_of_a_run_and_its_entry_in_the_list_stops_it_too(stand_in, tmp_path):
+    launcher = tmp_path / 'interrupted.sh'
+    launcher.write_text(f'. {shlex.quote(str(ROOT / "launch" / "_common.sh"))}\n'
+                        'dataset cifar10\n'
+                        'set -T\n'
+                        "trap 'case $BASH_COMMAND in pids+=*) sleep 1; kill -USR1 $$ ;; esac' DEBUG\n"
+                        'run first\n')
+    result = launch('', launcher=str(launcher), **{**stand_in.environment, 'SLOW': '1'})
+    assert result.returncode == 75, result.stderr
+    assert stand_in.log.read_text().splitlines() == ['train_ssl.py first', 'stopped first']
 
 
 def test_slurm_gets_a_task_for_every_run_and_queues_a_stopped_one_again(stand_in, tmp_path):
