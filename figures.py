@@ -319,18 +319,17 @@ def risk_coverage_diagram(curves: list[tuple[str, torch.Tensor, torch.Tensor]], 
     if not curves:
         raise ValueError('curves is empty: there is nothing to draw')
     figure, [[axis]] = new_figure(5.2, 4.0 + 0.25 * len(curves))
+    lines, names = [], []  # as a label of a line that begins with an underscore would be left out of the legend
     for number, (name, confidence, correct) in enumerate(curves):
         coverage, risk = risk_coverage(confidence, correct)
-        axis.plot(
-            coverage.numpy(), risk.numpy(), **line_style(number), linewidth=1.8,
-            label=f'{literal(name, 3.0, SMALL)} (area {100 * float(risk.mean()):.1f} %)',
-        )
+        lines += axis.plot(coverage.numpy(), risk.numpy(), **line_style(number), linewidth=1.8)
+        names.append(f'{literal(name, 3.0, SMALL)} (area {100 * float(risk.mean()):.1f} %)')
     axis.set_title('Error when only the most confident are kept', fontsize=TITLE)
     axis.set_xlabel('coverage', fontsize=LABEL)
     axis.set_ylabel('error of those kept', fontsize=LABEL)
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
-    figure.legend(loc='outside lower center', frameon=False, fontsize=SMALL)
+    figure.legend(lines, names, loc='outside lower center', frameon=False, fontsize=SMALL)
     save(figure, path)
 
 
@@ -652,11 +651,14 @@ def contact_sheet(parts: list[tuple[str, list[Cell]]], path: str | Path) -> None
         parts: Title and images of each group.
         path: The PNG file to write.
     """
-    heights = [max(1, math.ceil(len(cells) / SHEET_COLUMNS)) * CELL[1] + 0.6 for _, cells in parts]
-    figure = Figure(figsize=(SHEET_COLUMNS * CELL[0], sum(heights)), dpi=150, layout='constrained')
+    sheet_width = SHEET_COLUMNS * CELL[0]
+    titles = [literal(title, sheet_width - 0.4, TITLE - 1, lines=2) for title, _ in parts]
+    heights = [max(1, math.ceil(len(cells) / SHEET_COLUMNS)) * CELL[1] + 0.6 + 0.2 * title.count('\n')
+               for title, (_, cells) in zip(titles, parts)]
+    figure = Figure(figsize=(sheet_width, sum(heights)), dpi=150, layout='constrained')
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
     panels = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=heights).flatten()
-    for panel, (title, cells) in zip(panels, parts):
+    for panel, title, (_, cells) in zip(panels, titles, parts):
         panel.suptitle(title, fontsize=TITLE - 1)
         lines = max(1, math.ceil(len(cells) / SHEET_COLUMNS))
         axes = panel.subplots(lines, SHEET_COLUMNS, squeeze=False).flatten()

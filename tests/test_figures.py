@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.image import imread
 from matplotlib.text import Text
+from PIL import Image
 
 import figures
 import metrics
@@ -259,6 +260,20 @@ def test_error_against_ece_has_a_mark_and_an_arrow_a_run_and_a_shape_a_method(nu
         assert len({line.get_marker() for line in axis.lines}) == min(number, 2)
     assert {'FixMatch alone', 'to CalibrateMix'} <= set(shown)
     assert (r'cost_\$5 alone' in shown) == (number > 1)
+
+
+@pytest.mark.parametrize('name', [r'$\frac{$', 'US$ and CA$', LONG * 5])
+def test_the_titles_of_a_contact_sheet_are_drawn_letter_by_letter_on_two_lines_at_most(name, texts_of):
+    cell = figures.Cell(Image.new('RGB', (9, 9)), name, name, f'{name}\n{name}')
+    titles = [f'{name}: the 1 most sure of 9', f'{name}: the 8 least sure']
+    shown = texts_of(figures.contact_sheet, [(titles[0], [cell]), (titles[1], [cell] * 8)])
+    assert {figures.literal(title, 10.4, 12, 2) for title in titles} <= set(shown)
+
+
+@pytest.mark.parametrize('name', ['_run', '$x$'])
+def test_a_legend_names_its_curves_whatever_sign_their_names_begin_with(name, texts_of):
+    shown = texts_of(figures.risk_coverage_diagram, [(name, torch.tensor([0.9, 0.8]), torch.tensor([1, 0]))])
+    assert any(text.startswith(figures.literal(name)) for text in shown)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
