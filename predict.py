@@ -345,21 +345,25 @@ def prepare_outputs(args: Namespace) -> None:
     """Makes the folders of the results, rather now than after all predictions.
 
     Raises:
-        UsageError: If one of them cannot be made, --split-folders has something in it, or takes no links.
+        UsageError: If one of them cannot be made, a file is to go where a folder is, --split-folders has something in
+            it, or takes no links.
     """
-    wanted = {} if args.results_file == '-' else {'--results-dir': Path(args.results_dir)}
-    if args.contact_sheet:
-        wanted['--contact-sheet'] = Path(args.contact_sheet).absolute().parent
-    if args.split_folders:
-        wanted['--split-folders'] = Path(args.split_folders)
-    for flag, folder in wanted.items():
+    files = [('--results-file', path) for path in table_paths(args).values()]
+    files += [('--contact-sheet', Path(args.contact_sheet))] if args.contact_sheet else []
+    wanted = [('--results-dir', Path(args.results_dir))] if table_paths(args) else []
+    wanted += [(flag, path.absolute().parent) for flag, path in files]
+    wanted += [('--split-folders', Path(args.split_folders))] if args.split_folders else []
+    for flag, folder in wanted:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f'{flag} {folder}: cannot be made: {error.strerror}') from error
+    for flag, path in files:
+        if path.is_dir():
+            raise UsageError(f'{flag} {path}: is a folder; give the name of a file')
     if not args.split_folders:
         return
-    folder = wanted['--split-folders']
+    folder = Path(args.split_folders)
     if any(folder.iterdir()):
         raise UsageError(f'--split-folders {folder}: has something in it; give a new or empty folder')
     if not args.copy:
@@ -607,18 +611,22 @@ def write_parquet(path: Path, table: dict[str, list], args: Namespace) -> None:
     pq.write_table(pa.table({name: pa.array(values, kind(name)) for name, values in table.items()}), path)
 
 
-def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
-    """Writes the table in all formats, each file whole or not at all; to standard output if that is asked for."""
+def table_paths(args: Namespace) -> dict[str, Path]:
+    """The table's files by format; none if it goes to standard output."""
     if args.results_file == '-':
-        with suppress(BrokenPipeError), os.fdopen(os.dup(1), 'w', encoding='utf-8', newline='') as file:
-            write_text(file, table, args.results_format[0])
-        return []
+        return {}
     stem, ending = os.path.splitext(args.results_file)
     stem = stem if ending in ENDINGS.values() else args.results_file
-    written = []
-    for form in args.results_format:
-        path = Path(args.results_dir) / (stem + ENDINGS[form])
+    return {form: Path(args.results_dir) / (stem + ENDINGS[form]) for form in args.results_format}
 
+
+def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
+    """Writes the table in all formats, each file whole or not at all; to standard output if that is asked for."""
+    paths = table_paths(args)
+    if not paths:
+        with suppress(BrokenPipeError), os.fdopen(os.dup(1), 'w', encoding='utf-8', newline='') as file:
+            write_text(file, table, args.results_format[0])
+    for form, path in paths.items():
         def write(part, form=form):
             if form == 'parquet':
                 return write_parquet(part, table, args)
@@ -626,8 +634,7 @@ def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
                 write_text(file, table, form)
 
         replace_file(path, write)
-        written.append(path)
-    return written
+    return [*paths.values()]
 
 
 def check_columns(source: Source, args: Namespace) -> None:

@@ -739,8 +739,7 @@ def picture_name(name: str, scaling: str) -> str:
 
 
 def write_result(folder: Path, result: Result, about: dict, ood: dict, args) -> None:
-    """Files of one checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Files of one checkpoint, into a folder that is there."""
     outputs = result.outputs
     confidence, correct = confidence_and_correct(outputs.logits, outputs.target)
     predicted = outputs.logits.argmax(1)
@@ -1235,10 +1234,12 @@ def main(args: Namespace) -> None:
     if data.val_split is None:
         data.val_split = images.test.name.rpartition(' ')[2]  # the one that create_source found
     if accelerator.is_main_process:
-        try:
-            Path(args.results_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f'--results-dir {args.results_dir}: cannot be made: {error.strerror}') from error
+        results_dir = Path(args.results_dir)
+        for folder in (results_dir, *(results_dir / name for name in names if len(names) > 1)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f'--results-dir {folder}: cannot be made: {error.strerror}') from error
     results = [
         evaluate_checkpoint(*which, images, accelerator, args) for which in zip(names, checkpoints, runs, chosen)
     ]

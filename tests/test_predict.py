@@ -349,6 +349,21 @@ def test_only_broken_pictures_leave_a_table_and_a_failure(model, photos, run, tm
     assert 'broken.png' in (tmp_path / 'results' / 'predictions.csv').read_text()
 
 
+def test_results_go_into_folders_that_are_not_there_yet(model, photos, run, tmp_path):
+    run(photos / 'a', '--checkpoint', model, '--results-file', 'sub/x.csv', '--results-format', 'csv', 'parquet',
+        '--contact-sheet', tmp_path / 'new' / 'sheet.png')
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*.*')}
+    assert found == {'results/sub/x.csv', 'results/sub/x.parquet', 'new/sheet.png'}
+
+
+def test_a_folder_in_the_place_of_a_result_is_told_before_the_predictions(model, photos, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, 'predict', None)
+    (tmp_path / 'results' / 'x.csv').mkdir(parents=True)
+    for flag, path in (('--results-file', 'x'), ('--contact-sheet', tmp_path)):
+        with pytest.raises(UsageError, match=f'{flag} .*: is a folder; give the name of a file'):
+            run(photos, '--checkpoint', model, flag, path)
+
+
 def test_standard_output_holds_the_table_alone(model, photos, run, capfd):
     run(photos / 'b', '--checkpoint', model, '--results-file', '-')
     out, _ = capfd.readouterr()
@@ -486,6 +501,7 @@ def test_arguments_that_make_no_sense_end_with_status_2(arguments, told, capsys)
     (['nowhere'], 'nowhere: no such file or folder'),
     (['PHOTOS', '--label-col', 'margin'], 'the same name'),
     (['PHOTOS', '--results-dir', '/dev/null/x'], 'cannot be made'),
+    (['PHOTOS', '--results-file', '/dev/null/x'], '--results-file /dev/null: cannot be made'),
     (['--dataset', 'digits', '--split', 'none'], 'no split none'),
     (['PHOTOS', '--input-key', 'crop'], '--input-key crop: .*photos has no columns'),
     (['--data-dir', 'PHOTOS', '--input-key', 'crop'], '--input-key crop: .*photos has no columns'),

@@ -748,7 +748,12 @@ def test_a_data_worker_that_dies_is_told_in_one_line_without_the_advice_for_trai
         'out of memory, fewer --workers need less')
 
 
-def test_a_results_folder_that_cannot_be_made_is_told_before_the_evaluation(run_folder, evaluate, monkeypatch):
+def test_a_results_folder_that_cannot_be_made_is_told_before_the_evaluation(run_folder, evaluate, tmp_path,
+                                                                            monkeypatch):
     monkeypatch.setattr(validate, 'collect', lambda *args: pytest.fail('evaluated'))
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results' / 'run-best').touch()
+    with pytest.raises(UsageError, match='run-best: cannot be made: File exists'):
+        evaluate('--checkpoint', run_folder / 'best', run_folder / 'last')
     with pytest.raises(UsageError, match='cannot be made'):
         evaluate('--checkpoint', run_folder / 'best', '--results-dir', run_folder / 'args.yaml' / 'results')
