@@ -525,6 +525,27 @@ def given_names(source: Source) -> list[str]:
     return [*map(printable, names)]
 
 
+def table_columns(args: Namespace, topk: int) -> list[tuple[str, pa.DataType]]:
+    """The table's columns in their order, by name and type, with so many classes a picture. Names may be equal."""
+    text, number, real = pa.string(), pa.int64(), pa.float32()
+    is_named = args.label_type != 'none'
+    ranked = [(args.index_col, number)] * (args.include_index or not is_named) + [(args.label_col, text)] * is_named
+    columns = [(args.filename_col, text), *ranked]
+    if not args.exclude_output:
+        columns += [(name, real) for name in (args.output_col, 'raw_confidence', 'margin', 'energy')]
+    if args.min_confidence is not None or args.target_accuracy is not None:
+        columns.append(('decision', text))
+    if args.coverage is not None:
+        columns += [('prediction_set', pa.list_(text)), ('set_size', number)]
+    if topk > 1:
+        for name, kind in [*ranked, *[('prob', real)] * (not args.exclude_output)]:
+            if args.results_separate_col:
+                columns += [(f'{name}_{i}', kind) for i in range(topk)]
+            else:
+                columns.append((f'topk_{name}', pa.list_(kind)))
+    return [*columns, ('error', text)]
+
+
 def create_table(
         source: Source,
         found: Predictions,
@@ -533,45 +554,31 @@ def create_table(
         errors: dict[int, str],
         args: Namespace,
 ) -> dict[str, list]:
-    """Columns of the table by name; None where a broken picture has no value."""
-    good = found.good.tolist()
+    """Columns of the table by name, those of `table_columns`; None where a broken picture has no value."""
+    good, topk = found.good.tolist(), found.classes.shape[1]
 
     def column(values) -> list:
         return [value if fine else None for value, fine in zip(values, good)]
 
-    def floats(values: np.ndarray) -> list:
-        return column(values.tolist())
-
-    table = {args.filename_col: given_names(source)}
-    first, is_named = found.classes[:, 0].tolist(), args.label_type != 'none'
-    if args.include_index or not is_named:
-        table[args.index_col] = column(first)
-    if is_named:
-        table[args.label_col] = column(names[k] for k in first)
+    is_named, numbers = args.label_type != 'none', found.classes.tolist()
+    ranked = [numbers] * (args.include_index or not is_named)
+    ranked += [[[names[k] for k in row] for row in numbers]] * is_named
+    columns = [given_names(source), *(column(row[0] for row in rows) for rows in ranked)]
     if not args.exclude_output:
-        table[args.output_col] = floats(found.probs[:, 0])
-        table['raw_confidence'], table['margin'] = floats(found.raw), floats(found.margin)
-        table['energy'] = floats(found.energy)
+        columns += [column(v.tolist()) for v in (found.probs[:, 0], found.raw, found.margin, found.energy)]
     if decisions.threshold is not None:
-        table['decision'] = column(ACCEPTED if yes else UNSURE for yes in accepted(found, decisions).tolist())
+        columns.append(column(ACCEPTED if yes else UNSURE for yes in accepted(found, decisions).tolist()))
     if found.sets is not None:
-        table['prediction_set'] = column([names[k] for k in classes.tolist()] for classes in found.sets)
-        table['set_size'] = column(map(len, found.sets))
-    if found.classes.shape[1] > 1:
-        lists = {}
-        if args.include_index or not is_named:
-            lists[args.index_col] = found.classes.tolist()
-        if is_named:
-            lists[args.label_col] = [[names[k] for k in row] for row in found.classes.tolist()]
-        if not args.exclude_output:
-            lists['prob'] = found.probs.tolist()
-        for name, rows in lists.items():
+        columns.append(column([names[k] for k in classes.tolist()] for classes in found.sets))
+        columns.append(column(map(len, found.sets)))
+    if topk > 1:
+        for rows in [*ranked, *[found.probs.tolist()] * (not args.exclude_output)]:
             if args.results_separate_col:
-                table.update({f'{name}_{i}': column(row[i] for row in rows) for i in range(found.classes.shape[1])})
+                columns += [column(row[i] for row in rows) for i in range(topk)]
             else:
-                table[f'topk_{name}'] = column(rows)
-    table['error'] = [errors.get(i) for i in range(len(source))]
-    return table
+                columns.append(column(rows))
+    columns.append([errors.get(i) for i in range(len(source))])
+    return {name: values for (name, _), values in zip(table_columns(args, topk), columns, strict=True)}
 
 
 def rounded(value):
@@ -600,17 +607,6 @@ def write_text(file, table: dict[str, list], form: str) -> None:
         json.dump(by_name, file, indent=4, ensure_ascii=False)
 
 
-def write_parquet(path: Path, table: dict[str, list], args: Namespace) -> None:
-    numbers = {args.output_col: pa.float32(), 'prob': pa.float32(), args.index_col: pa.int64(), 'set_size': pa.int64()}
-    numbers.update(dict.fromkeys(('raw_confidence', 'margin', 'energy'), pa.float32()))
-
-    def kind(name):  # by name, as a column may be empty
-        own = numbers.get(re.sub(r'^topk_|_\d+$', '', name), pa.string())
-        return pa.list_(own) if name.startswith('topk_') or name == 'prediction_set' else own
-
-    pq.write_table(pa.table({name: pa.array(values, kind(name)) for name, values in table.items()}), path)
-
-
 def table_paths(args: Namespace) -> dict[str, Path]:
     """The table's files by format; none if it goes to standard output."""
     if args.results_file == '-':
@@ -620,8 +616,14 @@ def table_paths(args: Namespace) -> dict[str, Path]:
     return {form: Path(args.results_dir) / (stem + ENDINGS[form]) for form in args.results_format}
 
 
-def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
-    """Writes the table in all formats, each file whole or not at all; to standard output if that is asked for."""
+def write_tables(table: dict[str, list], kinds: dict[str, pa.DataType], args: Namespace) -> list[Path]:
+    """Writes the table in all formats, each file whole or not at all; to standard output if that is asked for.
+
+    Args:
+        table: Columns by name.
+        kinds: Their types, by name too, as a column may be empty.
+        args: The program's.
+    """
     paths = table_paths(args)
     if not paths:
         with suppress(BrokenPipeError), os.fdopen(os.dup(1), 'w', encoding='utf-8', newline='') as file:
@@ -629,7 +631,7 @@ def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
     for form, path in paths.items():
         def write(part, form=form):
             if form == 'parquet':
-                return write_parquet(part, table, args)
+                return pq.write_table(pa.table({key: pa.array(table[key], kind) for key, kind in kinds.items()}), part)
             with open(part, 'w', encoding='utf-8', newline='') as file:
                 write_text(file, table, form)
 
@@ -637,13 +639,13 @@ def write_tables(table: dict[str, list], args: Namespace) -> list[Path]:
     return [*paths.values()]
 
 
-def check_columns(source: Source, args: Namespace) -> None:
+def check_columns(source: Source, num_classes: int, args: Namespace) -> None:
     """Raises UsageError if the table would lose a column or, as JSON by file name, a row."""
-    given = [args.filename_col, args.label_col, args.index_col, args.output_col]
-    others = {'raw_confidence', 'margin', 'energy', 'decision', 'prediction_set', 'set_size', 'error'}
-    if len({*given} | others) < len(given) + len(others):
-        raise UsageError('two columns would have the same name: change --filename-col, --label-col, --index-col or '
-                         '--output-col')
+    columns = Counter(name for name, _ in table_columns(args, min(args.topk, num_classes)))
+    twice = [name for name, number in columns.items() if number > 1]
+    if twice:
+        raise UsageError(f'two columns would have the same name, {twice[0]}: change --filename-col, --label-col, '
+                         '--index-col or --output-col')
     if 'json' in args.results_format:
         name, number = next(iter(Counter(given_names(source)).most_common(1)), ('', 0))
         if number > 1:
@@ -832,7 +834,7 @@ def write_results(
     if len(errors) > SHOWN:
         _logger.warning(f'... and {len(errors) - SHOWN} more that cannot be opened; see the column error')
     table = create_table(source, found, names, decisions, errors, args)
-    written = write_tables(table, args)
+    written = write_tables(table, dict(table_columns(args, found.classes.shape[1])), args)
     if args.split_folders:
         split_folders(Path(args.split_folders), source, found, names, decisions, args.copy)
         written.append(Path(args.split_folders))
@@ -864,7 +866,7 @@ def main(args: Namespace) -> None:
     check_model(model, config, accelerator, args.checkpoint or args.model)
     if model.num_classes < 2:
         raise UsageError(f'{args.checkpoint or args.model} has {model.num_classes} class: there is nothing to predict')
-    check_columns(source, args)
+    check_columns(source, model.num_classes, args)
     check_links(source, args)
     names = choose_names(model, checkpoint, run, args.label_type)
     decisions = read_decisions(args, checkpoint, config)

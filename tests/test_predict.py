@@ -279,6 +279,21 @@ def test_odd_class_names_survive_every_format(model, photos, run, tmp_path):
                     assert (other[key] or '') == text
 
 
+@pytest.mark.parametrize('separate', [[], ['--results-separate-col']])
+def test_columns_have_their_types_whatever_the_user_calls_them(separate, model, photos, run, tmp_path):
+    names = ('--include-index', '--index-col', 'class_2', '--output-col', 'p_1', '--label-col', 'prob_7',
+             '--filename-col', 'topk_index')
+    rows = run(photos, '--checkpoint', model, '--topk', '2', *names, *separate, '--results-format', 'csv', 'parquet')
+    table = pq.read_table(tmp_path / 'results' / 'predictions.parquet')
+    assert table.column_names == list(rows[0]) and len(table) == len(rows) == 13
+    kinds = {field.name: field.type for field in table.schema}
+    for name, kind in dict(topk_index='string', class_2='int64', prob_7='string', p_1='float').items():
+        assert kinds[name] == kind
+    for name, kind in dict(class_2='int64', prob_7='string', prob='float').items():
+        further = [kinds[f'{name}_{i}'] for i in (0, 1)] if separate else [kinds[f'topk_{name}'].value_type]
+        assert set(map(str, further)) == {kind}
+
+
 def test_weights_without_names_give_numbers_and_say_so_but_a_run_knows_them(photos, run, tmp_path, caplog):
     plain = save_model(tmp_path / 'run' / 'best', None)
     rows = run(photos / 'a', '--checkpoint', plain)
@@ -499,7 +514,11 @@ def test_arguments_that_make_no_sense_end_with_status_2(arguments, told, capsys)
 
 @pytest.mark.parametrize('arguments, told', [
     (['nowhere'], 'nowhere: no such file or folder'),
-    (['PHOTOS', '--label-col', 'margin'], 'the same name'),
+    (['PHOTOS', '--label-col', 'margin'], 'the same name, margin: change'),
+    (['PHOTOS', '--label-col', 'prob', '--topk', '2'], 'the same name, topk_prob: change'),
+    (['PHOTOS', '--filename-col', 'topk_label', '--topk', '2'], 'the same name, topk_label: change'),
+    (['PHOTOS', '--include-index', '--index-col', 'label_1', '--topk', '2', '--results-separate-col'],
+     'the same name, label_1: change'),
     (['PHOTOS', '--results-dir', '/dev/null/x'], 'cannot be made'),
     (['PHOTOS', '--results-file', '/dev/null/x'], '--results-file /dev/null: cannot be made'),
     (['--dataset', 'digits', '--split', 'none'], 'no split none'),
