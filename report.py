@@ -27,6 +27,7 @@ Writes to --output:
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import statistics
@@ -82,15 +83,29 @@ def find_runs(paths: list[Path]) -> list[Path]:
     return found
 
 
+def check_numbers(metrics: dict, curve: list[dict]) -> None:
+    """Raises ValueError, KeyError or TypeError unless all figures that are reported are there and finite."""
+    known = ('num_updates', *METRICS, *(key for key in CLASS_METRICS if key in metrics))
+    bad = [key for key in known if not isinstance(metrics.get(key), (int, float)) or not math.isfinite(metrics[key])]
+    for key in ReliabilityBins._fields:
+        values = torch.tensor(metrics['bins'][key] if 'bins' in metrics else [], dtype=torch.float64)
+        if values.shape != (15 + (key == 'edges'),) or not values.isfinite().all():
+            bad.append(f'{key} of the bins')
+    if bad:
+        raise ValueError(f'no finite numbers for {", ".join(bad)}')
+    if not all(math.isfinite(value) for row in curve for value in row.values()):
+        raise ValueError('summary.csv has numbers that are not finite')
+
+
 def read_run(folder: Path) -> dict:
     """Arguments, metrics, learning curve and number of labels of a finished run, with its name.
 
     Raises:
-        UsageError: If the folder holds no run, or one that is not finished.
+        UsageError: If the folder holds no run, one that is not finished, or one whose figures are damaged.
     """
     path = folder / 'last' / 'metrics.json'
     try:
-        metrics = json.loads(path.read_text())
+        metrics = dict(json.loads(path.read_text()))
         args = yaml.safe_load((folder / 'args.yaml').read_text())
         missing = [key for key in ('data_dir', 'calmix_warmup_epochs', *NAMED) if key not in args]
         if missing:
@@ -102,10 +117,12 @@ def read_run(folder: Path) -> dict:
                      for row in csv.DictReader(file)]
         if 'bins' in metrics.get('test', {}):
             metrics.update(metrics['test'], split=metrics['test']['source'])
+        check_numbers(metrics, curve)
         done, updates = metrics['num_updates'], args['epochs'] * args['train_steps_per_epoch']
+        unfinished = done < updates and not metrics.get('out_of_patience')
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UsageError(f'{folder}: no run with an evaluation ({path}: {" ".join(str(error).split())})') from error
-    if done < updates and not metrics.get('out_of_patience'):
+    if unfinished:
         raise UsageError(f'{folder}: not finished, at update {done} of {updates}')
     return dict(run=folder.name, folder=folder, args=args, labels=labels, metrics=metrics, curve=curve)
 

@@ -348,6 +348,39 @@ def test_a_run_with_broken_arguments_is_left_out(make_run, tmp_path, capsys, con
     assert len(err.splitlines()) == 1 and 'report.py: left out: ' in err and 'broken' in err
 
 
+@pytest.mark.parametrize('change, told', [
+    (None, 'no finite numbers for error, ece, ece_10, nll, brier, confidence, count of the bins'),
+    (dict(nll=float('nan')), 'no finite numbers for nll)'),
+    (dict(error='10', brier=None), 'no finite numbers for error, brier)'),
+    (dict(num_updates='40'), 'no finite numbers for num_updates)'),
+    (dict(tail_error=float('inf')), 'no finite numbers for tail_error)'),
+    (dict(bins={}), "'count'"),
+    (dict(bins=dict(count=[1] * 15, accuracy=[1] * 15, confidence=[float('nan')] * 15, edges=[0] * 15)),
+     'no finite numbers for confidence of the bins, edges of the bins)'),
+])
+def test_a_run_with_damaged_figures_is_left_out_with_the_reason_and_the_others_stay(make_run, change, told, tmp_path,
+                                                                                    capsys):
+    for seed in range(2):
+        make_run(f'done{seed}', seed=seed)
+    path = make_run('broken', seed=2) / 'last' / 'metrics.json'
+    content = {'num_updates': 40} if change is None else dict(json.loads(path.read_text()), **change)
+    path.write_text(json.dumps(content))
+    report.main(report._parse_args([str(make_run.root), '--output', str(tmp_path / 'out')]))
+    out, err = capsys.readouterr()
+    assert 'n = 2 seeds' in out and 'Left out, 1 of 3 runs: broken' in out
+    assert len(err.splitlines()) == 1 and 'report.py: left out: ' in err and told in err
+
+
+def test_a_run_whose_curve_or_metrics_are_no_numbers_is_left_out(make_run, tmp_path, capsys):
+    make_run('done')
+    make_run('curve', curve=[float('nan'), 1.])
+    (make_run('list') / 'last' / 'metrics.json').write_text('[1]')
+    report.main(report._parse_args([str(make_run.root), '--output', str(tmp_path / 'out')]))
+    out, err = capsys.readouterr()
+    assert len(markdown_cells(out)) == 1 and len(err.splitlines()) == 2
+    assert 'summary.csv has numbers that are not finite' in err
+
+
 def test_folders_of_the_same_name_are_not_taken_for_the_same_data(make_run, tmp_path):
     folders = [make_run(f'{i}', '--dataset', '', '--data-dir', place, seed=i)
                for i, place in enumerate(['/a/images', '/b/images', '/b/images', '/c/other'])]
