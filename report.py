@@ -48,6 +48,7 @@ COLUMNS = ('run', 'error', 'ece', 'nll', 'confidence')  # of comparison.csv
 SHOWN = {'error': 'error %', 'ece': 'ECE %', 'nll': 'NLL'}  # in the table; less is better in all of them
 METRICS = ('error', 'ece', 'ece_10', 'nll', 'brier', 'confidence')
 CLASS_METRICS = ('balanced_accuracy', 'macro_f1', 'ece_balanced', 'tail_error')  # where all runs have them
+OF_THE_RUN = ('num_updates', 'class_names', 'out_of_patience')  # in metrics.json, on whatever split is reported
 DIGITS = {'nll': 3, 'brier': 3}
 NAMES = {'supervised': 'Supervised', 'pseudo_label': 'Pseudo-Label', 'fixmatch': 'FixMatch', 'flexmatch': 'FlexMatch',
          'softmatch': 'SoftMatch', 'freematch': 'FreeMatch', 'marginmatch': 'MarginMatch', 'uda': 'UDA',
@@ -116,7 +117,8 @@ def read_run(folder: Path) -> dict:
             curve = [{key: float(row[key]) for key in ('num_updates', 'eval_error', 'eval_ece')}
                      for row in csv.DictReader(file)]
         if 'bins' in metrics.get('test', {}):
-            metrics.update(metrics['test'], split=metrics['test']['source'])
+            own = {key: metrics[key] for key in OF_THE_RUN if key in metrics}
+            metrics = dict(metrics['test'], split=metrics['test']['source'], **own)
         check_numbers(metrics, curve)
         done, updates = metrics['num_updates'], args['epochs'] * args['train_steps_per_epoch']
         unfinished = done < updates and not metrics.get('out_of_patience')

@@ -186,6 +186,20 @@ def test_figures_are_those_of_the_test_split_where_a_run_had_one(train, tmp_path
     assert markdown_cells(table)[0]['error %'] == f'{metrics["test"]["error"]:.2f}'
 
 
+def test_no_figure_of_the_evaluation_split_stands_beside_those_of_the_test_split(make_run, tmp_path):
+    folder = make_run('r')
+    path = folder / 'last' / 'metrics.json'
+    found = json.loads(path.read_text())
+    figures = {key: found[key] for key in ('error', 'ece', 'ece_10', 'nll', 'brier', 'confidence', 'bins')}
+    about = dict(tail_error=40., macro_f1=70., count=30, split='val', class_names=['a', 'b'])
+    path.write_text(json.dumps(dict(found, **about, test=dict(figures, error=8., source='test'))))
+    metrics = report.read_run(folder)['metrics']
+    assert metrics['error'] == 8 and metrics['split'] == 'test' and metrics['class_names'] == ['a', 'b']
+    assert not {'tail_error', 'macro_f1', 'count'} & metrics.keys()
+    write(folder, output=tmp_path / 'out')
+    assert 'tail_error' not in (tmp_path / 'out' / 'runs.csv').read_text()
+
+
 def test_bold_and_missing_cells_in_all_forms_of_the_table(make_run, tmp_path):
     folders = [make_run(f'a{seed}', '--num-labels', '20', seed=seed, error=10 + seed) for seed in range(2)]
     folders += [make_run(f'b{seed}', '--num-labels', '20', '--calibratemix', seed=seed, error=5 + seed)
