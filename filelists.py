@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from folders import composed, list_pictures, tell, to_stored
 from program import UsageError, name_some
-from tables import VAL_SPLITS, clean_words, find_label_columns, refuse_pointer
+from tables import NO_VALUE, VAL_SPLITS, clean_words, find_label_columns, refuse_pointer
 
 FORMS = ('.csv', '.tsv', '.jsonl')
 # Columns of file names; of the first group that has any, one is taken.
