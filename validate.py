@@ -337,10 +337,13 @@ def open_held_out(data: Namespace, checkpoints: list[Path | None]) -> Source:
     found, known = set(), {}
     for checkpoint in checkpoints:
         file = checkpoint.parent / 'labels.json' if checkpoint is not None else None
-        content = json.loads(file.read_text()) if file is not None and file.exists() else {}
-        found.add(tuple(content.get('held_out', ())))
-        if 'held_out_digests' in content:  # not in older files
-            known[tuple(content['held_out_digests'])] = file, content['held_out_rows']
+        try:
+            content = json.loads(file.read_text()) if file is not None and file.exists() else {}
+            found.add(tuple(content.get('held_out', ())))
+            if 'held_out_digests' in content:  # not in older files
+                known[tuple(content['held_out_digests'])] = file, content['held_out_rows']
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f'{file}: cannot be read ({type(error).__name__} {error})') from error
     if len(found) != 1 or () in found or len(known) > 1:
         raise UsageError(f'split {HELD_OUT}: not all checkpoints are of runs that held out the same images by '
                          '--val-fraction; give another split')

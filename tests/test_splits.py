@@ -252,9 +252,6 @@ def test_a_set_of_one_class_is_refused_by_that_reason(tmp_path, train_own):
     write_set(tmp_path / 'f', dict(train={'cat': 4}, val={'cat': 2}))
     with pytest.raises(UsageError, match='--train-split train has only one class, cat; a classifier needs two'):
         train_own('r', '--data-dir', tmp_path / 'f')
-    write_set(tmp_path / 'f', dict(train={'dog': 4}))
-    with pytest.raises(UsageError, match='--num-classes 0: the data set has labels up to 1'):
-        train_own('r', '--data-dir', tmp_path / 'f', '--num-classes', 0)
 
 
 def test_sets_without_names_compare_by_number_and_say_so(caplog):
@@ -844,6 +841,16 @@ def test_what_was_held_out_and_its_split_share_a_saved_temperature_and_a_choice(
         caplog.clear()
         evaluate('--checkpoint', trained / 'best', '--split', 'val', '--calibration-split', fitted)
         assert 'best/ was chosen by top1 on held-out, and temperature and thresholds are fitted on these' in caplog.text
+
+
+def test_a_damaged_labels_file_is_told_where_it_says_what_was_held_out(own, train_own, evaluate):
+    trained = train_own('run', '--data-dir', own, '--val-fraction', 0.25)
+    file = trained / 'labels.json'
+    whole = file.read_text()
+    for damaged in (whole[:90], '[]', json.dumps(dict(json.loads(whole), held_out=3))):
+        file.write_text(damaged)
+        with pytest.raises(UsageError, match='labels.json: cannot be read'):
+            evaluate('--checkpoint', trained / 'last', '--split', 'held-out')
 
 
 def test_another_folder_as_data_dir_is_other_data_unless_a_labeled_picture_is_in_it(own, train_own, evaluate, caplog):
