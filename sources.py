@@ -1066,8 +1066,8 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
     --val-labels belongs where that is not the one to evaluate.
 
     Raises:
-        UsageError: As `create_source`, if parts of the split overlap, if a flag has no use, and if no image of the
-            training split has a label, unless a file gives them.
+        UsageError: As `create_source`, if a flag has no use, and if no image of the training split has a label, unless
+            a file gives them.
     """
     refuse_unused_folder(args.dataset, args.data_dir)
     refuse_unused_map(args.dataset, args.data_dir, args.class_map, split)
@@ -1089,7 +1089,6 @@ def open_source(args: argparse.Namespace, split: str | None) -> Source:
     for flag, column in (('input', args.input_key), ('target', args.target_key)):
         if column and any(isinstance(part, ArraySource) for part in getattr(source, 'parts', [source])):
             raise UsageError(f'--{flag}-key {column}: the arrays of {args.dataset} have no columns')
-    refuse_overlap(source, split)
     if split == args.train_split and not getattr(args, 'labels_file', None) and (source.targets < 0).all():
         raise UsageError(f'{args.dataset or args.data_dir}: no image of split {split} has a label; give the labeled '
                          'split as --train-split and this one as --unlabeled-split')

@@ -31,6 +31,7 @@ from sources import (
     known_facts,
     locate,
     open_source,
+    refuse_overlap,
     refuse_unused_folder,
     settle_sources,
     unlabeled_split,
@@ -92,8 +93,10 @@ def open_sources(args: argparse.Namespace) -> Sources:
                          'a part of the training split')
     test = open_source(args, args.test_split) if args.test_split else None
     bits = max(train.bits, unlabeled.bits)
-    for source in (train, unlabeled, evaluation, test):
+    asked = args.train_split, unlabeled_split(args), name, args.test_split
+    for source, split in zip((train, unlabeled, evaluation, test), asked):
         if source is not None:
+            refuse_overlap(source, split)
             use_bits(source, bits)
     return Sources(train, unlabeled, evaluation, test, held_out)
 

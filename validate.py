@@ -101,6 +101,7 @@ from sources import (
     locate,
     open_run_source,
     open_source,
+    refuse_overlap,
     unlabeled_split,
 )
 from splits import HELD_OUT
@@ -363,7 +364,9 @@ def open_split(data: Namespace, split: str | None, checkpoints: list[Path | None
     if split == HELD_OUT:
         return open_held_out(data, checkpoints)
     try:
-        return open_source(data, split) if run is None else open_run_source(data, split, run)
+        source = open_source(data, split) if run is None else open_run_source(data, split, run)
+        refuse_overlap(source, split)
+        return source
     except NoEvaluationSplit:
         if split is not None or getattr(data, 'val_fraction', None) is None:
             raise
