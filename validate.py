@@ -27,7 +27,7 @@ import math
 import os
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -744,6 +744,29 @@ def picture_name(name: str, scaling: str) -> str:
     return f'{name}.png' if scaling == 'none' else f'{name}_{scaling}.png'
 
 
+def result_files(scalings: Iterable[str]) -> list[str]:
+    """Names of the files of one checkpoint with these scalings."""
+    return ['metrics.json', 'predictions.parquet', 'confidence.png', 'risk_coverage.png', 'classes.png', 'classes.csv',
+            'confusion.csv', 'confusion.png', *(picture_name('reliability', scaling) for scaling in scalings)]
+
+
+def left_over(folder: Path, results: list[Result], has_ood: bool) -> list[str]:
+    """Files and folders of checkpoints that an earlier report left in the folder and this one does not write, by name.
+
+    They are told and not removed: report.py and others give files the same names.
+    """
+    several, every = len(results) > 1, ('none', *SCALED)
+    own = [folder / result.name if several else folder for result in results]
+    known = {place / name for place in (folder, *own) for name in result_files(every)}
+    known |= {folder / 'ood.csv', *(folder / picture_name('comparison', scaling) for scaling in every)}
+    written = {place / name for place, result in zip(own, results) for name in result_files(result.scaled)}
+    written |= {folder / 'risk_coverage.png', *[folder / 'ood.csv'] * has_ood}
+    written |= {folder / picture_name('comparison', scaling) for scaling in results[0].scaled if several}
+    folders = {path.parent for path in folder.glob('*/predictions.parquet') if (path.parent / 'metrics.json').exists()}
+    found = [path for path in known - written if path.exists()] + [path for path in folders if path not in own]
+    return sorted(str(path.relative_to(folder)) for path in found)
+
+
 def write_result(folder: Path, result: Result, about: dict, ood: dict, args) -> None:
     """Files of one checkpoint, into a folder that is there."""
     outputs = result.outputs
@@ -915,6 +938,10 @@ def report_results(results: list[Result], images: Images, args: Namespace) -> No
             write_comparison(folder, results)
     except OSError as error:
         raise RunError(f'{folder} cannot be written: {error.strerror or error}') from error
+    old = left_over(folder, results, bool(args.ood_dataset))
+    if old:
+        _logger.warning(f'{folder} also holds what this report has not written and an earlier one may have: '
+                        f'{name_some(old)}')
     show(f'\nResults in {folder}')
     if args.save_temperature:
         store_temperatures(results, about['dataset'], data, args)

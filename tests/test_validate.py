@@ -198,6 +198,33 @@ def test_every_picture_is_written(comparison):
                 assert min(picture.size) > 400
 
 
+def test_what_an_earlier_report_left_in_the_folder_is_told_and_not_removed(run_folder, sharp_folder, photographs,
+                                                                          evaluate, tmp_path, caplog):
+    best, few = run_folder / 'best', ('--split', 'test[:30]')
+    first = ('--checkpoint', best, sharp_folder / 'best', '--ood-dataset', photographs, *few)
+    evaluate(*first)
+    for name in ('comparison.png', 'run/reliability_vector.png', 'notes.png'):
+        (tmp_path / 'results' / name).touch()
+    told = 'holds what this report has not written and an earlier one may have: '
+    assert told not in caplog.text
+    evaluate(*first)
+    assert f'{told}run/reliability_vector.png\n' in caplog.text
+    caplog.clear()
+    folder = evaluate('--checkpoint', best, *few)
+    assert f'{told}comparison.png, ood.csv, run, sharp\n' in caplog.text
+    assert (folder / 'ood.csv').stat().st_size and (folder / 'sharp' / 'metrics.json').exists()
+    caplog.clear()
+    evaluate(*first)
+    assert f'{told}classes.csv, confusion.csv, metrics.json, predictions.parquet, run/reliability' in caplog.text
+
+
+def test_a_report_leaves_nothing_over_of_its_own(comparison):
+    scalings = ('none', 'pseudo', 'temperature', 'vector')
+    results = [Namespace(name=name, scaled=scalings) for name in ('run', 'sharp')]
+    assert validate.left_over(comparison[0], results, True) == []
+    assert {path.name for path in (comparison[0] / 'run').iterdir()} == set(validate.result_files(scalings))
+
+
 def test_the_table_and_its_file_have_a_row_for_each_checkpoint_and_scaling(comparison):
     folder, printed = comparison
     found = rows(folder / 'comparison.csv')
