@@ -554,7 +554,9 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
         evaluated = torch.isin(found.digest, result.outputs.digest)
         seen = torch.isin(found.digest, trained) & ~evaluated
         rows = ~evaluated & ~seen
-        told = f'{int(evaluated.sum())} are evaluated, {int(seen.sum())} were labeled in training'
+        told = f'{int(evaluated.sum())} are evaluated'
+        if args.calibration_split is not None:  # else those are what is asked for
+            told += f', {int(seen.sum())} were labeled in training'
         if not rows.any():
             raise UsageError(f'{args.calibration_split or "--calibration-from-labeled"}: none of {len(rows)} images is '
                              f'left to fit on ({told}); give another split or slices that do not overlap')

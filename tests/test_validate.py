@@ -415,9 +415,11 @@ def test_evaluated_images_are_never_fitted_on(run_folder, evaluate):
 
 
 def test_fitting_on_labeled_images_warns_that_the_run_was_trained_on_them(run_folder, evaluate, tmp_path, caplog):
+    caplog.set_level('INFO')
     found = report(evaluate('--checkpoint', run_folder / 'best', '--calibration-from-labeled'))
     assert found['calibration_images'] == 20
     assert '20 of 20 calibration images are labeled images of its training' in caplog.text
+    assert '20 of 20 calibration images are used: 0 are evaluated, 0 have no label' in caplog.text
     source = create_source('digits', None, 'train')
     trained = json.loads((run_folder / 'labels.json').read_text())['index']
     index = [i for i in range(200) if i not in trained] + trained[-2:]
