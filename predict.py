@@ -328,7 +328,7 @@ def read_decisions(args: Namespace, checkpoint: Path | None, config: DataConfig)
     if not saved:
         _logger.info('No temperature is kept with these weights: confidence is the raw one (validate.py '
                      '--save-temperature)')
-    elif list(saved.get('input_size', config.input_size)) != list(config.input_size):
+    elif saved.get('input_size') not in (None, list(config.input_size)):
         _logger.warning(f'The temperature was found on images of {saved["input_size"]}, not {list(config.input_size)}')
     believed = 'no labels were at hand to check this (validate.py --calibration-split ... --save-temperature)'
     if found.sets and not saved.get('sets'):

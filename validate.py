@@ -568,8 +568,10 @@ def choose_calibration_images(results: list[Result], args: Namespace) -> None:
         _logger.info(f'{result.name}: {int(rows.sum())} of {len(rows)} calibration images are used: {told}')
 
 
-def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
-    """The temperature kept with a checkpoint; None if it was fitted on the split that is evaluated."""
+def saved_temperature(checkpoint: Path | None, data: Namespace, config: DataConfig) -> float | None:
+    """The temperature kept with a checkpoint; None if it was fitted on the split that is evaluated. One of another
+    image size is told.
+    """
     if checkpoint is None or not checkpoint.is_dir():
         return None
     try:
@@ -582,6 +584,9 @@ def saved_temperature(checkpoint: Path | None, data: Namespace) -> float | None:
         _logger.warning(f'{checkpoint / "config.json"}: its temperature is not shown, as it was fitted on '
                         f'{saved["split"]}, which may hold images of {data.val_split}')
         return None
+    if saved.get('input_size') not in (None, list(config.input_size)):
+        _logger.warning(f'{checkpoint / "config.json"}: its temperature was found on images of {saved["input_size"]}, '
+                        f'not {list(config.input_size)}')
     return saved['temperature']
 
 
@@ -602,7 +607,7 @@ def scale(result: Result, data: Namespace) -> None:
                             'it was. Where mixtures are too easy to tell, that is wrong: compare it with one from '
                             'labels (--calibration-split)')
     elif fit_on is None:
-        value = saved_temperature(result.checkpoint, data)
+        value = saved_temperature(result.checkpoint, data, result.config)
         if value is not None:
             result.scaled['saved'] = logits.double() / value
             result.parameters['saved'] = dict(temperature=value)

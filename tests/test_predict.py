@@ -256,6 +256,8 @@ def test_another_image_size_than_the_temperatures_is_told(model, photos, run, tm
     folder = with_calibration(model, tmp_path / 'sized', input_size=[3, 32, 32])
     run(photos / 'b', '--checkpoint', folder)
     assert 'The temperature was found on images of [3, 32, 32], not [3, 16, 16]' in caplog.text
+    run(photos / 'b', '--checkpoint', with_calibration(model, tmp_path / 'odd', input_size=3))
+    assert 'The temperature was found on images of 3, not [3, 16, 16]' in caplog.text
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------

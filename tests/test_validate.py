@@ -443,6 +443,9 @@ def test_a_saved_temperature_is_shown_later_and_timm_still_loads_the_folder(run_
     assert torch.equal(logits_of(best, source, range(5)), before)
     later = report(evaluate('--checkpoint', best))
     assert later['scaled']['saved']['ece'] == fitted['scaled']['temperature']['ece']
+    assert 'was found on images of' not in caplog.text
+    evaluate('--checkpoint', best, '--split', 'test[:20]', '--img-size', '16')
+    assert 'config.json: its temperature was found on images of [3, 8, 8], not [3, 16, 16]' in caplog.text
     # The split it was fitted on is no place to show it.
     assert report(evaluate('--checkpoint', best, '--split', 'train[:10%]'))['scaled'] == {}
     assert 'fitted on train[:40%]' in caplog.text
