@@ -80,7 +80,7 @@ def draws_unlabeled(args: argparse.Namespace) -> bool:
 
 def shares(num_classes: int, factor: float) -> np.ndarray:
     """Size of each class in units of the largest one, `[K]` float64."""
-    falling = abs(factor) ** (-np.arange(num_classes) / (num_classes - 1))
+    falling = abs(factor) ** (-np.arange(num_classes) / max(num_classes - 1, 1))
     return falling if factor > 0 else falling[::-1]
 
 

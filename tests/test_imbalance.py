@@ -54,6 +54,12 @@ def test_class_sizes_of_the_published_setting():
     assert class_sizes(1500, 10, 100).tolist() == [1500, 899, 539, 323, 193, 116, 69, 41, 25, 15]
 
 
+@pytest.mark.parametrize('factor', [1, 10, -10])
+def test_a_single_class_has_all_images_whatever_the_factor(factor):
+    assert class_sizes(20, 1, factor).tolist() == share_out(20, 1, factor).tolist() == [20]
+    assert largest_possible(np.array([7]), factor) == 7
+
+
 @quick
 @given(st.integers(0, 3000), st.integers(2, 12), factors)
 def test_a_total_is_shared_out_to_the_image_and_no_class_is_off_by_one(total, num_classes, factor):
