@@ -6,8 +6,8 @@
 # OOD_DATA_DIR as their --data-dir (default: they come from the hub). At SCALE=smoke, which has the digits alone, their
 # training images stand in for something else: an AUROC about 0.5 is right.
 # The paper's figures: none.
-# Measured by us: with other sets, at SCALE=cpu, by validate.py on the runs of variants.sh (results/README.md); with SVHN
-# and CIFAR-100 it was not run. Time: not measured.
+# Measured by us: with other sets, by validate.py on the runs of variants.sh at SCALE=cpu (results/README.md). SVHN and
+# CIFAR-100 were not run. Time: not measured.
 # The environment that it takes, and its scales: _common.sh.
 . "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
 

@@ -419,7 +419,7 @@ def test_fitting_on_labeled_images_warns_that_the_run_was_trained_on_them(run_fo
     found = report(evaluate('--checkpoint', run_folder / 'best', '--calibration-from-labeled'))
     assert found['calibration_images'] == 20
     assert '20 of 20 calibration images are labeled images of its training' in caplog.text
-    assert '20 of 20 calibration images are used: 0 are evaluated, 0 have no label' in caplog.text
+    assert '20 of 20 calibration images are used: 0 are evaluated\n' in caplog.text
     source = create_source('digits', None, 'train')
     trained = json.loads((run_folder / 'labels.json').read_text())['index']
     index = [i for i in range(200) if i not in trained] + trained[-2:]
