@@ -58,7 +58,7 @@ from checkpoint import read_run, use_kept_bits
 from data import DataConfig, ViewDataset, create_loader, evaluation_batches, limit_workers
 from decisions import SET_SCORES, class_scores, kept_level, scaled_probs, set_sizes, threshold_from_confidence
 from figures import Cell, contact_sheet
-from inputs import PlainFolder, limited, open_pictures
+from inputs import LISTS, PlainFolder, limited, open_pictures
 from program import (
     ArgumentParser,
     RunError,
@@ -192,9 +192,13 @@ def open_all(args: Namespace) -> Source:
     names = args.pictures
     if not names and args.dataset is None and args.split is None:
         names, data_dir = [data_dir], None
+        if not os.path.exists(names[0]):
+            raise UsageError(f'--data-dir {names[0]}: no such folder')
     for name in args.pictures:
         if not os.path.exists(name) and not name.lower().endswith('.parquet'):
             raise UsageError(f'{name}: no such file or folder (data sets by name are given as --dataset)')
+    if args.pictures and data_dir is not None and not any(Path(name).suffix.lower() in LISTS for name in args.pictures):
+        raise UsageError(f'--data-dir {data_dir}: the paths of a list are relative to it, and no list is given')
     if args.dataset:
         refuse_unused_folder(args.dataset, args.data_dir)
     parts = [

@@ -292,8 +292,8 @@ def holds_labeled(data: Namespace, file: Path) -> bool:
         return True
     try:
         train = open_source(data, data.train_split)
-    except UsageError:  # no such split, which a run's data set has
-        return False
+    except UsageError:  # a folder without that split, which the run's has; else opening what is asked for tells why
+        return bool(data.dataset)
     looked_at = spread(len(train), COMPARED_FILES if train.in_files() else COMPARED_MOST)
     looked_at = torch.cat([index[index < len(train)], looked_at])
     return bool(torch.isin(digest_pictures(train, looked_at), known).any())
@@ -307,6 +307,8 @@ def leave_run_s_data(name: str, checkpoint: Path | None, data: Namespace, run: d
     file = checkpoint.parent / 'labels.json' if checkpoint is not None else None
     if not data.own or data.data_dir == run.get('data_dir') or file is None or not file.exists():
         return
+    if not os.path.isdir(data.data_dir):
+        return  # opening it tells
     if not holds_labeled(data, file):
         data.own, data.names = False, {data.dataset or data.data_dir}
         _logger.info(f'{name}: no labeled picture of its training was found in {data.data_dir}: taken as other data')

@@ -516,6 +516,8 @@ def test_arguments_that_make_no_sense_end_with_status_2(arguments, told, capsys)
 
 @pytest.mark.parametrize('arguments, told', [
     (['nowhere'], 'nowhere: no such file or folder'),
+    (['--data-dir', 'nowhere'], '--data-dir nowhere: no such folder'),
+    (['PHOTOS', '--data-dir', 'nowhere'], '--data-dir nowhere: the paths of a list are relative to it, and no list'),
     (['PHOTOS', '--label-col', 'margin'], 'the same name, margin: change'),
     (['PHOTOS', '--label-col', 'prob', '--topk', '2'], 'the same name, topk_prob: change'),
     (['PHOTOS', '--filename-col', 'topk_label', '--topk', '2'], 'the same name, topk_label: change'),
