@@ -299,8 +299,8 @@ def holds_labeled(data: Namespace, file: Path) -> bool:
     return bool(torch.isin(digest_pictures(train, looked_at), known).any())
 
 
-def leave_run_s_data(name: str, checkpoint: Path | None, data: Namespace, run: dict) -> None:
-    """Where --data-dir names another folder, and none of the run's labeled pictures is in it: it is another data set.
+def check_own_data(name: str, checkpoint: Path | None, data: Namespace, run: dict) -> None:
+    """Clears `own` where --data-dir names another folder, and none of the run's labeled pictures is in it.
 
     Positions in the run's training split then mean nothing.
     """
@@ -1257,7 +1257,7 @@ def main(args: Namespace) -> None:
     chosen = [choose_data(args, run) for run in runs]
     with once_a_machine(accelerator):
         for which in zip(names, checkpoints, chosen, runs):
-            leave_run_s_data(*which)
+            check_own_data(*which)
     data = agree_on_data(names, chosen)
     inherited = data.own and args.dataset is None and args.data_dir is None
     run = checkpoints[0].parent if inherited else None
